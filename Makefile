@@ -1,0 +1,74 @@
+# dit-distill: `make demo` shows the whole path, `make test` passes the tests; `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+DATASET ?= demo
+DATA ?=
+TEACHER ?=
+PRESET ?= $(if $(filter demo,$(DATASET)),demo,paper)
+RUN ?= runs/$(DATASET)
+
+data_option = $(if $(DATA),--data "$(DATA)")
+teacher_option = $(if $(TEACHER),--teacher "$(TEACHER)")
+
+.PHONY: help setup demo demo-teacher cache train eval test lint format bench clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@echo "  variables: DATASET=demo|cars DATA=/path TEACHER=demo|flux-kontext|/folder|owner/repo PRESET=demo|paper"
+
+setup: $(READY) ## Create the environment (.venv)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; this is " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## The whole path on the embedded data: refine, cache, train baseline and distilled student, report
+	@started=$$(date +%s); rm -rf runs/demo; mkdir -p runs/demo; \
+	$(BIN)/dit-cache refine --dataset demo --output runs/demo/lora; \
+	$(BIN)/dit-cache build --dataset demo --lora runs/demo/lora --output runs/demo/cache; \
+	for mode in baseline distill; do \
+	  $(BIN)/dit-train run --cache runs/demo/cache --preset demo --mode $$mode --output runs/demo/$$mode; \
+	  $(BIN)/dit-train eval runs/demo/$$mode; \
+	done; \
+	$(BIN)/dit-train report runs/demo/baseline runs/demo/distill --output runs/demo --started $$started
+
+cache: $(READY) ## Stage I and the cache build: make cache DATASET=cars DATA=/path TEACHER=flux-kontext
+	@test -f $(RUN)/lora/refine.json || \
+	  $(BIN)/dit-cache refine --dataset $(DATASET) $(data_option) $(teacher_option) --output $(RUN)/lora $(REFINE)
+	$(BIN)/dit-cache build --dataset $(DATASET) $(data_option) $(teacher_option) --lora $(RUN)/lora --output $(RUN)/cache $(BUILD)
+
+train: $(READY) ## Train a student from the cache: make train DATASET=cars
+	$(BIN)/dit-train run --cache $(RUN)/cache --preset $(PRESET) --mode distill --output $(RUN)/distill $(TRAIN)
+
+eval: $(READY) ## Recall@K and mAP@R of the trained student on unseen classes: make eval DATASET=cars
+	$(BIN)/dit-train eval $(RUN)/distill
+
+demo-teacher: $(READY) ## Train the demo teacher again from nothing (about 40 minutes on 2 cores)
+	$(BIN)/python -m pipeline.teachers.pretrain_demo
+
+test: $(READY) ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## Style, types and the house rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## Rewrite the code in the house style
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY) ## Run the benchmarks; tables are written under benchmarks/results
+	$(BIN)/python -m benchmarks
+
+clean: ## Remove the environment and everything made by the demo
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,82 @@
+"""Teachers by name. A new family is one file that fulfils `base.Teacher` and one line in `_FAMILIES`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.teachers.base import Teacher, TeacherError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["PRESETS", "Teacher", "TeacherError", "load_teacher"]
+
+_DEMO_WEIGHTS = Path(__file__).parent / "demo_weights"
+
+
+@dataclass(frozen=True)
+class TeacherPreset:
+    """Where a named teacher is found and the resolution (pixels) of its views."""
+
+    source: str
+    resolution: int
+
+
+PRESETS = {
+    "demo": TeacherPreset(str(_DEMO_WEIGHTS), 48),
+    "flux-dev": TeacherPreset("black-forest-labs/FLUX.1-dev", 512),
+    "flux-kontext": TeacherPreset("black-forest-labs/FLUX.1-Kontext-dev", 512),
+}
+_DEFAULT_RESOLUTION = 512
+
+
+def _flux(folder: Path, **options: Any) -> Teacher:
+    from pipeline.teachers.flux import FluxTeacher
+
+    return FluxTeacher(folder, **options)
+
+
+# Transformer class named in model_index.json → the adapter that drives it.
+_FAMILIES = {"FluxTransformer2DModel": _flux}
+
+
+def load_teacher(
+    spec: str,
+    *,
+    revision: str | None = None,
+    lora: Path | None = None,
+    resolution: int | None = None,
+    dtype: "torch.dtype",
+    device: str,
+    guidance: float = 3.5,
+) -> Teacher:
+    """Load a teacher by preset name, diffusers folder or hub repository.
+
+    Raises TeacherError if it cannot be found or downloaded, or is of no known family.
+    """
+    from pipeline.teachers.weights import locate
+
+    preset = PRESETS.get(spec)
+    folder = locate(preset.source if preset else spec, revision)
+    index_file = folder / "model_index.json"
+    try:
+        transformer_class = json.loads(index_file.read_text(encoding="utf-8"))["transformer"][1]
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise TeacherError(
+            f"teacher {spec}: {index_file} names no transformer; it is not a diffusion transformer"
+        ) from None
+    if transformer_class not in _FAMILIES:
+        raise TeacherError(
+            f"teacher {spec}: no adapter for {transformer_class}; known are {', '.join(sorted(_FAMILIES))}"
+        )
+    return _FAMILIES[transformer_class](
+        folder,
+        source=spec,
+        revision=revision,
+        resolution=resolution or (preset.resolution if preset else _DEFAULT_RESOLUTION),
+        dtype=dtype,
+        device=device,
+        guidance=guidance,
+        lora=lora,
+    )

@@ -1,0 +1,91 @@
+"""What a teacher is to the pipeline. A new family of diffusion transformers is one file that fulfils `Teacher`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cache_schema.errors import DitDistillError
+
+
+class TeacherError(DitDistillError):
+    """The teacher cannot be loaded or asked for what it has not; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class TextEmbedding:
+    """Text as the DiT takes it. tokens: (B, S, D); pooled: (B, D_pooled)."""
+
+    tokens: Tensor
+    pooled: Tensor
+
+    def repeat(self, times: int) -> "TextEmbedding":
+        """Each row `times` times in a run: (B·times, …)."""
+        return TextEmbedding(self.tokens.repeat_interleave(times, 0), self.pooled.repeat_interleave(times, 0))
+
+
+@dataclass(frozen=True)
+class TapShape:
+    """tokens: L object tokens, laid out as grid (rows, columns); channels: C."""
+
+    name: str
+    tokens: int
+    channels: int
+    grid: tuple[int, int]
+
+
+class Teacher(Protocol):
+    """A frozen diffusion transformer with its VAE, text encoders and scheduler.
+
+    transformer: the trainable module, for Stage I. lora: the LoRA attached at load time, if any.
+    Latents are packed tokens (B, L, C_latent), already shifted and scaled as the DiT expects them.
+    """
+
+    family: str
+    source: str
+    revision: str | None
+    pipeline_class: str
+    resolution: int
+    guidance: float | None
+    lora: Path | None
+    transformer: Any
+    device: torch.device
+    dtype: torch.dtype
+
+    def digests(self) -> dict[str, str]:
+        """Component name → SHA-256 of its weights and configuration."""
+        ...
+
+    def tap_shape(self, tap: str) -> TapShape:
+        """Shape of a tap; raises TeacherError, listing the known taps, for an unknown one."""
+        ...
+
+    def sigmas(self, num_steps: int) -> list[float]:
+        """The T noise levels the family's own sampler visits at this resolution, noisiest first."""
+        ...
+
+    def encode_text(self, captions: Sequence[str]) -> TextEmbedding: ...
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, 3, R, R) → packed clean latents (B, L, C_latent); the posterior's mode, so nothing is random."""
+        ...
+
+    def save_lora(self, folder: Path) -> Path:
+        """Write the LoRA attached for training in diffusers' own layout; returns the file."""
+        ...
+
+    def predict(self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding) -> Tensor:
+        """E_{O,t} at the output: the estimate of z_O − ε, object tokens only. Gradients flow.
+
+        noisy, context: (B, L, C_latent); sigma: (B,). Returns (B, L, C_latent).
+        """
+        ...
+
+    def features(
+        self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding, taps: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """E_{O,t} at the named taps, without gradients: {tap: (B, L, C_tap)}. Blocks after the last tap do not run."""
+        ...

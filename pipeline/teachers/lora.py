@@ -1,0 +1,74 @@
+"""LoRA on the attention projections: made for Stage I, saved and loaded in diffusers' own layout."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
+
+from pipeline.teachers.base import TeacherError
+
+# Image and text streams of FLUX's double blocks, and the single blocks' shared projections.
+ATTENTION_PROJECTIONS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+)
+
+
+def lora_file(path: Path) -> Path:
+    """The weights file of a LoRA given as a file or as a folder. Raises TeacherError if there is none."""
+    file = path / LORA_WEIGHT_NAME_SAFE if path.is_dir() else path
+    if not file.is_file():
+        raise TeacherError(f"LoRA {path}: no {LORA_WEIGHT_NAME_SAFE} there; make one with dit-cache refine")
+    return file
+
+
+def add_lora(transformer: Any, rank: int, seed: int) -> list[torch.nn.Parameter]:
+    """Attach a fresh LoRA (B = 0, so nothing changes yet) in float32 and return its trainable parameters."""
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(ATTENTION_PROJECTIONS)
+    )
+    transformer.add_adapter(config)
+    trainable = [p for p in transformer.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.data = parameter.data.float()
+    return trainable
+
+
+def save_lora(pipeline_class: Any, transformer: Any, folder: Path) -> Path:
+    """Write the LoRA in diffusers' layout, loadable by `load_lora_weights`. Returns the file."""
+    pipeline_class.save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(transformer),
+        **_collate_lora_metadata({"transformer": transformer}),
+    )
+    return folder / LORA_WEIGHT_NAME_SAFE
+
+
+def attach_lora(transformer: Any, path: Path) -> None:
+    """Load a LoRA; in float32 it is merged into the weights, so that it costs nothing per step.
+
+    In half precision it stays apart, because a small update may vanish when added to a rounded weight.
+    """
+    file = lora_file(path)
+    try:
+        transformer.load_lora_adapter(str(file.parent), weight_name=file.name, prefix="transformer")
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise TeacherError(f"LoRA {file}: does not fit this teacher ({str(error).splitlines()[0]})") from None
+    if not getattr(transformer, "peft_config", None):
+        raise TeacherError(f"LoRA {file}: holds no weights for the transformer")
+    if transformer.dtype == torch.float32:
+        transformer.fuse_lora()
+        transformer.unload_lora()
+    transformer.requires_grad_(False)

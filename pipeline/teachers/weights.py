@@ -1,0 +1,65 @@
+"""What a teacher's weights are: found on disk or fetched, and named by digest rather than by path."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from pipeline.teachers.base import TeacherError
+
+_BLOCK = 1 << 20
+# Written by the saving library, without influence on any number the model computes.
+_BOOKKEEPING = {"transformers_version", "torch_dtype", "dtype"}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def component_digest(folder: Path) -> str:
+    """SHA-256 over the weights and configuration of one component of a diffusers folder.
+
+    File names and contents count; directories above, dates and the version of the saving library do not.
+    """
+    total = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        if path.suffix == ".json" and not path.name.endswith(".index.json"):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(content, dict):
+                content = {k: v for k, v in content.items() if not k.startswith("_") and k not in _BOOKKEEPING}
+            part = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        elif path.suffix in (".safetensors", ".txt", ".model", ".json", ".bin"):
+            part = file_digest(path)
+        else:
+            continue
+        total.update(f"{path.relative_to(folder)}\0{part}\n".encode())
+    return total.hexdigest()
+
+
+def locate(spec: str, revision: str | None) -> Path:
+    """The local diffusers folder of a path or hub repository, downloading the latter if it is not there yet.
+
+    Raises TeacherError in one line if there is no such folder and nothing can be downloaded.
+    """
+    folder = Path(spec)
+    if folder.exists():
+        if not (folder / "model_index.json").is_file():
+            raise TeacherError(f"teacher {spec}: no model_index.json there; it must be a folder saved by diffusers")
+        return folder
+    if spec.count("/") != 1 or spec.startswith((".", "/")):
+        raise TeacherError(f"teacher {spec}: no such folder, and not the name of a hub repository (owner/name)")
+    from diffusers import DiffusionPipeline
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(DiffusionPipeline.download(spec, revision=revision))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TeacherError(
+            f"teacher {spec}: not in the local hub cache and could not be downloaded ({reason}); "
+            "give --teacher the path of a diffusers folder, or log in to the hub and accept the model's licence"
+        ) from None

@@ -1,0 +1,40 @@
+"""What the teacher looks at: the object-centric view I_O and the context view I, both square."""
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+VIEWS = ("canonical", "hflip")
+
+Box = tuple[float, float, float, float]
+
+
+def resize_square(image: Image.Image, resolution: int) -> Image.Image:
+    """The whole image as resolution × resolution RGB (aspect is not kept: every pixel of the photograph is seen)."""
+    return image.convert("RGB").resize((resolution, resolution), Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+
+def object_view(image: Image.Image, box: Box, resolution: int) -> Image.Image:
+    """The object-centric view I_O: the box (x0, y0, x1, y1 in pixels), cropped and resized to a square.
+
+    Raises ValueError if the box has no pixel inside the image.
+    """
+    x0, y0 = max(0.0, box[0]), max(0.0, box[1])
+    x1, y1 = min(float(image.width), box[2]), min(float(image.height), box[3])
+    if x1 - x0 < 1 or y1 - y0 < 1:
+        raise ValueError(f"box {tuple(box)} has no pixel inside the {image.width}×{image.height} image")
+    return image.convert("RGB").resize((resolution, resolution), Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))
+
+
+def apply_view(image: Image.Image, view: str) -> Image.Image:
+    """`canonical` leaves the image as it is, `hflip` mirrors it left to right."""
+    if view == "hflip":
+        return ImageOps.mirror(image)
+    if view == "canonical":
+        return image
+    raise ValueError(f"unknown view {view!r}: known are {', '.join(VIEWS)}")
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) to float in [−1, 1], as diffusers' VaeImageProcessor does."""
+    return images.to(torch.float32) / 127.5 - 1.0

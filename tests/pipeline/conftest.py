@@ -1,0 +1,85 @@
+"""A tiny FLUX with random weights, made of the real classes and saved as a real diffusers folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
+from PIL import Image
+
+from pipeline.datasets.demo import DemoConfig, DemoDataset
+from pipeline.teachers.flux import FluxTeacher
+from pipeline.teachers.pretrain_demo import build_text_encoders
+
+RESOLUTION = 32
+
+
+def save_tiny_flux(folder: Path, guidance: bool = False, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    clip, clip_tokenizer, t5, t5_tokenizer = build_text_encoders()
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+        scaling_factor=0.7,
+        shift_factor=0.1,
+    )
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=96,
+        pooled_projection_dim=64,
+        guidance_embeds=guidance,
+        axes_dims_rope=(4, 6, 6),
+    )
+    FluxKontextPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=clip,
+        tokenizer=clip_tokenizer,
+        text_encoder_2=t5,
+        tokenizer_2=t5_tokenizer,
+        transformer=transformer,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_flux(tmp_path_factory.mktemp("flux"))
+
+
+@pytest.fixture(scope="session")
+def guided_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_flux(tmp_path_factory.mktemp("guided"), guidance=True)
+
+
+@pytest.fixture
+def load_teacher(flux_folder: Path) -> Callable[..., FluxTeacher]:
+    """A fresh teacher each time: Stage I changes it."""
+    return lambda **options: FluxTeacher(flux_folder, **({"resolution": RESOLUTION} | options))
+
+
+@pytest.fixture(scope="session")
+def teacher(flux_folder: Path) -> FluxTeacher:
+    return FluxTeacher(flux_folder, resolution=RESOLUTION)
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset() -> DemoDataset:
+    return DemoDataset(DemoConfig(groups=2, train_classes=4, test_classes=4, images_per_class=5, unlabeled=6))
+
+
+@pytest.fixture
+def photograph() -> Image.Image:
+    rng = np.random.default_rng(3)
+    return Image.fromarray(rng.integers(0, 255, (RESOLUTION, RESOLUTION, 3), dtype=np.uint8))
