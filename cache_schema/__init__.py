@@ -1,0 +1,106 @@
+"""The contract of dit-distill: what a teacher cache is, how it is written, read and checked. Knows no model.
+
+What one needs to read and write caches can be imported from here; `cache_schema.verify` and `cache_schema.describe`
+hold what one does with a finished one. The modules behind these names are loaded when first used, so that a command
+line can import `cache_schema.errors` or `cache_schema.cli` without waiting for torch and pyarrow.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from cache_schema.errors import (
+    CacheCorrupt,
+    CacheError,
+    CacheMismatch,
+    CacheNotFound,
+    CacheRequestError,
+    CacheStorageError,
+    CacheUnsealed,
+    DitDistillError,
+    InvalidFeatures,
+    UnsupportedSchema,
+)
+
+if TYPE_CHECKING:
+    from cache_schema.batch import EncodedBatch
+    from cache_schema.manifest import (
+        Curriculum,
+        DatasetInfo,
+        Encoding,
+        Fidelity,
+        ImagesInfo,
+        Manifest,
+        Provenance,
+        StoreInfo,
+        TapInfo,
+        TeacherInfo,
+    )
+    from cache_schema.plan import plan_manifest
+    from cache_schema.reader import Cache, open_cache
+    from cache_schema.samples import SAMPLES_SCHEMA, fingerprint_samples, make_samples, samples_table
+    from cache_schema.writer import CacheWriter, create_cache
+
+_LAZY = {
+    "EncodedBatch": "batch",
+    "Curriculum": "manifest",
+    "DatasetInfo": "manifest",
+    "Encoding": "manifest",
+    "Fidelity": "manifest",
+    "ImagesInfo": "manifest",
+    "Manifest": "manifest",
+    "Provenance": "manifest",
+    "StoreInfo": "manifest",
+    "TapInfo": "manifest",
+    "TeacherInfo": "manifest",
+    "plan_manifest": "plan",
+    "Cache": "reader",
+    "open_cache": "reader",
+    "SAMPLES_SCHEMA": "samples",
+    "fingerprint_samples": "samples",
+    "make_samples": "samples",
+    "samples_table": "samples",
+    "CacheWriter": "writer",
+    "create_cache": "writer",
+}
+
+__all__ = [
+    "SAMPLES_SCHEMA",
+    "Cache",
+    "CacheCorrupt",
+    "CacheError",
+    "CacheMismatch",
+    "CacheNotFound",
+    "CacheRequestError",
+    "CacheStorageError",
+    "CacheUnsealed",
+    "CacheWriter",
+    "Curriculum",
+    "DatasetInfo",
+    "DitDistillError",
+    "EncodedBatch",
+    "Encoding",
+    "Fidelity",
+    "ImagesInfo",
+    "InvalidFeatures",
+    "Manifest",
+    "Provenance",
+    "StoreInfo",
+    "TapInfo",
+    "TeacherInfo",
+    "UnsupportedSchema",
+    "create_cache",
+    "fingerprint_samples",
+    "make_samples",
+    "open_cache",
+    "plan_manifest",
+    "samples_table",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,98 @@
+"""The card of a cache: its README.md, for people, written from the manifest and from nothing that changes."""
+
+from cache_schema.manifest import Manifest
+
+
+def format_bytes(count: int | None) -> str:
+    """Return a byte count as people write it, in powers of 1000."""
+    if count is None:
+        return "unknown"
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def render_card(manifest: Manifest) -> bytes:
+    """Return the bytes of the card of a sealed cache; equal caches have equal cards."""
+    parts = [_heading(manifest), _contents(manifest), _taps(manifest), _fidelity(manifest), _use(manifest)]
+    return ("\n\n".join(parts) + "\n").encode()
+
+
+def _heading(manifest: Manifest) -> str:
+    data, teacher = manifest.dataset, manifest.teacher
+    return (
+        f"# Teacher cache {manifest.label}\n\n"
+        f"Features of {data.feature_rows} images of `{data.name}` as a diffusion transformer ({teacher.family}, "
+        f"`{teacher.source}`) sees them. Students are distilled from this cache without the teacher."
+    )
+
+
+def _contents(manifest: Manifest) -> str:
+    data, teacher, curriculum = manifest.dataset, manifest.teacher, manifest.curriculum
+    counts = ", ".join(f"{count} {split}" for split, count in sorted(data.counts.items()))
+    levels = ", ".join(f"{p} (sigma {s:.4f})" for p, s in zip(curriculum.timesteps, curriculum.sigmas, strict=True))
+    images = "none"
+    if manifest.images is not None:
+        quality = "" if manifest.images.quality is None else f", quality {manifest.images.quality}"
+        images = f"{manifest.images.size} px {manifest.images.format}{quality}, {format_bytes(manifest.bytes_images)}"
+    facts = {
+        "cache id": f"`{manifest.cache_id}`",
+        "data set": f"{data.name}, protocol {data.protocol}, super-class {data.superclass}",
+        "images": counts,
+        "features of": ", ".join(data.feature_splits) or "no split",
+        "teacher": f"{teacher.family} at {teacher.resolution} px in {teacher.dtype}, text: {teacher.text}",
+        "teacher weights": ", ".join(f"{name} `{sha[:12]}`" for name, sha in sorted(teacher.digests.items())),
+        "refined (LoRA)": f"`{teacher.lora_digest[:12]}`" if teacher.lora_digest else "no",
+        "timesteps": f"{levels} of {curriculum.num_steps}; seed {curriculum.seed}",
+        "views": ", ".join(manifest.views),
+        "encoding": f"{manifest.encoding.kind}, compression {manifest.encoding.compression}",
+        "size of features": format_bytes(manifest.bytes_features),
+        "student images": images,
+    }
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {_cell(text)} |" for name, text in facts.items())])
+
+
+def _taps(manifest: Manifest) -> str:
+    rows = [f"| `{tap.name}` | {tap.tokens} ({tap.grid[0]}x{tap.grid[1]}) | {tap.channels} |" for tap in manifest.taps]
+    return "\n".join(["## Taps", "", "| tap | tokens | channels |", "| --- | ---: | ---: |", *rows])
+
+
+def _fidelity(manifest: Manifest) -> str:
+    rows = [
+        f"| `{item.tap}` | {item.timestep} | {item.cosine_mean:.6f} | {item.cosine_min:.6f} | "
+        f"{item.relative_error:.2e} | {item.channel_error:.2e} |"
+        for item in manifest.fidelity
+    ]
+    return "\n".join(
+        [
+            "## Fidelity",
+            "",
+            "How close decoded features are to what the teacher computed, measured while the cache was built.",
+            "",
+            "| tap | timestep | mean cosine | least cosine | relative error | per channel |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
+            *rows,
+        ]
+    )
+
+
+def _use(manifest: Manifest) -> str:
+    return (
+        "## Use\n\n"
+        "```python\n"
+        "from cache_schema import open_cache\n\n"
+        'cache = open_cache("path/to/this/directory")\n'
+        f'batch = cache.read([0], tap="{manifest.taps[0].name}", timesteps={manifest.curriculum.timesteps})\n'
+        "features = batch.decode()  # (samples, timesteps, tokens, channels)\n"
+        "```\n\n"
+        "`dit-cache info` describes it, `dit-cache verify` checks every byte. Each array under `features/` is an "
+        "ordinary Zarr v3 array; what its numbers mean is in its attributes and in `manifest.json`. "
+        "The images keep the licence of the data set they come from."
+    )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

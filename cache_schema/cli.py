@@ -1,0 +1,92 @@
+"""The one way both commands run: errors in one line, exit codes that scripts can rely on."""
+
+import errno
+import sys
+import traceback
+from types import TracebackType
+from typing import NoReturn
+
+import typer
+
+from cache_schema.errors import DitDistillError
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
+
+# Failures of the machine rather than of the program: a traceback would tell the user nothing.
+_USER_ERRNOS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+}
+
+
+def run(
+    app: typer.Typer,
+    argv: list[str] | None = None,
+    *,
+    name: str | None = None,
+    interrupted_hint: str = "run the same command again; finished work is kept",
+) -> NoReturn:
+    """Run a typer app and leave the process with a meaningful exit code.
+
+    Exit codes: 0 success, 1 a reported error, 2 wrong usage, 130 interrupted. `--debug`, wherever it stands among the
+    options, adds the full traceback; it is taken out of the arguments, so an app declares it only to list it in its
+    help. `argv` defaults to the process's own arguments, `name` to the program's own name.
+    """
+    arguments, debug = _take_debug(sys.argv[1:] if argv is None else argv)
+    if not debug:
+        sys.excepthook = _report_bug
+    command = typer.main.get_command(app)
+    try:
+        command.main(args=arguments, prog_name=name, standalone_mode=True)
+    except DitDistillError as error:
+        _fail(str(error), debug)
+    except OSError as error:
+        if error.errno not in _USER_ERRNOS:
+            raise
+        _fail(_describe_os_error(error), debug)
+    except KeyboardInterrupt:
+        _interrupted(interrupted_hint)
+    except SystemExit as leaving:
+        # typer turns Ctrl-C into this exit code by itself, and says nothing.
+        if leaving.code == EXIT_INTERRUPTED:
+            _interrupted(interrupted_hint)
+        raise
+    sys.exit(0)
+
+
+def _take_debug(argv: list[str]) -> tuple[list[str], bool]:
+    """Split `--debug` from the arguments, leaving alone whatever follows a bare `--`."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    options, rest = argv[:end], argv[end:]
+    return [argument for argument in options if argument != "--debug"] + rest, "--debug" in options
+
+
+def _fail(message: str, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(EXIT_ERROR)
+
+
+def _interrupted(hint: str) -> NoReturn:
+    print(f"interrupted: {hint}", file=sys.stderr)
+    sys.exit(EXIT_INTERRUPTED)
+
+
+def _describe_os_error(error: OSError) -> str:
+    where = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{where}"
+
+
+def _report_bug(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+    """Replace Python's traceback of an unexpected exception by one line that says how to see it."""
+    summary = f"{kind.__name__}: {value}".replace("\n", " ")
+    print(f"error: this is a bug: {summary}; run again with --debug for the traceback", file=sys.stderr)

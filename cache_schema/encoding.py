@@ -1,0 +1,170 @@
+"""How feature values become bytes and come back.
+
+`float32`, `float16` and `bfloat16` are plain roundings. `int8` divides every channel by its own calibrated amplitude
+first and every token by its own scale then, `x = payload * scale[token] * channel[timestep, channel]`, because the
+hidden states of large diffusion transformers carry a few channels a thousand times larger than the others: one scale
+for all of them would round the others to zero.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cache_schema.errors import InvalidFeatures
+from cache_schema.layout import PAYLOAD_DTYPES
+from cache_schema.manifest import EncodingKind
+
+if TYPE_CHECKING:
+    import torch
+
+FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_INT8_MAX = 127
+# A channel that is silent in the calibration rows may speak up later. Giving it less than this share of the typical
+# amplitude would let such a value take the whole range of its token's scale.
+_CHANNEL_FLOOR = 1e-3
+# Tokens are encoded in blocks of about this many values, so that temporary arrays stay in the processor's caches.
+_BLOCK_VALUES = 1 << 19
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Encoded features: payload (..., T, L, C) and, for int8, one float32 scale per token (..., T, L)."""
+
+    payload: Array
+    scale: Array | None = None
+
+
+def as_features(values: "np.ndarray | torch.Tensor") -> FloatArray:
+    """Return features as a NumPy array of a floating type, without a copy where that is possible."""
+    if not isinstance(values, np.ndarray):
+        import torch
+
+        tensor = values.detach().cpu()
+        values = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    if values.dtype not in (np.float16, np.float32, np.float64):
+        raise InvalidFeatures(f"features must be floating point, not {values.dtype}")
+    return values
+
+
+def first_not_finite(sample: FloatArray) -> tuple[int, ...] | None:
+    """Return where in a sample's features (V, T, L, C) the first NaN or infinite value stands, or None."""
+    # A sum is not finite if one of its terms is not; where finite terms overflow, the slow test decides.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(np.sum(sample, dtype=np.float32)):
+            return None
+    finite = np.isfinite(sample)
+    return None if finite.all() else tuple(int(i) for i in np.argwhere(~finite)[0])
+
+
+def calibrate_channels(samples: Iterable[FloatArray]) -> Array:
+    """Return the calibrated amplitude of every channel, float32 (T, C), from samples of shape (V, T, L, C).
+
+    The amplitude is the root mean square: it spreads the rounding error over channels in proportion to their own
+    energy, however different these are. Silent channels get a small share of the typical amplitude.
+    """
+    total: Array | None = None
+    counted = 0
+    for sample in samples:
+        squares = np.square(sample, dtype=np.float64).sum(axis=(0, 2))  # (T, C)
+        total = squares if total is None else total + squares
+        counted += sample.shape[0] * sample.shape[2]
+    if total is None:
+        raise InvalidFeatures("calibration needs at least one sample")
+    rms = np.sqrt(total / counted)
+    channel = np.empty_like(rms)
+    amplitudes: Array
+    for timestep, amplitudes in enumerate(rms):
+        heard = amplitudes[amplitudes > 0]
+        typical = float(np.median(heard)) if heard.size else 1.0
+        floor = max(typical * _CHANNEL_FLOOR, float(np.finfo(np.float32).tiny))
+        channel[timestep] = np.maximum(amplitudes, floor)
+    if not np.isfinite(channel).all() or channel.max() > np.finfo(np.float32).max:
+        raise InvalidFeatures("calibration features are not finite")
+    return channel.astype(np.float32)
+
+
+def encode(kind: EncodingKind, values: FloatArray, channel: Array | None = None) -> Encoded:
+    """Encode finite features (..., T, L, C); int8 needs the channel calibration (T, C).
+
+    Raises InvalidFeatures where a value is beyond the range of the encoding.
+    """
+    if kind == "int8":
+        if channel is None:
+            raise InvalidFeatures("int8 needs a channel calibration")
+        return _encode_int8(values, channel)
+    if kind == "float32":
+        with np.errstate(over="ignore"):
+            payload = values.astype("<f4")
+        return Encoded(_in_range(payload, kind, payload))
+    if kind == "float16":
+        with np.errstate(over="ignore"):
+            payload = values.astype("<f2")
+        return Encoded(_in_range(payload, kind, payload))
+    return Encoded(_encode_bfloat16(values))
+
+
+def decode(kind: EncodingKind, encoded: Encoded, channel: Array | None = None) -> Array:
+    """Return the float32 features (..., T, L, C) that `encoded` stands for."""
+    payload = encoded.payload
+    if kind == "bfloat16":
+        return (payload.astype(np.uint32) << 16).view(np.float32)
+    if kind == "int8":
+        assert encoded.scale is not None
+        assert channel is not None
+        return payload.astype(np.float32) * encoded.scale[..., None] * channel[:, None, :]
+    return payload.astype(np.float32)
+
+
+def _in_range(payload: Array, kind: EncodingKind, finite_part: Array) -> Array:
+    if not np.isfinite(finite_part).all():
+        raise InvalidFeatures(f"a value is beyond the range of {kind}; choose bfloat16, int8 or float32")
+    return payload
+
+
+def _encode_bfloat16(values: FloatArray) -> Array:
+    with np.errstate(over="ignore"):
+        bits = values.astype("<f4").view(np.uint32)
+    # Round to nearest, ties to even, as the hardware does.
+    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
+    payload = rounded.astype(PAYLOAD_DTYPES["bfloat16"])
+    if ((payload & 0x7F80) == 0x7F80).any():
+        raise InvalidFeatures("a value is beyond the range of bfloat16; divide the features")
+    return payload
+
+
+def _encode_int8(values: FloatArray, channel: Array) -> Encoded:
+    T, L, C = values.shape[-3:]
+    if channel.shape != (T, C):
+        raise InvalidFeatures(f"the channel calibration has shape {channel.shape}, features need {(T, C)}")
+    flat = values.reshape(-1, T, L, C)
+    payload = np.empty(flat.shape, dtype=np.int8)
+    scale = np.empty(flat.shape[:-1], dtype="<f4")
+    inverse = (1.0 / channel.astype(np.float64)).astype(np.float32)
+    step = max(1, _BLOCK_VALUES // C)
+    for i in range(flat.shape[0]):
+        for t in range(T):
+            for start in range(0, L, step):
+                block = slice(start, start + step)
+                payload[i, t, block], scale[i, t, block] = _quantise(flat[i, t, block], inverse[t])
+    return Encoded(payload.reshape(values.shape), scale.reshape(values.shape[:-1]))
+
+
+def _quantise(tokens: FloatArray, inverse: Array) -> tuple[Array, Array]:
+    """Return the int8 values (L, C) of tokens and their scales (L,); each token's largest value becomes 127."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        calibrated = tokens.astype(np.float32) * inverse
+    peak = np.maximum(calibrated.max(axis=1), -calibrated.min(axis=1))
+    if not np.isfinite(peak).all():
+        raise InvalidFeatures("a value is beyond the range of its channel's calibration; calibrate on more samples")
+    scale = peak / np.float32(_INT8_MAX)
+    # A token so small that its scale underflows is stored as zeros.
+    divisor = np.where(scale > np.finfo(np.float32).tiny, scale, np.float32(np.inf))
+    scale = np.where(np.isinf(divisor), np.float32(0), scale)
+    np.divide(calibrated, divisor[:, None], out=calibrated)
+    np.rint(calibrated, out=calibrated)
+    np.clip(calibrated, -_INT8_MAX, _INT8_MAX, out=calibrated)
+    return calibrated.astype(np.int8), scale

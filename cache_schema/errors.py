@@ -1,0 +1,47 @@
+"""What can go wrong with a cache, in words meant for the person at the keyboard.
+
+Every class here is a *user-facing* error: its message is one clear line that says what is wrong, where, and what to
+do about it. A programming mistake raises an ordinary Python exception instead.
+"""
+
+# ruff: noqa: N818 -- the names below are part of the public contract and read as what happened.
+
+
+class DitDistillError(Exception):
+    """The base of every error that a command reports in one line, without a traceback."""
+
+
+class CacheError(DitDistillError):
+    """Something is wrong with a cache."""
+
+
+class CacheNotFound(CacheError):
+    """There is no cache at the given place."""
+
+
+class CacheUnsealed(CacheError):
+    """The cache, or the part asked for, is not complete yet."""
+
+
+class CacheCorrupt(CacheError):
+    """A file of the cache does not contain what its journal or its format promises."""
+
+
+class CacheMismatch(CacheError):
+    """The cache at this place was made from other inputs than those given."""
+
+
+class UnsupportedSchema(CacheError):
+    """The cache has a schema version that this release cannot read."""
+
+
+class CacheRequestError(CacheError):
+    """The cache is fine but does not hold what was asked for (row, tap, timestep, view, buffer)."""
+
+
+class InvalidFeatures(CacheError):
+    """Features that may not be stored: not finite, of the wrong shape, or out of the encoding's range."""
+
+
+class CacheStorageError(CacheError):
+    """The operating system refused to write: no space left, no permission, a read-only file system."""

@@ -1,0 +1,260 @@
+"""Files that are either wholly there or not there at all.
+
+A file is written aside, flushed to the disk, renamed into place, and its directory flushed: whatever kills the
+process, a reader sees the old state or the new one.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import google_crc32c
+
+from cache_schema.errors import CacheCorrupt, CacheStorageError
+
+Bytes = bytes | bytearray | memoryview
+
+_HOST = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[:32] or "host"
+# Tells this process from an earlier one with the same process id, as every run inside a container has.
+_TOKEN = secrets.token_hex(4)
+_SERIAL = count()
+_ASIDE = re.compile(r"\.tmp-(?P<host>[A-Za-z0-9]+)-(?P<pid>[0-9]+)-(?P<token>[0-9a-f]+)-[0-9]+$")
+# A file left aside by another machine is taken for dead after this long without a write, in seconds.
+_FOREIGN_GRACE = 3600.0
+_READ_BLOCK = 8 << 20
+# Answers of file systems that have no hard links or no locks: not failures of this write.
+_UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF, errno.EMLINK}
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """The size in bytes of a file and the CRC-32C of its contents as 8 hexadecimal digits."""
+
+    bytes: int
+    crc32c: str
+
+
+def crc32c(data: Bytes, previous: int = 0) -> int:
+    """Return the CRC-32C of `data`, continuing from `previous`."""
+    import numpy as np
+
+    # The C extension takes arrays without a copy, but not writable memoryviews.
+    return google_crc32c.extend(previous, np.frombuffer(data, dtype=np.uint8))
+
+
+def digest(data: Bytes) -> FileDigest:
+    """Return the digest a file with these contents would have."""
+    return FileDigest(len(data), f"{crc32c(data):08x}")
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn a refusal of the operating system to write at `path` into a CacheStorageError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        advice = {
+            errno.ENOSPC: "free some space",
+            errno.EDQUOT: "free some of your quota",
+            errno.EFBIG: "raise the file size limit",
+            errno.EACCES: "get write permission there",
+            errno.EPERM: "get write permission there",
+            errno.EROFS: "choose a writable place",
+        }.get(error.errno or 0, "mend that")
+        raise CacheStorageError(
+            f"cannot write {path}: {error.strerror or error}; {advice} and run the same command again: it resumes"
+        ) from error
+
+
+class AsideFile:
+    """A file being written beside its final place; `publish` puts it there, leaving the context without it undoes it.
+
+    Raises CacheStorageError where the operating system refuses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self._crc = 0
+        self._aside = path.with_name(f"{path.name}.tmp-{_HOST}-{os.getpid()}-{_TOKEN}-{next(_SERIAL)}")
+        self._fd: int | None = None
+        self._published = False
+
+    def __enter__(self) -> "AsideFile":
+        with storage_errors(self.path):
+            make_directory(self.path.parent)
+            self._fd = os.open(self._aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+        if not self._published:
+            with contextlib.suppress(FileNotFoundError):
+                self._aside.unlink()
+
+    def write(self, data: Bytes) -> None:
+        """Append bytes."""
+        assert self._fd is not None
+        view = memoryview(data).cast("B")
+        self._crc = crc32c(view, self._crc) if view.nbytes else self._crc
+        self.size += view.nbytes
+        with storage_errors(self.path):
+            while view.nbytes:
+                view = view[os.write(self._fd, view) :]
+
+    def finish(self) -> FileDigest:
+        """Flush everything to the disk and return the digest; the file is still aside."""
+        assert self._fd is not None
+        with storage_errors(self.path):
+            os.fsync(self._fd)
+        self._close()
+        return FileDigest(self.size, f"{self._crc:08x}")
+
+    def publish(self) -> None:
+        """Move the finished file into place, replacing what was there."""
+        with storage_errors(self.path):
+            self._aside.replace(self.path)
+            self._published = True
+            flush_directory(self.path.parent)
+
+    def publish_new(self) -> bool:
+        """Move the finished file into place unless one is there already; say whether it was moved."""
+        with storage_errors(self.path):
+            try:
+                os.link(self._aside, self.path)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED or self.path.exists():
+                    raise
+                self.publish()
+                return True
+            flush_directory(self.path.parent)
+        return True
+
+    def _close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def write_file(path: Path, data: Bytes) -> FileDigest:
+    """Write a whole small file so that it is there completely or not at all; return its digest."""
+    with AsideFile(path) as aside:
+        aside.write(data)
+        written = aside.finish()
+        aside.publish()
+    return written
+
+
+def write_new_file(path: Path, data: Bytes) -> bool:
+    """Write a whole small file unless there is one already; say whether it was written."""
+    with AsideFile(path) as aside:
+        aside.write(data)
+        aside.finish()
+        return aside.publish_new()
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory and its missing parents so that they survive a power cut."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    flush_directory(path.parent)
+
+
+def flush_directory(path: Path) -> None:
+    """Flush a directory's entries to the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def directory_lock(path: Path) -> Iterator[None]:
+    """Hold the directory's advisory lock, which the kernel releases when the process ends, however it ends.
+
+    On a file system without such locks this does nothing: two builders then rely on the renames being atomic and on
+    writing identical bytes.
+    """
+    with storage_errors(path):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+        yield
+    finally:
+        os.close(fd)
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """Return the contents of a file of at most `limit` bytes; a larger one, or no plain file, raises CacheCorrupt."""
+    # Without O_NONBLOCK, opening a named pipe that someone put here would wait for ever.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(fd, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise CacheCorrupt(f"{path} is larger than the {limit} bytes such a file may have")
+    return data
+
+
+def digest_file(path: Path) -> FileDigest:
+    """Return the digest of a file, read in blocks."""
+    size, checksum = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(_READ_BLOCK):
+            size += len(block)
+            checksum = crc32c(block, checksum)
+    return FileDigest(size, f"{checksum:08x}")
+
+
+def is_aside(name: str) -> bool:
+    """Say whether a file name is that of a file being written, or left behind by a writer that died."""
+    return _ASIDE.search(name) is not None
+
+
+def sweep_aside_files(root: Path) -> list[Path]:
+    """Remove the files that dead writers left aside anywhere under `root`; return their paths."""
+    swept = []
+    for directory, _, names in os.walk(root):
+        for name in names:
+            path = Path(directory, name)
+            match = _ASIDE.search(name)
+            if match is not None and _is_dead(path, match):
+                with contextlib.suppress(FileNotFoundError), storage_errors(path):
+                    path.unlink(missing_ok=True)
+                    swept.append(path)
+    return swept
+
+
+def _is_dead(path: Path, match: re.Match[str]) -> bool:
+    if match["host"] != _HOST:
+        try:
+            return time.time() - path.stat().st_mtime > _FOREIGN_GRACE
+        except FileNotFoundError:
+            return False
+    pid = int(match["pid"])
+    if pid == os.getpid():
+        return match["token"] != _TOKEN
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        return False
+    return False

@@ -1,0 +1,132 @@
+"""The journal: one small record per committed piece of a cache. A piece exists when its record exists."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import google_crc32c
+from pydantic import Field, FiniteFloat, ValidationError
+
+from cache_schema.errors import CacheCorrupt
+from cache_schema.files import FileDigest, read_bounded, write_file
+from cache_schema.identity import canonical_json
+from cache_schema.manifest import Count, Part
+
+JOURNAL_FOLDER = "journal"
+MAX_RECORD_BYTES = 64 << 20
+
+# "layout": the samples table and the arrays' metadata. "calibration": the channel calibrations. "features" and
+# "images": one shard each. "seal": what is written when everything else is there.
+Kind = Literal["layout", "calibration", "features", "images", "seal"]
+Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
+_NAME = re.compile(r"(?P<kind>layout|calibration|features|images|seal)-(?P<shard>[0-9]{5,10})\.json")
+
+
+class FileRecord(Part):
+    """A file's size and CRC-32C and, for shards, the CRC-32C of every row's bytes, so that damage has an address."""
+
+    bytes: Count
+    crc32c: Checksum
+    row_crc32c: list[Checksum] | None = None
+
+
+class FidelitySums(Part):
+    """What `cache_schema.fidelity` needs of one shard to compute the figures of the whole cache."""
+
+    tap: str
+    timestep: int
+    tokens: Annotated[int, Field(ge=1)]
+    cosine_sum: FiniteFloat
+    cosine_min: FiniteFloat
+    squared_error: Annotated[FiniteFloat, Field(ge=0)]
+    energy: Annotated[FiniteFloat, Field(ge=0)]
+    channel_error: Annotated[FiniteFloat, Field(ge=0)]
+
+
+class Record(Part):
+    """One committed piece: the rows `[a, b)` it covers, its files and, where it has them, fidelity and image places.
+
+    `offsets` holds, for every row of an image shard, the first byte and the length of its image inside the tar file.
+    """
+
+    kind: Kind
+    shard: Count = 0
+    rows: tuple[Count, Count] = (0, 0)
+    files: dict[str, FileRecord]
+    fidelity: list[FidelitySums] = Field(default_factory=list)
+    offsets: list[tuple[Count, Count]] = Field(default_factory=list)
+    checksum: Checksum | None = None
+
+
+def file_record(digest: FileDigest, row_crc32c: list[int] | None = None) -> FileRecord:
+    """Make the record of a file from its digest."""
+    rows = None if row_crc32c is None else [f"{crc:08x}" for crc in row_crc32c]
+    return FileRecord(bytes=digest.bytes, crc32c=digest.crc32c, row_crc32c=rows)
+
+
+def record_name(kind: Kind, shard: int = 0) -> str:
+    """Return the path of a record inside the cache."""
+    return f"{JOURNAL_FOLDER}/{kind}-{shard:05d}.json"
+
+
+def render_record(record: Record) -> bytes:
+    """Return the bytes of a record's file, with its checksum filled in."""
+    document = record.model_dump(mode="json", exclude={"checksum"})
+    document["checksum"] = _checksum(document)
+    return (canonical_json(document) + "\n").encode("ascii")
+
+
+def write_record(root: Path, record: Record) -> None:
+    """Commit a piece: from here on it exists."""
+    write_file(root / record_name(record.kind, record.shard), render_record(record))
+
+
+def parse_record(data: bytes, where: str) -> Record:
+    """Turn the bytes of a record into a `Record`; anything but the exact bytes once written raises CacheCorrupt."""
+    try:
+        document = json.loads(data)
+        record = Record.model_validate(document)
+        intact = data == render_record(record)
+    except (ValueError, RecursionError, ValidationError) as error:
+        raise CacheCorrupt(f"journal record {where} is not valid: {str(error).splitlines()[0][:200]}") from error
+    if not intact:
+        raise CacheCorrupt(f"journal record {where} was altered: it does not match its own checksum")
+    return record
+
+
+def read_record(root: Path, kind: Kind, shard: int = 0) -> Record | None:
+    """Return a record of the cache at `root`, or None where that piece was not committed."""
+    name = record_name(kind, shard)
+    try:
+        data = read_bounded(root / name, MAX_RECORD_BYTES)
+    except FileNotFoundError:
+        return None
+    record = parse_record(data, str(root / name))
+    if (record.kind, record.shard) != (kind, shard):
+        raise CacheCorrupt(f"journal record {root / name} is that of {record.kind} {record.shard}")
+    return record
+
+
+def committed(root: Path) -> Iterator[tuple[Kind, int]]:
+    """Yield the kind and number of every committed piece, in no particular order."""
+    try:
+        names = [path.name for path in (root / JOURNAL_FOLDER).iterdir()]
+    except FileNotFoundError:
+        return
+    for name in names:
+        match = _NAME.fullmatch(name)
+        if match is not None:
+            kind: Any = match["kind"]
+            yield kind, int(match["shard"])
+
+
+def committed_shards(root: Path, kind: Kind) -> set[int]:
+    """Return the numbers of the committed shards of one kind."""
+    return {shard for found, shard in committed(root) if found == kind}
+
+
+def _checksum(document: dict[str, Any]) -> str:
+    body = {name: value for name, value in document.items() if name != "checksum"}
+    return f"{google_crc32c.value(canonical_json(body).encode('ascii')):08x}"

@@ -1,0 +1,199 @@
+"""The manifest: what a cache holds and what made it, as frozen values that round-trip through JSON.
+
+How a manifest is read from and written to disk is `cache_schema.manifest_file`.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+
+from cache_schema.identity import compute_cache_id
+
+SCHEMA_VERSION: Literal[1] = 1
+
+# Sizes no honest cache comes near. They keep a hostile manifest from promising shapes that cannot be allocated.
+MAX_TOKENS = 1 << 20
+MAX_CHANNELS = 1 << 20
+MAX_CHUNK_VALUES = 1 << 28
+MAX_ROWS = 1 << 34
+MAX_SHARD_CHUNKS = 1 << 24
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, le=MAX_ROWS)]
+Positive = Annotated[int, Field(ge=1, le=MAX_ROWS)]
+EncodingKind = Literal["float32", "float16", "bfloat16", "int8"]
+Compression = Literal["none", "zstd"]
+
+
+def _distinct(values: list) -> list:
+    if len(set(values)) != len(values):
+        raise ValueError("values must be distinct")
+    return values
+
+
+class Part(BaseModel):
+    """A part of the manifest: immutable, and refusing fields it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DatasetInfo(Part):
+    """The data set a cache was made from; `fingerprint` digests its samples and its split."""
+
+    name: str
+    protocol: str
+    fingerprint: str
+    superclass: str
+    counts: dict[str, Count]
+    feature_splits: list[str]
+    feature_rows: Count
+
+
+class TeacherInfo(Part):
+    """The teacher; `digests` maps each component (transformer, vae, ...) to the SHA-256 of its weights."""
+
+    family: str
+    source: str
+    revision: str | None = None
+    pipeline_class: str
+    digests: dict[str, Sha256]
+    lora_digest: Sha256 | None = None
+    dtype: str
+    resolution: Positive
+    text: Literal["caption", "none"]
+    guidance: FiniteFloat | None = None
+
+
+class Curriculum(Part):
+    """Which scheduler steps are cached: step p of `num_steps` (1 the noisiest) at noise level `sigmas[i]`."""
+
+    num_steps: Positive
+    timesteps: Annotated[list[Positive], Field(min_length=1), AfterValidator(_distinct)]
+    sigmas: list[FiniteFloat]
+    seed: int
+
+    @model_validator(mode="after")
+    def _one_sigma_per_timestep(self) -> Self:
+        if len(self.sigmas) != len(self.timesteps):
+            raise ValueError(f"{len(self.timesteps)} timesteps but {len(self.sigmas)} sigmas")
+        if max(self.timesteps) > self.num_steps:
+            raise ValueError(f"timestep {max(self.timesteps)} is beyond num_steps {self.num_steps}")
+        return self
+
+
+class TapInfo(Part):
+    """Where in the teacher features are read, and their shape: `tokens` (grid height x width) of `channels` values."""
+
+    # A tap names a folder, so it may not look like a path, nor like the `.scale` and `.channel` folders beside it.
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}(\.[0-9]{1,6})?$")]
+    tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+    channels: Annotated[int, Field(ge=1, le=MAX_CHANNELS)]
+    grid: tuple[Positive, Positive]
+
+    @model_validator(mode="after")
+    def _sane_shape(self) -> Self:
+        if self.grid[0] * self.grid[1] != self.tokens:
+            raise ValueError(f"grid {self.grid[0]}x{self.grid[1]} does not have {self.tokens} tokens")
+        if self.tokens * self.channels > MAX_CHUNK_VALUES:
+            raise ValueError(f"{self.tokens} tokens x {self.channels} channels is more than this format allows")
+        return self
+
+
+class Encoding(Part):
+    """How a feature value becomes bytes (`kind`), and how those bytes are compressed, losslessly."""
+
+    kind: EncodingKind
+    compression: Compression = "none"
+
+
+class ImagesInfo(Part):
+    """The student images: longest side in pixels, file format, and quality where the format has one."""
+
+    size: Positive
+    format: Literal["jpeg", "png", "webp"]
+    quality: Annotated[int, Field(ge=1, le=100)] | None = None
+
+
+class StoreInfo(Part):
+    """How rows are grouped into files. Never part of the cache id."""
+
+    kind: Literal["zarr"] = "zarr"
+    samples_per_shard: Positive
+    feature_shards: Count
+    images_per_shard: Positive
+    image_shards: Count
+
+
+class Fidelity(Part):
+    """How close decoded features of one tap and timestep are to what the teacher computed.
+
+    `cosine_mean` and `cosine_min` are over tokens; `relative_error` is |decoded - original| / |original| over all
+    values, `channel_error` the same per channel, root-mean-squared over channels, so that a few huge channels cannot
+    hide what happened to the others.
+    """
+
+    tap: str
+    timestep: Positive
+    cosine_mean: FiniteFloat
+    cosine_min: FiniteFloat
+    relative_error: FiniteFloat
+    channel_error: FiniteFloat
+
+
+class Provenance(Part):
+    """Everything about one build that another build of the same cache would not repeat."""
+
+    created: str | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    device: str | None = None
+    seconds: FiniteFloat | None = None
+    command: str | None = None
+    # Covers the whole manifest, this part included; it is here because it changes whenever this part does.
+    checksum: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")] | None = None
+
+
+class Manifest(Part):
+    """What a cache holds and what made it. See the parts for their fields; all sizes are bytes."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    cache_id: str = ""
+    dataset: DatasetInfo
+    teacher: TeacherInfo
+    curriculum: Curriculum
+    taps: Annotated[list[TapInfo], Field(min_length=1)]
+    encoding: Encoding
+    views: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
+    images: ImagesInfo | None = None
+    store: StoreInfo
+    fidelity: list[Fidelity] = Field(default_factory=list)
+    provenance: Provenance = Field(default_factory=Provenance)
+    sealed: bool = False
+    bytes_features: Count | None = None
+    bytes_images: Count | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _distinct([tap.name for tap in self.taps])
+        rows, per_shard = self.dataset.feature_rows, self.store.samples_per_shard
+        if self.store.feature_shards != -(-rows // per_shard):
+            raise ValueError(f"{rows} rows by {per_shard} are not {self.store.feature_shards} shards")
+        if per_shard * len(self.views) * len(self.curriculum.timesteps) > MAX_SHARD_CHUNKS:
+            raise ValueError("a shard would hold more chunks than this format allows")
+        if self.images is None and self.store.image_shards:
+            raise ValueError("image shards without image settings")
+        expected = compute_cache_id(self)
+        if not self.cache_id:
+            # Computed here rather than asked for, so that no manifest can carry another's name.
+            object.__setattr__(self, "cache_id", expected)
+        elif self.cache_id != expected:
+            raise ValueError(f"cache_id {self.cache_id[:12]} is not that of its contents ({expected[:12]})")
+        return self
+
+    @property
+    def label(self) -> str:
+        """A short name for messages: the data set and the first digits of the cache id."""
+        return f"{self.dataset.name}-{self.cache_id[:8]}"
+
+    def tap(self, name: str) -> TapInfo | None:
+        """Return the tap called `name`, or None."""
+        return next((tap for tap in self.taps if tap.name == name), None)

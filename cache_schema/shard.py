@@ -1,0 +1,143 @@
+"""Shard files of the Zarr v3 `sharding_indexed` codec: written deterministically, parsed without trust.
+
+A shard file is the chunks in C order, row after row, then the index (one little-endian uint64 offset and length per
+chunk, all ones where the chunk is missing), then the CRC-32C of the index.
+Source: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cache_schema.encoding import Array
+from cache_schema.errors import CacheCorrupt
+from cache_schema.files import AsideFile, Bytes, crc32c
+from cache_schema.layout import ZSTD_LEVEL, ArrayLayout
+
+_MISSING = np.uint64(0xFFFFFFFFFFFFFFFF)
+_CRC_BYTES = 4
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+
+
+@dataclass
+class ShardWriter:
+    """Writes one shard into a file, row by row; every row has the shape (V, T, *inner)."""
+
+    layout: ArrayLayout
+    file: AsideFile
+    row_crc32c: list[int] = field(default_factory=list)
+    _places: list[tuple[int, int]] = field(default_factory=list)
+
+    def add_row(self, row: Array) -> None:
+        """Append the chunks of one sample."""
+        data = np.ascontiguousarray(row, dtype=np.dtype(self.layout.dtype).newbyteorder("<"))
+        expected = (*self.layout.outer[1:], *self.layout.inner)
+        if data.shape != expected:
+            raise ValueError(f"row of shape {data.shape}, expected {expected}")
+        if self.layout.compression == "none":
+            pieces: list[Bytes] = [data.reshape(-1).view(np.uint8).data]
+            size = data.nbytes // math.prod(expected[:2])
+            self._places += [(self.file.size + i * size, size) for i in range(math.prod(expected[:2]))]
+        else:
+            pieces = [_compress(chunk) for view in data for chunk in view]
+            start = self.file.size
+            for piece in pieces:
+                self._places.append((start, len(piece)))
+                start += len(piece)
+        crc = 0
+        for piece in pieces:
+            self.file.write(piece)
+            crc = crc32c(piece, crc)
+        self.row_crc32c.append(crc)
+
+    def finish(self) -> None:
+        """Append the index; chunks of rows that were not added are marked as missing."""
+        index = np.full((math.prod(self.layout.chunks_per_shard), 2), _MISSING, dtype="<u8")
+        index[: len(self._places)] = np.array(self._places, dtype="<u8").reshape(-1, 2)
+        data = index.tobytes()
+        self.file.write(data)
+        self.file.write(crc32c(data).to_bytes(_CRC_BYTES, "little"))
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where the chunks of a shard are: offsets and lengths in bytes, int64 (S, V, T); offset -1 where missing."""
+
+    offsets: Array
+    lengths: Array
+
+    @property
+    def nbytes(self) -> int:
+        """The memory this index takes."""
+        return self.offsets.nbytes + self.lengths.nbytes
+
+
+def index_size(layout: ArrayLayout) -> int:
+    """Return the size in bytes of a shard's index and its checksum."""
+    return 16 * math.prod(layout.chunks_per_shard) + _CRC_BYTES
+
+
+def chunk_bytes(layout: ArrayLayout) -> int:
+    """Return the size in bytes of one decoded chunk."""
+    return math.prod(layout.inner) * np.dtype(layout.dtype).itemsize
+
+
+def parse_index(data: bytes, layout: ArrayLayout, file_size: int, where: str) -> ShardIndex:
+    """Parse the last `index_size(layout)` bytes of a shard file of `file_size` bytes.
+
+    Every chunk of the result lies inside the file, before the index, and without compression has exactly the size of
+    a chunk. Raises CacheCorrupt otherwise; `where` names the file in the message.
+    """
+    if len(data) != index_size(layout) or file_size < len(data):
+        raise CacheCorrupt(f"{where} is truncated: {file_size} bytes do not hold the index of its chunks")
+    if crc32c(data[:-_CRC_BYTES]) != int.from_bytes(data[-_CRC_BYTES:], "little"):
+        raise CacheCorrupt(f"the chunk index of {where} is damaged (checksum)")
+    table = np.frombuffer(data, dtype="<u8", count=2 * math.prod(layout.chunks_per_shard)).reshape(-1, 2)
+    offsets, lengths = table[:, 0], table[:, 1]
+    present = (offsets != _MISSING) | (lengths != _MISSING)
+    limit = np.uint64(file_size - len(data))
+    # Written so that no sum can wrap around.
+    inside = (lengths <= limit) & (offsets <= limit - np.minimum(lengths, limit))
+    if layout.compression == "none":
+        inside &= lengths == np.uint64(chunk_bytes(layout))
+    if not (inside | ~present).all():
+        raise CacheCorrupt(f"the chunk index of {where} points outside the file or to chunks of the wrong size")
+    shape = layout.chunks_per_shard
+    return ShardIndex(
+        np.where(present, offsets, _MISSING).astype(np.int64).reshape(shape),
+        np.where(present, lengths, 0).astype(np.int64).reshape(shape),
+    )
+
+
+def decompress(data: bytes, out: Array, where: str) -> None:
+    """Decompress one zstd chunk into `out` (uint8), whose size it must have exactly; raises CacheCorrupt if not."""
+    from numcodecs import Zstd
+
+    # numcodecs accepts frames smaller than the buffer and would leave the rest of it as it was.
+    if zstd_content_size(data) != out.nbytes:
+        raise CacheCorrupt(f"a chunk of {where} does not decompress to {out.nbytes} bytes")
+    try:
+        Zstd().decode(data, out)
+    except (RuntimeError, ValueError) as error:
+        raise CacheCorrupt(f"a chunk of {where} is damaged: {error}") from error
+
+
+def zstd_content_size(frame: bytes) -> int | None:
+    """Return the content size that a zstd frame declares, or None if it declares none (RFC 8878, 3.1.1.1)."""
+    if len(frame) < 5 or frame[:4] != _ZSTD_MAGIC:
+        return None
+    descriptor = frame[4]
+    single_segment = descriptor >> 5 & 1
+    start = 5 + (1 - single_segment) + (0, 1, 2, 4)[descriptor & 3]
+    size = (single_segment, 2, 4, 8)[descriptor >> 6]
+    if size == 0 or len(frame) < start + size:
+        return None
+    value = int.from_bytes(frame[start : start + size], "little")
+    return value + 256 if size == 2 else value
+
+
+def _compress(chunk: Array) -> bytes:
+    from numcodecs import Zstd
+
+    return bytes(Zstd(level=ZSTD_LEVEL).encode(chunk))

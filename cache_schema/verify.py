@@ -1,0 +1,230 @@
+"""Checking a cache: every byte against the journal, every file against what the manifest promises."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cache_schema import layout
+from cache_schema.errors import CacheCorrupt, CacheError
+from cache_schema.files import crc32c, digest_file, is_aside, read_bounded
+from cache_schema.journal import FileRecord, Kind, Record, committed, read_record, record_name
+from cache_schema.layout import ArrayLayout
+from cache_schema.manifest import Manifest
+from cache_schema.manifest_file import MANIFEST_NAME, MAX_MANIFEST_BYTES, load_manifest, render_document
+from cache_schema.open_shards import OpenFile
+from cache_schema.reader import local_path, read_index
+from cache_schema.samples import check_against_manifest, count_usable, load_samples
+
+_KINDS_WITH_SHARDS: tuple[Kind, Kind] = ("features", "images")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong in a cache: the file, relative to it, and, where it is one's, the shard and its rows [a, b)."""
+
+    file: str
+    shard: int | None
+    rows: tuple[int, int] | None
+    reason: str
+
+    def __str__(self) -> str:
+        shard = "" if self.shard is None else f" (shard {self.shard}"
+        rows = "" if self.rows is None else f", rows {self.rows[0]} to {self.rows[1] - 1}"
+        return f"{self.file}{shard}{rows}{')' if shard else ''}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A piece that the manifest promises: its record, the rows it covers and the files it consists of."""
+
+    kind: Kind
+    shard: int
+    rows: tuple[int, int] | None
+    files: Mapping[str, ArrayLayout | None]
+
+    @property
+    def problem_shard(self) -> int | None:
+        return self.shard if self.kind in _KINDS_WITH_SHARDS else None
+
+
+def verify(path: str | os.PathLike[str]) -> list[Problem]:
+    """Check every file of a cache and return all that is wrong with it, in a stable order.
+
+    In a cache that is not sealed, pieces that were never committed are no problem. Raises CacheNotFound where there is
+    no cache and UnsupportedSchema for one this release cannot read.
+    """
+    root = local_path(path)
+    try:
+        manifest = load_manifest(root)
+    except CacheCorrupt as error:
+        return [Problem(MANIFEST_NAME, None, None, str(error))]
+    problems = list(_check_manifest_bytes(root))
+    known = {MANIFEST_NAME}
+    done = set(committed(root))
+    for piece in _pieces(manifest, done, _image_rows(root, manifest)):
+        name = record_name(piece.kind, piece.shard)
+        known.add(name)
+        if (piece.kind, piece.shard) in done:
+            problems += _check_piece(root, piece)
+        elif manifest.sealed:
+            problems.append(Problem(name, piece.problem_shard, piece.rows, "the journal record is missing"))
+        # Files of an uncommitted piece are what a builder was putting in place; it will write them again.
+        known.update(piece.files)
+    problems += [Problem(name, None, None, reason) for name, reason in _strangers(root, known)]
+    return problems
+
+
+def _pieces(manifest: Manifest, done: set[tuple[Kind, int]], image_rows: int | None) -> Iterator[_Piece]:
+    """Yield what the cache should consist of; without a table to bear the manifest out, what the journal speaks of."""
+    yield _Piece("layout", 0, None, dict.fromkeys([*layout.zarr_documents(manifest), layout.SAMPLES_NAME]))
+    if manifest.encoding.kind == "int8":
+        yield _Piece("calibration", 0, None, {layout.channel_file(tap.name): None for tap in manifest.taps})
+    store = manifest.store
+    arrays = [array for tap in manifest.taps for array in layout.feature_layouts(manifest, tap)]
+    for shard in _shards(store.feature_shards, "features", done, image_rows):
+        rows = layout.rows_of_shard(shard, store.samples_per_shard, manifest.dataset.feature_rows)
+        files = {array.shard_file(shard): array for array in arrays}
+        yield _Piece("features", shard, (rows.start, rows.stop), files)
+    for shard in _shards(store.image_shards, "images", done, image_rows):
+        rows = layout.rows_of_shard(shard, store.images_per_shard, image_rows or 0)
+        known_rows = None if image_rows is None else (rows.start, rows.stop)
+        yield _Piece("images", shard, known_rows, {layout.image_file(shard): None})
+    if manifest.sealed:
+        sealed = [layout.CARD_NAME] + ([] if manifest.images is None else [layout.IMAGE_INDEX_NAME])
+        yield _Piece("seal", 0, None, dict.fromkeys(sealed))
+
+
+def _shards(count: int, kind: Kind, done: set[tuple[Kind, int]], image_rows: int | None) -> Iterable[int]:
+    if image_rows is not None:
+        return range(count)
+    return sorted(shard for found, shard in done if found == kind and shard < count)
+
+
+def _image_rows(root: Path, manifest: Manifest) -> int | None:
+    """Return how many rows can have an image, or None unless the samples table bears the manifest out.
+
+    A damaged table is reported with the other files; here it means that the manifest's counts, which could be in the
+    billions, are not to be believed.
+    """
+    try:
+        samples = load_samples(root / layout.SAMPLES_NAME)
+        check_against_manifest(samples, manifest)
+    except CacheError:
+        return None
+    return count_usable(samples)
+
+
+def _check_manifest_bytes(root: Path) -> Iterator[Problem]:
+    # The checksum covers what the manifest says; this covers white space and digits that do not change a number.
+    data = read_bounded(root / MANIFEST_NAME, MAX_MANIFEST_BYTES)
+    document = json.loads(data)
+    if data != render_document(document):
+        yield Problem(MANIFEST_NAME, None, None, "the file was altered without changing what it says")
+    elif document.get("sealed") and document["provenance"].get("checksum") is None:
+        yield Problem(MANIFEST_NAME, None, None, "the checksum of the manifest is missing")
+
+
+def _check_piece(root: Path, piece: _Piece) -> Iterator[Problem]:
+    name = record_name(piece.kind, piece.shard)
+    try:
+        record = read_record(root, piece.kind, piece.shard)
+    except (CacheCorrupt, OSError) as error:
+        yield Problem(name, piece.problem_shard, piece.rows, str(error))
+        return
+    assert record is not None
+    if piece.rows is None and piece.kind in _KINDS_WITH_SHARDS:
+        piece = replace(piece, rows=record.rows)
+    if piece.rows is not None and record.rows != piece.rows:
+        yield Problem(name, piece.shard, piece.rows, f"the record says it covers rows {record.rows}")
+        return
+    if record.files.keys() != piece.files.keys():
+        wrong = sorted(record.files.keys() ^ piece.files.keys())
+        yield Problem(name, piece.problem_shard, piece.rows, f"the record names the wrong files ({wrong[0]})")
+        return
+    for file, expected in record.files.items():
+        yield from _check_file(root, piece, record, file, expected)
+
+
+def _check_file(root: Path, piece: _Piece, record: Record, name: str, expected: FileRecord) -> Iterator[Problem]:
+    path, shard = root / name, piece.problem_shard
+    if not path.is_file() or path.is_symlink():
+        reason = "the file is missing" if not path.exists() else "this is not a plain file"
+        yield Problem(name, shard, piece.rows, reason)
+        return
+    try:
+        found = digest_file(path)
+    except OSError as error:
+        yield Problem(name, shard, piece.rows, f"the file cannot be read: {error.strerror}")
+        return
+    if found.bytes != expected.bytes:
+        yield Problem(name, shard, piece.rows, f"the file has {found.bytes} bytes instead of {expected.bytes}")
+    elif found.crc32c != expected.crc32c:
+        yield from _locate_damage(path, piece, record, name, expected)
+
+
+def _locate_damage(path: Path, piece: _Piece, record: Record, name: str, expected: FileRecord) -> Iterator[Problem]:
+    """Say which rows of a file of the right size are damaged."""
+    if piece.rows is None or expected.row_crc32c is None:
+        yield Problem(name, piece.problem_shard, piece.rows, "the contents are damaged (checksum)")
+        return
+    first = piece.rows[0]
+    try:
+        checksums = list(_row_checksums(path, piece.files[name], record))
+    except CacheCorrupt as error:
+        yield Problem(name, piece.shard, piece.rows, f"none of its rows can be found: {error}")
+        return
+    bad = [row for row, pair in enumerate(zip(checksums, expected.row_crc32c, strict=False)) if pair[0] != pair[1]]
+    for start, stop in _ranges(bad):
+        yield Problem(name, piece.shard, (first + start, first + stop), "the contents are damaged (checksum)")
+    if not bad:
+        yield Problem(name, piece.shard, piece.rows, "damaged between the rows, which are themselves intact")
+
+
+def _row_checksums(path: Path, array: ArrayLayout | None, record: Record) -> Iterator[str]:
+    file = OpenFile(str(path))
+    rows = record.rows[1] - record.rows[0]
+    if array is None:
+        for offset, size in record.offsets[:rows]:
+            yield f"{crc32c(_read_inside(file, offset, size)):08x}"
+        return
+    index = read_index(file, array)
+    for row in range(rows):
+        crc = 0
+        for offset, size in zip(index.offsets[row].flat, index.lengths[row].flat, strict=True):
+            crc = crc32c(_read_inside(file, int(offset), int(size)), crc) if size else crc
+        yield f"{crc:08x}"
+
+
+def _read_inside(file: OpenFile, offset: int, size: int) -> bytes:
+    if offset < 0 or offset + size > file.size:
+        raise CacheCorrupt(f"{file.path}: bytes {offset} to {offset + size} are outside the file")
+    return file.read(offset, size)
+
+
+def _ranges(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Group ascending numbers into half-open ranges."""
+    start = stop = None
+    for number in numbers:
+        if start is None or stop is None:
+            start, stop = number, number + 1
+        elif number == stop:
+            stop += 1
+        else:
+            yield start, stop
+            start, stop = number, number + 1
+    if start is not None and stop is not None:
+        yield start, stop
+
+
+def _strangers(root: Path, known: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield what lies in the directory without belonging to the cache."""
+    for directory, folders, names in os.walk(root):
+        folders.sort()
+        for name in sorted(names + [folder for folder in folders if Path(directory, folder).is_symlink()]):
+            path = Path(directory, name).relative_to(root).as_posix()
+            if is_aside(name):
+                yield path, "a file that a writer left behind; resuming the build removes it"
+            elif path not in known:
+                yield path, "this file does not belong to the cache"

@@ -1,0 +1,155 @@
+"""Tiny caches for the tests: what is in them is a pure function of the row, so that any process can check it."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from hypothesis import HealthCheck, settings
+
+from cache_schema import (
+    CacheWriter,
+    Curriculum,
+    DatasetInfo,
+    Encoding,
+    ImagesInfo,
+    Manifest,
+    Provenance,
+    TapInfo,
+    TeacherInfo,
+    create_cache,
+    fingerprint_samples,
+    make_samples,
+    plan_manifest,
+)
+
+# For property tests. `HYPOTHESIS_EXAMPLES=2000 pytest tests/cache_schema` is the thorough, nightly setting.
+_EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "60"))
+many_examples = settings(
+    max_examples=_EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+# For those that build a whole cache each time.
+some_examples = settings(many_examples, max_examples=max(15, _EXAMPLES // 10))
+
+TAPS = {"hidden": (6, 8, (2, 3)), "single.3": (4, 5, (2, 2))}
+TIMESTEPS = [10, 16, 28]
+VIEWS = ["canonical", "hflip"]
+FEATURE_ROWS = 7
+IMAGE_ROWS = 10
+
+
+def tiny_samples(feature_rows: int = FEATURE_ROWS, others: int = 3, quarantined: int = 1) -> tuple[pa.Table, int]:
+    """A samples table in which the quarantined and the test rows are given first, for `make_samples` to move."""
+    rows: list[dict[str, Any]] = []
+    total = feature_rows + others + quarantined
+    for i in range(total):
+        row: dict[str, Any] = {
+            "id": f"sample-{i}",
+            "split": "train" if i < feature_rows else "test",
+            "label": i,
+            "class_name": f"class {i}",
+            "source": f"images/{i}.jpg",
+            "sha256": hashlib.sha256(str(i).encode()).hexdigest(),
+            "width": 20 + i,
+            "height": 30,
+            "box": [0.0, 1.5, 10.0, 20.0] if i % 2 else None,
+            "caption": f"a bird, number {i}",
+        }
+        if i >= feature_rows + others:
+            row |= {"state": "quarantined", "reason": "the file is empty", "split": "train"}
+        rows.append(row)
+    return make_samples(reversed(rows), ["train"])
+
+
+def tiny_manifest(
+    samples: pa.Table,
+    feature_rows: int,
+    kind: str = "float32",
+    compression: str = "none",
+    with_images: bool = True,
+    samples_per_shard: int = 3,
+    **changes: Any,
+) -> Manifest:
+    """The manifest of a tiny cache with two taps, two views and three timesteps; `changes` replace its parts."""
+    usable = samples["state"].to_pylist().count("ok")
+    parts: dict[str, Any] = {
+        "dataset": DatasetInfo(
+            name="tiny",
+            protocol="first half / second half",
+            fingerprint=fingerprint_samples(samples),
+            superclass="bird",
+            counts={"train": feature_rows, "test": usable - feature_rows},
+            feature_splits=["train"],
+            feature_rows=feature_rows,
+        ),
+        "teacher": TeacherInfo(
+            family="flux",
+            source="/somewhere/flux",
+            pipeline_class="FluxPipeline",
+            digests={"transformer": "a" * 64, "vae": "b" * 64},
+            dtype="bfloat16",
+            resolution=48,
+            text="caption",
+            guidance=3.5,
+        ),
+        "curriculum": Curriculum(num_steps=28, timesteps=TIMESTEPS, sigmas=[0.9, 0.6, 0.05], seed=7),
+        "taps": [TapInfo(name=name, tokens=t, channels=c, grid=grid) for name, (t, c, grid) in TAPS.items()],
+        "encoding": Encoding(kind=kind, compression=compression),
+        "views": VIEWS,
+        "images": ImagesInfo(size=32, format="png") if with_images else None,
+        "image_rows": usable,
+        "samples_per_shard": samples_per_shard,
+        "images_per_shard": 4,
+    }
+    return plan_manifest(**{**parts, **changes})
+
+
+def features_of(rows: Iterable[int], manifest: Manifest) -> dict[str, np.ndarray]:
+    """The features (rows, V, T, L, C) of given rows; channel 1 is a hundred times larger than the others."""
+    features = {}
+    for tap in manifest.taps:
+        shape = (len(manifest.views), len(manifest.curriculum.timesteps), tap.tokens, tap.channels)
+        stack = [np.random.default_rng([row, tap.tokens]).normal(size=shape) for row in rows]
+        values = np.array(stack, dtype=np.float32).reshape(-1, *shape)
+        values[..., 1] *= 100
+        features[tap.name] = values
+    return features
+
+
+def image_of(row: int) -> bytes:
+    """Something to stand for the encoded image of a row; nothing here decodes it."""
+    return f"image {row} ".encode() * (row * 37 % 101 + 1)
+
+
+def start(path: Path, **options: Any) -> CacheWriter:
+    """Create or resume a tiny cache, calibrated."""
+    samples, rows = tiny_samples(options.pop("feature_rows", FEATURE_ROWS))
+    writer = create_cache(path, tiny_manifest(samples, rows, **options), samples)
+    if writer.needs_calibration():
+        writer.calibrate(features_of(range(min(rows, 4)), writer.manifest))
+    return writer
+
+
+def fill(writer: CacheWriter) -> CacheWriter:
+    """Write everything that a tiny cache still lacks."""
+    for shard in writer.missing_shards():
+        writer.write_shard(shard, features_of(writer.shard_rows(shard), writer.manifest))
+    for shard in writer.missing_image_shards():
+        writer.write_images(shard, [image_of(row) for row in writer.image_rows(shard)])
+    return writer
+
+
+def build(path: Path, provenance: Provenance | None = None, **options: Any) -> Path:
+    """Build and seal a tiny cache; return its path."""
+    fill(start(path, **options)).seal(provenance)
+    return path
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """The contents of every file under a directory."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}

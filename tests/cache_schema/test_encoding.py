@@ -1,0 +1,143 @@
+"""Features survive their encoding as well as the encoding promises, and never turn into nonsense silently."""
+
+import numpy as np
+import pytest
+import torch
+from cache_building import many_examples
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from cache_schema import InvalidFeatures
+from cache_schema.encoding import Encoded, as_features, calibrate_channels, decode, encode, first_not_finite
+
+shapes = hnp.array_shapes(min_dims=4, max_dims=4, max_side=5)
+
+
+def float32_features(limit: float) -> st.SearchStrategy[np.ndarray]:
+    elements = st.floats(-limit, limit, width=32, allow_subnormal=True)
+    return hnp.arrays(np.float32, shapes, elements=elements)
+
+
+@many_examples
+@given(float32_features(float(np.finfo(np.float32).max)))
+def test_float32_returns_exactly_what_was_given(x: np.ndarray) -> None:
+    np.testing.assert_array_equal(decode("float32", encode("float32", x)), x)
+
+
+@many_examples
+@given(float32_features(65504.0))
+def test_float16_rounds_as_numpy_does(x: np.ndarray) -> None:
+    np.testing.assert_array_equal(decode("float16", encode("float16", x)), x.astype(np.float16).astype(np.float32))
+
+
+@many_examples
+@given(float32_features(float(np.float32(3.3e38))))
+def test_bfloat16_rounds_as_torch_does(x: np.ndarray) -> None:
+    encoded = encode("bfloat16", x)
+    assert encoded.payload.dtype == np.uint16
+    expected = torch.from_numpy(x).to(torch.bfloat16).float().numpy()
+    np.testing.assert_array_equal(decode("bfloat16", encoded), expected)
+
+
+@many_examples
+@given(float32_features(1e6))
+def test_int8_errs_by_at_most_half_a_step_of_its_token_and_channel(x: np.ndarray) -> None:
+    channel = calibrate_channels(x[None])
+    encoded = encode("int8", x, channel)
+    assert encoded.scale is not None
+    step = encoded.scale[..., None].astype(np.float64) * channel[:, None, :]
+    error = np.abs(decode("int8", encoded, channel).astype(np.float64) - x)
+    # Besides the rounding: float32 arithmetic, and tokens too small for a scale, which become zero.
+    slack = 1e-5 * np.abs(x) + 2e-36 * channel[:, None, :]
+    assert (error <= 0.5001 * step + slack).all()
+
+
+@many_examples
+@given(float32_features(1e6))
+def test_an_encoding_decodes_the_same_for_one_sample_as_for_many(x: np.ndarray) -> None:
+    channel = calibrate_channels(x[None])
+    whole = encode("int8", x, channel)
+    for i, sample in enumerate(x):
+        alone = encode("int8", sample, channel)
+        np.testing.assert_array_equal(alone.payload, whole.payload[i])
+        np.testing.assert_array_equal(alone.scale, whole.scale[i])
+
+
+def test_int8_keeps_every_channel_where_four_of_them_are_a_thousand_times_larger() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(8, 1, 2, 64, 3072)).astype(np.float32)
+    x[..., [5, 700, 1500, 3000]] *= 1000
+    channel = calibrate_channels(x[:4])
+    y = np.stack([decode("int8", encode("int8", sample, channel), channel) for sample in x[4:]])
+    error = np.sqrt(np.square(y - x[4:]).mean(axis=(0, 1, 2, 3)) / np.square(x[4:]).mean(axis=(0, 1, 2, 3)))
+    assert error.max() < 0.02
+
+
+def test_int8_survives_a_channel_that_was_silent_during_calibration() -> None:
+    rng = np.random.default_rng(0)
+    quiet = rng.normal(size=(4, 1, 1, 16, 32)).astype(np.float32)
+    quiet[..., 3] = 0
+    channel = calibrate_channels(quiet)
+    loud = quiet[0].copy()
+    loud[..., 3] = 0.05
+    y = decode("int8", encode("int8", loud, channel), channel)
+    np.testing.assert_allclose(y[..., 3], 0.05, rtol=0.01)
+    assert np.abs(y - loud).max() < 0.5
+
+
+def test_tokens_of_zeros_and_of_tiny_values_decode_to_zeros() -> None:
+    x = np.zeros((1, 1, 2, 4), np.float32)
+    x[..., 1, :] = 1e-44
+    channel = np.ones((1, 4), np.float32)
+    y = decode("int8", encode("int8", x, channel), channel)
+    np.testing.assert_array_equal(y, 0)
+
+
+@pytest.mark.parametrize(("kind", "value"), [("float16", 1e5), ("bfloat16", 3.4e38)])
+def test_a_value_beyond_the_encodings_range_is_refused(kind: str, value: float) -> None:
+    with pytest.raises(InvalidFeatures, match=f"beyond the range of {kind}"):
+        encode(kind, np.full((1, 1, 1, 2), value, np.float32))
+
+
+def test_int8_refuses_values_that_overflow_under_their_calibration() -> None:
+    with pytest.raises(InvalidFeatures, match="calibrate on more samples"):
+        encode("int8", np.full((1, 1, 1, 2), 1e38, np.float32), np.full((1, 2), 1e-10, np.float32))
+
+
+def test_int8_needs_a_calibration_of_the_right_shape() -> None:
+    x = np.zeros((1, 1, 2, 4), np.float32)
+    with pytest.raises(InvalidFeatures, match="needs a channel calibration"):
+        encode("int8", x)
+    with pytest.raises(InvalidFeatures, match="features need"):
+        encode("int8", x, np.ones((2, 4), np.float32))
+
+
+@many_examples
+@given(st.data())
+def test_the_first_value_that_is_not_finite_is_found(data: st.DataObject) -> None:
+    x = np.zeros((2, 3, 4, 5), np.float32)
+    place = tuple(data.draw(st.integers(0, side - 1)) for side in x.shape)
+    x[place] = data.draw(st.sampled_from([np.nan, np.inf, -np.inf]))
+    assert first_not_finite(x) == place
+
+
+def test_large_finite_values_are_not_taken_for_infinite_ones() -> None:
+    assert first_not_finite(np.full((1, 1, 2, 2), 3e38, np.float32)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_features_may_be_torch_tensors_of_any_floating_type(dtype: torch.dtype) -> None:
+    x = torch.linspace(-3, 3, 12).reshape(1, 1, 3, 4).to(dtype)
+    np.testing.assert_array_equal(as_features(x).astype(np.float32), x.float().numpy())
+
+
+def test_integer_features_are_refused() -> None:
+    with pytest.raises(InvalidFeatures, match="floating point"):
+        as_features(np.zeros(3, np.int32))
+
+
+def test_encoded_values_are_frozen() -> None:
+    encoded = Encoded(np.zeros(1))
+    with pytest.raises(AttributeError):
+        encoded.scale = np.zeros(1)  # type: ignore[misc]

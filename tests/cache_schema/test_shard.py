@@ -1,0 +1,173 @@
+"""Shard files follow the Zarr specification, and their index is never believed beyond the file it is in."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cache_building import many_examples
+from hypothesis import given
+from hypothesis import strategies as st
+from numcodecs import Zstd
+
+from cache_schema import CacheCorrupt
+from cache_schema.files import AsideFile, crc32c
+from cache_schema.layout import ArrayLayout
+from cache_schema.open_shards import OpenFile, OpenShards
+from cache_schema.shard import (
+    ShardIndex,
+    ShardWriter,
+    chunk_bytes,
+    decompress,
+    index_size,
+    parse_index,
+    zstd_content_size,
+)
+
+MISSING = 2**64 - 1
+
+
+def layout(compression: str = "none", rows: int = 3) -> ArrayLayout:
+    return ArrayLayout("features/hidden", "payload", "int8", (7, 1, 2), (2, 4), rows, compression)
+
+
+def sign(index: bytes) -> bytes:
+    return index + crc32c(index).to_bytes(4, "little")
+
+
+numbers = st.integers(0, MISSING) | st.sampled_from([0, 8, 16, 40, 48, MISSING - 1, MISSING, 2**63, 2**63 - 8])
+
+
+@many_examples
+@given(
+    st.lists(st.tuples(numbers, numbers), min_size=6, max_size=6),
+    st.integers(0, 400),
+    st.sampled_from(["none", "zstd"]),
+)
+def test_every_chunk_of_an_accepted_index_lies_inside_the_file(
+    table: list[tuple[int, int]], extra: int, compression: str
+) -> None:
+    array = layout(compression)
+    data = sign(np.array(table, dtype="<u8").tobytes())
+    size = len(data) + extra
+    try:
+        index = parse_index(data, array, size, "a file")
+    except CacheCorrupt:
+        assert any(
+            pair != (MISSING, MISSING)
+            and (pair[0] + pair[1] > extra or (compression == "none" and pair[1] != chunk_bytes(array)))
+            for pair in table
+        )
+        return
+    for (offset, length), pair in zip(zip(index.offsets.flat, index.lengths.flat, strict=True), table, strict=True):
+        if pair == (MISSING, MISSING):
+            assert (offset, length) == (-1, 0)
+        else:
+            assert (offset, length) == pair
+            assert 0 <= offset <= offset + length <= extra
+
+
+@many_examples
+@given(st.binary(max_size=200), st.integers(0, 300))
+def test_bytes_that_are_no_index_are_called_corrupt(data: bytes, size: int) -> None:
+    with pytest.raises(CacheCorrupt):
+        parse_index(data, layout(), size, "a file")
+
+
+def test_an_index_with_a_flipped_bit_is_refused() -> None:
+    data = bytearray(sign(np.full((6, 2), MISSING, dtype="<u8").tobytes()))
+    data[3] ^= 1
+    with pytest.raises(CacheCorrupt, match="checksum"):
+        parse_index(bytes(data), layout(), 1000, "a file")
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_a_written_shard_gives_its_chunks_back(tmp_path: Path, compression: str) -> None:
+    array = layout(compression)
+    rows = np.random.default_rng(0).integers(-3, 3, (2, 1, 2, 2, 4)).astype(np.int8)
+    with AsideFile(tmp_path / "shard") as aside:
+        writer = ShardWriter(array, aside)
+        for row in rows:
+            writer.add_row(row)
+        writer.finish()
+        aside.finish()
+        aside.publish()
+    data = (tmp_path / "shard").read_bytes()
+    index = parse_index(data[-index_size(array) :], array, len(data), "the shard")
+    assert math.prod(index.offsets.shape) == 6
+    assert (index.offsets[2] == -1).all(), "the third row was not written"
+    for row in range(2):
+        for step in range(2):
+            offset, length = index.offsets[row, 0, step], index.lengths[row, 0, step]
+            chunk = np.frombuffer(data[offset : offset + length], dtype=np.uint8)
+            if compression == "zstd":
+                plain = np.empty(chunk_bytes(array), np.uint8)
+                decompress(chunk.tobytes(), plain, "the shard")
+                chunk = plain
+            np.testing.assert_array_equal(chunk.view(np.int8).reshape(2, 4), rows[row, 0, step])
+
+
+def test_a_row_of_the_wrong_shape_is_not_written(tmp_path: Path) -> None:
+    with AsideFile(tmp_path / "shard") as aside, pytest.raises(ValueError, match="expected"):
+        ShardWriter(layout(), aside).add_row(np.zeros((1, 2, 2, 5), np.int8))
+
+
+@many_examples
+@given(st.binary(max_size=3000), st.integers(1, 5))
+def test_the_size_that_a_zstd_frame_declares_is_read_as_zstd_means_it(data: bytes, level: int) -> None:
+    frame = bytes(Zstd(level=level).encode(data))
+    assert zstd_content_size(frame) == len(data)
+    out = np.empty(len(data), np.uint8)
+    if data:
+        decompress(frame, out, "a file")
+        assert out.tobytes() == data
+
+
+@many_examples
+@given(st.binary(max_size=64).map(lambda tail: b"\x28\xb5\x2f\xfd" + tail) | st.binary(max_size=64))
+def test_hostile_zstd_frames_fill_nothing_but_their_buffer(frame: bytes) -> None:
+    out = np.full(24, 7, np.uint8)
+    with pytest.raises(CacheCorrupt):
+        decompress(frame, out[8:16], "a file")
+    assert (out[:8] == 7).all()
+    assert (out[16:] == 7).all()
+
+
+@pytest.mark.parametrize("size", [7, 9])
+def test_a_chunk_that_decompresses_to_another_size_is_corrupt(size: int) -> None:
+    with pytest.raises(CacheCorrupt, match="does not decompress to 8 bytes"):
+        decompress(bytes(Zstd().encode(bytes(size))), np.empty(8, np.uint8), "a file")
+
+
+def test_reading_past_the_end_of_a_file_is_called_truncated(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    file = OpenFile(str(tmp_path / "file"))
+    assert file.read(1, 4) == b"2345"
+    with pytest.raises(CacheCorrupt, match="truncated"):
+        file.read(1, 5)
+
+
+def test_open_files_and_indexes_are_bounded_and_reused(tmp_path: Path) -> None:
+    parsed = []
+
+    def parse(file: OpenFile) -> ShardIndex:
+        parsed.append(file.path)
+        return ShardIndex(np.zeros((1, 1, 1), np.int64), np.zeros((1, 1, 1), np.int64))
+
+    shards = OpenShards(max_files=2, max_index_bytes=48)
+    paths = []
+    for name in "abcd":
+        (tmp_path / name).write_bytes(name.encode())
+        paths.append(str(tmp_path / name))
+    kept = shards.file(paths[0])
+    for path in paths:
+        shards.index(shards.file(path), parse)
+    assert len(shards._files) == 2
+    assert len(shards._indexes) == 3
+    assert kept.read(0, 1) == b"a", "a file in use stays open when it is pushed out"
+    assert shards.file(paths[3]) is shards.file(paths[3])
+    shards.index(shards.file(paths[3]), parse)
+    assert parsed == paths
+    (tmp_path / "b").write_bytes(b"replaced")
+    shards.index(shards.file(paths[1]), parse)
+    assert parsed == [*paths, paths[1]], "a replaced file's index is parsed again"
