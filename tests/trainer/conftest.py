@@ -1,0 +1,164 @@
+"""A tiny teacher cache with a real signal in it, made through the public contract."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cache_schema import (
+    Cache,
+    Curriculum,
+    DatasetInfo,
+    Encoding,
+    ImagesInfo,
+    TapInfo,
+    TeacherInfo,
+    create_cache,
+    fingerprint_samples,
+    make_samples,
+    open_cache,
+    plan_manifest,
+)
+from trainer.config import TrainConfig, make_config
+
+SIZE, TOKENS, CHANNELS, TIMESTEPS, VIEWS = 24, 4, 6, (10, 22), ("canonical", "hflip")
+CLASSES = {"train": (0, 1, 2), "test": (10, 11), "unlabeled": (20,)}
+
+TINY = (
+    "student.name=vit_tiny_patch16_224", "student.img_size=24", "student.patch_size=12", "student.depth=1",
+    "student.embed_dim=32", "student.num_heads=2", "gim.queries=3", "gim.bridge_layers=1", "batch_size=6",
+    "epochs=3", "threads=1", "device=cpu", "log_every=1",
+)  # fmt: skip
+
+
+def draw_image(label: int, index: int) -> Image.Image:
+    """A left half in the class's colour, a right half that is dark: its mirror image is another picture."""
+    random = np.random.default_rng((label, index))
+    pixels = random.integers(0, 40, (SIZE, SIZE, 3))
+    pixels[:, : SIZE // 2] += np.array([37 * label % 200, 83 * label % 200, 53 * label % 200])
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def draw_features(row: int, label: int, tokens: int) -> np.ndarray:
+    """(V, T, L, C_t): channel 0 is the row, 1 the view, 2 the timestep, the others say the class."""
+    features = np.zeros((len(VIEWS), len(TIMESTEPS), tokens, CHANNELS), np.float32)
+    features[..., 0] = row
+    features[..., 1] = np.arange(len(VIEWS))[:, None, None]
+    features[..., 2] = np.array(TIMESTEPS)[None, :, None]
+    features[..., 3:] = np.random.default_rng(label).normal(size=3)
+    return features
+
+
+def encode(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def build_cache(
+    path: Path,
+    per_class: int = 5,
+    feature_splits: tuple[str, ...] = ("train", "unlabeled", "test"),
+    seal: bool = True,
+    views: tuple[str, ...] = VIEWS,
+    tokens: int = TOKENS,
+) -> Cache:
+    rows = []
+    for split, labels in CLASSES.items():
+        for label in labels:
+            for index in range(per_class):
+                name = f"{split}-{label}-{index}"
+                rows.append(
+                    {
+                        "id": name,
+                        "split": split,
+                        "label": -1 if split == "unlabeled" else label,
+                        "class_name": "" if split == "unlabeled" else f"class {label}",
+                        "source": name,
+                        "sha256": hashlib.sha256(name.encode()).hexdigest(),
+                        "width": SIZE,
+                        "height": SIZE,
+                    }
+                )
+    samples, feature_rows = make_samples(rows, feature_splits)
+    manifest = plan_manifest(
+        dataset=DatasetInfo(
+            name="tiny",
+            protocol="open-set",
+            fingerprint=fingerprint_samples(samples),
+            superclass="thing",
+            counts={split: per_class * len(labels) for split, labels in CLASSES.items()},
+            feature_splits=list(feature_splits),
+            feature_rows=feature_rows,
+        ),
+        teacher=TeacherInfo(
+            family="flux", source="synthetic", pipeline_class="None", digests={}, dtype="float32",
+            resolution=SIZE, text="none",
+        ),
+        curriculum=Curriculum(num_steps=28, timesteps=list(TIMESTEPS), sigmas=[0.7, 0.2], seed=0),
+        taps=[TapInfo(name="hidden", tokens=tokens, channels=CHANNELS, grid=(1, tokens))],
+        encoding=Encoding(kind="float32"),
+        views=list(views),
+        images=ImagesInfo(size=SIZE, format="png"),
+        image_rows=len(rows),
+        samples_per_shard=8,
+    )  # fmt: skip
+    writer = create_cache(path, manifest, samples)
+    sources = [(int(source.split("-")[1]), int(source.split("-")[2])) for source in samples["source"].to_pylist()]
+    for shard in writer.missing_shards():
+        drawn = [draw_features(row, sources[row][0], tokens)[: len(views)] for row in writer.shard_rows(shard)]
+        writer.write_shard(shard, {"hidden": np.stack(drawn)})
+    for shard in writer.missing_image_shards():
+        writer.write_images(shard, [encode(draw_image(*sources[row])) for row in writer.image_rows(shard)])
+    if seal:
+        writer.seal()
+    return open_cache(path, allow_partial=not seal)
+
+
+@pytest.fixture(scope="session")
+def cache_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("caches") / "tiny"
+    build_cache(path)
+    return path
+
+
+@pytest.fixture
+def cache(cache_path: Path) -> Cache:
+    return open_cache(cache_path)
+
+
+@pytest.fixture
+def make_cache(tmp_path: Path) -> Callable[..., Cache]:
+    def make(**options: Any) -> Cache:
+        return build_cache(tmp_path / "cache", **options)
+
+    return make
+
+
+@pytest.fixture
+def tiny_config(cache_path: Path) -> Callable[..., TrainConfig]:
+    """`tiny_config("loss.alpha=2", mode="baseline")`: a run of a second, with anything changed."""
+
+    def make(*settings: str, **flags: Any) -> TrainConfig:
+        return make_config("paper", [*TINY, *settings], cache=str(cache_path), **flags)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_settings() -> list[str]:
+    """The same as command-line arguments."""
+    return [argument for setting in TINY for argument in ("--set", setting)]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,167 @@
+"""The command as a user meets it, in its own process."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache_schema import cli as commands
+from trainer.cli import app
+
+FORBIDDEN = ("pipeline", "diffusers", "peft", "transformers")
+# A process in which the heavy job's packages cannot be imported; then the command line as it is.
+BLOCKED = f"""
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {FORBIDDEN}:
+            raise AssertionError(f"the trainer imported {{name}}")
+
+sys.meta_path.insert(0, Blocker())
+from trainer.cli import main
+main()
+"""
+
+
+def dit_train(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-c", BLOCKED, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
+
+
+@pytest.fixture
+def here(capsys, monkeypatch):
+    """The same command line in this process, for what needs no process of its own: (exit code, output, errors)."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which the runner replaces
+
+    def run_here(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            commands.run(app, [str(argument) for argument in arguments])
+        return int(caught.value.code or 0), *capsys.readouterr()
+
+    return run_here
+
+
+@pytest.fixture(scope="module")
+def runs(cache_path, tiny_settings, tmp_path_factory) -> Path:
+    """A baseline and a distilled run of the tiny cache, in one folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    for mode in ("baseline", "distill"):
+        done = dit_train("run", "--cache", cache_path, "--mode", mode, "--output", folder / mode, *tiny_settings)
+        assert done.returncode == 0, done.stderr
+        assert "student.embed_dim = 32" in done.stdout  # the config is printed in full
+        assert "6 updates" in done.stdout
+    return folder
+
+
+def test_the_whole_of_stage_two_runs_where_no_model_library_can_be_imported(runs, tmp_path):
+    done = dit_train("eval", runs / "distill", "--save-embeddings", tmp_path / "embeddings.npz")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"student \(E_R\)( +\d+\.\d){5}", done.stdout)
+    assert "auxiliary (E_D, E_R masked), mean over timesteps" in done.stdout
+    scores = json.loads((runs / "distill" / "eval.json").read_text())
+    assert (scores["queries"], scores["classes"]) == (10, 2)
+    assert set(scores["auxiliary"]["unmasked"]) == set(scores["auxiliary"]["masked"]) == {"mean", "10", "22"}
+    with np.load(tmp_path / "embeddings.npz", allow_pickle=False) as arrays:
+        assert arrays["student"].shape == (10, 32)
+        assert arrays["masked"].shape == (10, 2, 32)
+        assert arrays["ids"][0].startswith("test-")
+
+
+def test_the_report_is_one_page_and_a_summary_of_both_modes(runs, tmp_path):
+    done = dit_train("report", runs / "baseline", runs / "distill", "--output", tmp_path, "--started", 1.0)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["seconds"] > 1e9  # since --started
+    for mode in ("baseline", "distill"):
+        for key in ("recall_at_1", "recall_at_2", "recall_at_4", "recall_at_8", "map_at_r"):
+            assert 0 <= summary[mode][key] <= 1
+        assert summary[mode]["student_updates"] == 6
+    page = (tmp_path / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert "data:image/svg+xml" in page
+    assert "data:image/jpeg" in page
+
+
+def test_a_student_alone_is_evaluated_by_its_two_files(here, runs, cache_path, tmp_path):
+    for name in ("student.safetensors", "student.json"):
+        (tmp_path / name).write_bytes((runs / "distill" / name).read_bytes())
+    assert "give --cache" in here("eval", tmp_path / "student.safetensors")[2]
+    code, output, _ = here("eval", tmp_path / "student.safetensors", "--cache", cache_path, "--json")
+    assert code == 0
+    assert json.loads(output)["auxiliary"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--timesteps", "10,16"], r"cache tiny-\w+ lacks timestep 16 \(has 10, 22\)"),
+        (["--tap", "velocity"], r"lacks tap velocity \(has hidden\)"),
+        (["--set", "views=crop.0"], r"lacks view crop.0 \(has canonical, hflip\)"),
+        (["--set", "gim.depth=1"], r"no such field: gim.depth"),
+        (["--mode", "both"], r"mode: .*'baseline' or 'distill'"),
+        (["--set", "device=abacus"], r"device 'abacus'"),
+        (["--preset", "large"], r"unknown preset 'large'; there are demo, paper"),
+    ],
+)
+def test_a_bad_option_is_answered_in_one_line_and_leaves_the_directory_free(
+    here, cache_path, tiny_settings, tmp_path, arguments, message
+):
+    code, _, errors = here("run", "--cache", cache_path, "--output", tmp_path / "run", *tiny_settings, *arguments)
+    assert code == 1
+    assert re.fullmatch(rf"error: .*{message}.*\n", errors), errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_neither_replaced_nor_repeated_by_accident(here, runs, cache_path, tiny_settings):
+    run = runs / "distill"
+    code, _, errors = here("run", "--cache", cache_path, "--mode", "distill", "--output", run, *tiny_settings)
+    assert code == 1
+    assert "holds a finished run" in errors
+    code, output, _ = here("run", "--output", run, "--resume")
+    assert code == 0
+    assert "finished already: 6 updates" in output
+    code, _, errors = here("run", "--output", run, "--resume", "--seed", 5, *tiny_settings)
+    assert code == 1
+    assert "started with another seed" in errors
+
+
+def test_an_unsealed_cache_is_refused_unless_it_is_asked_for(here, make_cache, tiny_settings, tmp_path):
+    command = [
+        "run",
+        "--cache",
+        make_cache(seal=False).root,
+        "--output",
+        tmp_path / "run",
+        "--updates",
+        1,
+        *tiny_settings,
+    ]
+    assert here(*command)[0] == 1
+    assert not (tmp_path / "run").exists()
+    assert here(*command, "--allow-partial")[0] == 0
+
+
+def test_a_run_without_a_cache_says_what_is_missing(here, tmp_path):
+    assert "--cache is missing" in here("run", "--output", tmp_path / "run")[2]
+
+
+def test_print_config_shows_every_field_as_json_and_starts_nothing(here, tmp_path):
+    output = here("run", "--preset", "demo", "--output", tmp_path / "run", "--print-config")[1]
+    assert json.loads(output)["student"]["depth"] == 6
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_lists_the_commands_without_loading_anything_heavy():
+    code = """if True:
+        import sys, trainer.cli
+        print([name for name in ("torch", "numpy", "pyarrow", "zarr", "pydantic") if name in sys.modules])
+    """
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    assert all(word in dit_train("--help").stdout for word in ("run", "eval", "report"))

@@ -1,0 +1,62 @@
+import pytest
+
+from trainer.config import PRESETS, TrainConfig, describe, differing_fields, load_config, make_config, save_config
+from trainer.errors import TrainError
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_survives_its_json(preset, tmp_path):
+    config = make_config(preset, cache="somewhere", seed=3)
+    save_config(config, tmp_path / "config.json")
+    assert load_config(tmp_path / "config.json") == config
+
+
+def test_the_paper_preset_holds_the_papers_setting():
+    config = make_config("paper")
+    assert (config.optim.lr, config.batch_size, config.epochs) == (1e-3, 32, 30)
+    assert (config.gim.queries, config.gim.bridge_layers, config.timesteps) == (32, 3, None)
+    assert (config.loss.drc_on, config.loss.cal, config.loss.stop_gradient) == ("ed", "raw", False)
+
+
+def test_settings_win_over_flags_which_win_over_the_preset():
+    config = make_config("demo", ["student.depth=2", "loss.alpha=0.5", "views=canonical,hflip"], loss__alpha=9, seed=4)
+    assert (config.student.depth, config.loss.alpha, config.seed) == (2, 0.5, 4)
+    assert config.views == ("canonical", "hflip")
+    assert config.student.name == "vit_tiny_patch16_224"
+
+
+@pytest.mark.parametrize(
+    ("text", "timesteps"), [("22,28", (22, 28)), ("22", (22,)), ("[10, 16]", (10, 16)), ("none", None)]
+)
+def test_timesteps_may_be_written_as_a_list_of_numbers(text, timesteps):
+    assert make_config("demo", [f"timesteps={text}"]).timesteps == timesteps
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("student.dept=4", "no such field: student.dept"),
+        ("loss.tau=-1", "loss.tau: .*greater than 0"),
+        ("loss.cal=cosine", "loss.cal: .*'raw' or 'normalized'"),
+        ("epochs=many", "epochs: .*integer"),
+        ("epochs", "field=value"),
+        ("seed.more=1", "seed"),
+    ],
+)
+def test_a_bad_setting_is_answered_with_one_line_that_names_the_field(setting, message):
+    with pytest.raises(TrainError, match=message) as caught:
+        make_config("paper", [setting])
+    assert "\n" not in str(caught.value)
+
+
+def test_only_fields_that_change_the_training_count_as_a_difference():
+    a = TrainConfig(cache="a", workers=0, device="cpu")
+    assert differing_fields(a, a.model_copy(update={"cache": "b", "workers": 4, "device": "auto"})) == []
+    assert differing_fields(a, make_config("paper", ["loss.tau=0.1", "seed=1"])) == ["loss.tau", "seed"]
+
+
+def test_the_description_has_a_line_for_every_field():
+    text = describe(make_config("demo"))
+    assert "student.depth = 6" in text
+    assert "optim.lr = 0.001" in text
+    assert len(text.splitlines()) > 45

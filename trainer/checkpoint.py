@@ -1,0 +1,85 @@
+"""Checkpoints: weights as safetensors, optimiser state readable with `weights_only=True`, written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trainer.errors import TrainError
+
+FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands."""
+
+    update: int  # updates done
+    seconds: float  # training time so far
+    cache_id: str
+
+
+def save_checkpoint(run: Path, modules: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+    """Write a checkpoint into `run` and remove the older ones; a crash leaves the last complete one."""
+    folder = run / FOLDER / f"update-{progress.update:08d}"
+    aside = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
+    aside.mkdir(parents=True, exist_ok=True)
+    save_weights(modules.state_dict(), aside / "weights.safetensors")
+    torch.save(optimizer.state_dict(), aside / "optimizer.pt")
+    (aside / "progress.json").write_text(json.dumps(asdict(progress)) + "\n")
+    for file in aside.iterdir():
+        _sync(file)
+    if folder.exists():  # an interrupt right after a scheduled checkpoint
+        shutil.rmtree(folder)
+    aside.rename(folder)
+    _sync(folder.parent)
+    for other in folder.parent.iterdir():
+        if other != folder:
+            shutil.rmtree(other)
+    return folder
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    found = sorted((run / FOLDER).glob("update-*"))
+    return found[-1] if found else None
+
+
+def load_checkpoint(
+    folder: Path, modules: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> Progress:
+    """Restore modules and optimiser in place; raises TrainError when the files do not fit the run."""
+    try:
+        modules.load_state_dict(load_file(folder / "weights.safetensors", device=str(device)))
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
+        return Progress(**json.loads((folder / "progress.json").read_text()))
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
+        raise TrainError(
+            f"cannot resume from {folder}: {str(error).splitlines()[0]}; start anew with --overwrite"
+        ) from error
+
+
+def remove_checkpoints(run: Path) -> None:
+    """Remove the checkpoints of a finished run."""
+    shutil.rmtree(run / FOLDER, ignore_errors=True)
+
+
+def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as safetensors."""
+    save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, path, {"format": "pt"})
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

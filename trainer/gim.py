@@ -1,0 +1,191 @@
+"""The generative injection module (GIM): lets the student's embedding read the teacher's features.
+
+Shapes: B images, P curriculum timesteps, L teacher tokens of C_t channels, k queries, C student channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.config import GimConfig
+from trainer.errors import TrainError
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `x` over `context`."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, H, X, C/H)
+        kv = self.key_value(context).unflatten(-1, (2, self.heads, -1))  # (N, L, 2, H, C/H)
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, H, L, C/H) each
+        read = F.scaled_dot_product_attention(q, k, v)  # (N, H, X, C/H)
+        return self.out(read.transpose(1, 2).flatten(2))  # (N, X, C)
+
+
+class FeedForward(nn.Sequential):
+    def __init__(self, dim: int, ratio: float):
+        hidden = int(dim * ratio)
+        super().__init__(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+
+class BridgingLayer(nn.Module):
+    """One layer of E_b: the queries read the teacher's tokens (pre-norm cross-attention, then a FFN)."""
+
+    def __init__(self, dim: int, heads: int, ffn_ratio: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.attention = Attention(dim, heads)
+        self.ffn = FeedForward(dim, ffn_ratio)
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        queries = queries + self.attention(self.norm(queries), tokens)  # (N, k, C)
+        return queries + self.ffn(queries)
+
+
+class InfusionLayer(nn.Module):
+    """One layer of E_f: pre-norm self-attention, then a FFN."""
+
+    def __init__(self, dim: int, heads: int, ffn_ratio: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.attention = Attention(dim, heads)
+        self.ffn = FeedForward(dim, ffn_ratio)
+
+    def forward(self, sequence: Tensor, outputs: int | None = None) -> Tensor:
+        """(N, 1+k, C) -> (N, outputs, C): the last layer need not compute tokens that nobody reads."""
+        context = self.norm(sequence)
+        x = sequence[:, :outputs] + self.attention(context[:, :outputs], context)
+        return x + self.ffn(x)
+
+
+class TokenEncoder(nn.Module):
+    """Teacher tokens into the student's width, marked with where they sit and how noisy they were."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, tokens: int, channels: int, dim: int, timesteps: int, config: GimConfig):
+        super().__init__()
+        self.standardize = config.token_norm == "standardize"
+        if self.standardize:
+            self.register_buffer("shift", torch.zeros(timesteps, 1, channels))
+            self.register_buffer("scale", torch.ones(timesteps, 1, channels))
+        else:
+            self.norm = nn.LayerNorm(channels)
+        self.project = nn.Linear(channels, dim)
+        self.position = _embedding(config.position_embedding, tokens, dim)
+        self.timestep = _embedding(config.timestep_embedding, timesteps, 1, dim)
+        # The context of every bridging layer is the same, so it is normalised once, here.
+        self.out_norm = nn.LayerNorm(dim)
+
+    def fit(self, tokens: Tensor) -> None:
+        """Measure per-timestep channel statistics on a sample (B, P, L, C_t); only for "standardize".
+
+        A DiT's hidden states carry a few huge channels, which alone decide a LayerNorm's scale.
+        """
+        if self.standardize:
+            sample = tokens.float().transpose(0, 1).flatten(1, 2)  # (P, B*L, C_t)
+            self.shift.copy_(sample.mean(1, keepdim=True))
+            self.scale.copy_(sample.std(1, keepdim=True).clamp_min(1e-6).reciprocal())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, P, L, C_t) -> (B, P, L, C)."""
+        x = (tokens - self.shift) * self.scale if self.standardize else self.norm(tokens)
+        x = self.project(x)  # (B, P, L, C)
+        if self.position is not None:
+            x = x + self.position  # (L, C)
+        if self.timestep is not None:
+            x = x + self.timestep  # (P, 1, C)
+        return self.out_norm(x)
+
+
+class GenerativeInjectionModule(nn.Module):
+    """E_D,t = first token of E_f([E_R ; E_b(E_Q, E_O,t)]), for all P timesteps in one call (design §2, GCD)."""
+
+    def __init__(self, tokens: int, channels: int, dim: int, timesteps: int, config: GimConfig):
+        """`tokens` L and `channels` C_t are the tap's, `dim` C the student's, `timesteps` their number P."""
+        super().__init__()
+        heads = config.heads or max(1, dim // 64)
+        if dim % heads:
+            raise TrainError(f"gim.heads: {heads} heads do not divide the student's {dim} channels")
+        self.config = config
+        self.shape = (timesteps, tokens, channels)
+        self.tokens = TokenEncoder(tokens, channels, dim, timesteps, config)
+        self.queries = _embedding(config.bridge_layers > 0, config.queries, dim)
+        self.mask_token = nn.Parameter(_small_random(dim))
+        self.bridge_layers = nn.ModuleList(
+            BridgingLayer(dim, heads, config.ffn_ratio) for _ in range(config.bridge_layers)
+        )
+        self.infuse_layers = nn.ModuleList(
+            InfusionLayer(dim, heads, config.ffn_ratio) for _ in range(config.infuse_layers)
+        )
+        self.out_norm = nn.LayerNorm(dim) if config.final_norm else nn.Identity()
+
+    def bridge(self, tokens: Tensor) -> Tensor:
+        """E_b: teacher tokens (B, P, L, C_t) -> Q̂_t (B, P, k, C). It does not depend on the student."""
+        if tuple(tokens.shape[1:]) != self.shape:
+            raise TrainError(
+                f"the GIM was made for (timesteps, tokens, channels) {self.shape}, got {tuple(tokens.shape[1:])}"
+            )
+        context = self.tokens(tokens)  # (B, P, L, C)
+        if self.queries is None:
+            return context
+        B, P = tokens.shape[:2]
+        context = context.flatten(0, 1)  # (B*P, L, C)
+        queries = self.queries.expand(B * P, -1, -1)  # (B*P, k, C)
+        for layer in self.bridge_layers:
+            queries = layer(queries, context)
+        return queries.unflatten(0, (B, P))  # (B, P, k, C)
+
+    def infuse(self, student: Tensor, bridged: Tensor, masked: bool | Tensor = False) -> Tensor:
+        """E_f: E_R (B, C) and Q̂_t (B, P, k, C) -> E_D (B, P, C).
+
+        `masked` replaces E_R by the mask token: everywhere (True), nowhere (False), or where a (B, P) bool
+        tensor says so.
+        """
+        B, P = bridged.shape[:2]
+        if self.config.detach_student:
+            student = student.detach()
+        first = student.unsqueeze(1).expand(B, P, -1)  # (B, P, C)
+        if isinstance(masked, Tensor):
+            first = torch.where(masked.unsqueeze(-1), self.mask_token.to(first.dtype), first)
+        elif masked:
+            first = self.mask_token.to(first.dtype).expand(B, P, -1)
+        sequence = torch.cat([first.unsqueeze(2), bridged.to(first.dtype)], dim=2)  # (B, P, 1+k, C)
+        sequence = sequence.flatten(0, 1)  # (B*P, 1+k, C)
+        for layer in self.infuse_layers[:-1]:
+            sequence = layer(sequence)
+        infused = self.infuse_layers[-1](sequence, outputs=1)  # (B*P, 1, C)
+        return self.out_norm(infused).view(B, P, -1)  # (B, P, C)
+
+    def draw_mask(self, per_timestep: Tensor) -> bool | Tensor:
+        """Where E_R is masked in a training step: each of (B, P), the first axes given, by chance mask_student."""
+        if self.config.mask_student in (0.0, 1.0):
+            return self.config.mask_student == 1.0
+        return torch.rand(per_timestep.shape[:2], device=per_timestep.device) < self.config.mask_student
+
+    def forward(self, student: Tensor, tokens: Tensor, masked: bool | Tensor | None = None) -> Tensor:
+        """E_R (B, C) and teacher tokens (B, P, L, C_t) -> E_D (B, P, C).
+
+        `masked=None` draws the mask while training and masks nothing in evaluation.
+        """
+        if masked is None:
+            masked = self.draw_mask(tokens) if self.training else False
+        return self.infuse(student, self.bridge(tokens), masked)
+
+
+def _embedding(wanted: bool, *shape: int) -> nn.Parameter | None:
+    return nn.Parameter(_small_random(*shape)) if wanted else None
+
+
+def _small_random(*shape: int) -> Tensor:
+    return nn.init.trunc_normal_(torch.empty(*shape), std=0.02)
