@@ -19,7 +19,7 @@ teacher_option = $(if $(TEACHER),--teacher "$(TEACHER)")
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
-	@echo "  variables: DATASET=demo|cars DATA=/path TEACHER=demo|flux-kontext|/folder|owner/repo PRESET=demo|paper"
+	@echo "  variables: DATASET=demo|cars DATA=/path TEACHER=demo|flux-kontext|/folder|owner/repo PRESET=demo|small|paper"
 
 setup: $(READY) ## Create the environment (.venv)
 

@@ -17,7 +17,7 @@ from pipeline.conditions import Conditions, encode_conditions
 from pipeline.curriculum import add_noise, sample_noise
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.teachers.base import Teacher
-from pipeline.teachers.lora import add_lora
+from pipeline.teachers.lora import RECORD_NAME, add_lora
 from pipeline.teachers.weights import file_digest
 
 
@@ -94,11 +94,12 @@ def refine(
         "config": asdict(config),
         "dataset": dataset.name,
         "teacher": teacher.source,
+        "transformer_digest": teacher.digests()["transformer"],
         "lora_digest": file_digest(file),
         "validation": history,
         "seconds": round(time.monotonic() - started, 1),
     }
-    (output / "refine.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (output / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     log(
         f"refined {teacher.source} for {config.steps} steps: held-out CDR loss "
         f"{history[0]['validation_loss']:.4f} → {history[-1]['validation_loss']:.4f}, LoRA in {file}"

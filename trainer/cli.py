@@ -12,6 +12,8 @@ from cache_schema import cli as commands
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
 
+DEFAULT_CACHE = Path("runs/demo/cache")
+
 app = typer.Typer(
     name="dit-train",
     help="Train a retrieval student from a teacher cache, evaluate it, report on it.",
@@ -30,10 +32,14 @@ def root(
 
 @app.command("run")
 def run_command(
-    output: Annotated[Path, typer.Option(help="Directory of the run.")],
-    cache: Annotated[str | None, typer.Option(help="Teacher cache to train from.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory of the run; default: beside the cache, named by the mode.")
+    ] = None,
+    cache: Annotated[str | None, typer.Option(help="Teacher cache to train from; default runs/demo/cache.")] = None,
     mode: Annotated[str | None, typer.Option(help="distill (default) or baseline.")] = None,
-    preset: Annotated[str | None, typer.Option(help="paper (default) or demo.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="paper, small or demo; default: demo for the demo data set, else paper.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the labelled images.")] = None,
     updates: Annotated[int | None, typer.Option(help="Student updates, instead of epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Labelled images per update.")] = None,
@@ -64,6 +70,7 @@ def run_command(
         "loss__alpha": alpha, "loss__tau": tau, "student__name": student, "student__pretrained": pretrained,
         "student__weights": student_weights,
     }  # fmt: skip
+    output = output or _default_output(cache, mode)
     config = _config_of_run(output, preset, settings or [], flags, resume)
     if print_config:
         typer.echo(config.model_dump_json(indent=2))
@@ -131,6 +138,21 @@ def main() -> None:
     commands.run(app, interrupted_hint="run the same command again with --resume to continue where it stopped")
 
 
+def _default_output(cache: str | None, mode: str | None) -> Path:
+    return Path(cache or DEFAULT_CACHE).resolve().parent / (mode or "distill")
+
+
+def _preset_for(cache: str) -> str:
+    """The demo's cache asks for the demo's small student; whatever is wrong with a cache is said when it is opened."""
+    import json
+
+    try:
+        name = json.loads((Path(cache) / "manifest.json").read_text(encoding="utf-8"))["dataset"]["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "paper"
+    return "demo" if name == "demo" else "paper"
+
+
 def _config_of_run(
     output: Path, preset: str | None, settings: list[str], flags: dict[str, Any], resume: bool
 ) -> TrainConfig:
@@ -138,6 +160,8 @@ def _config_of_run(
     from trainer.config import FREE_ON_RESUME, load_config, make_config
 
     started = output / "config.json"
+    if flags["cache"] is None and not (resume and started.is_file()):
+        flags = {**flags, "cache": str(DEFAULT_CACHE)}
     free = {name: value for name, value in flags.items() if name in FREE_ON_RESUME and value is not None}
     asked = preset or settings or any(value is not None for name, value in flags.items() if name not in free)
     if resume and started.is_file() and not asked:
@@ -145,7 +169,7 @@ def _config_of_run(
     else:
         if flags["cache"] is None and resume and started.is_file():
             flags = {**flags, "cache": load_config(started).cache}
-        config = make_config(preset or "paper", settings, **flags)
+        config = make_config(preset or _preset_for(flags["cache"]), settings, **flags)
     if config.cache and "://" not in config.cache:
         config = config.model_copy(update={"cache": str(Path(config.cache).resolve())})
     return config
@@ -154,11 +178,8 @@ def _config_of_run(
 def _train(config: TrainConfig, output: Path, resume: bool, overwrite: bool, allow_partial: bool) -> None:
     from cache_schema import open_cache
     from trainer.config import describe
-    from trainer.errors import TrainError
     from trainer.rundir import check_run, is_finished, load_result
 
-    if not config.cache:
-        raise TrainError("--cache is missing: the directory of a teacher cache (dit-cache build makes one)")
     check_run(output, config, resume, overwrite)
     if is_finished(output) and not overwrite:
         result = load_result(output)

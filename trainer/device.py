@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from trainer.errors import TrainError
+
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def choose_device(name: str) -> torch.device:
@@ -23,6 +25,17 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 on an accelerator, plain float32 on the CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
+def autocast(device: torch.device, precision: Precision = "auto") -> AbstractContextManager[Any]:
+    """The forward pass in bf16 or float32, over float32 weights.
+
+    auto: bf16 on an accelerator, and on a CPU whose instructions multiply bf16 themselves (elsewhere it is emulated
+    and slower than float32).
+    """
+    fast = device.type != "cpu" or _multiplies_bfloat16()
+    wanted = fast if precision == "auto" else precision == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+
+
+def _multiplies_bfloat16() -> bool:
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))

@@ -30,7 +30,7 @@ def train_step(
     """
     torch.manual_seed((config.seed << 32) + update)
     objective.train()
-    with autocast(batch.images.device):
+    with autocast(batch.images.device, config.precision):
         losses = objective(batch)
     optimizer.zero_grad(set_to_none=True)
     losses["loss"].backward()

@@ -23,7 +23,7 @@ class DemoConfig:
     """Size of the demo data set. The class lists depend on `seed` and the class counts alone."""
 
     seed: int = 0
-    groups: int = 8
+    groups: int = 20
     train_classes: int = 40
     test_classes: int = 40
     images_per_class: int = 20

@@ -41,6 +41,16 @@ def _flux(folder: Path, **options: Any) -> Teacher:
 _FAMILIES = {"FluxTransformer2DModel": _flux}
 
 
+def _quiet_libraries() -> None:
+    """Leave the terminal to our own progress bars: no bar per loaded shard, no warning per truncated caption."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+
+
 def load_teacher(
     spec: str,
     *,
@@ -57,6 +67,7 @@ def load_teacher(
     """
     from pipeline.teachers.weights import locate
 
+    _quiet_libraries()
     preset = PRESETS.get(spec)
     folder = locate(preset.source if preset else spec, revision)
     index_file = folder / "model_index.json"

@@ -13,7 +13,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_tim
 from torch import Tensor
 
 from pipeline.teachers.base import TapShape, TeacherError, TextEmbedding
-from pipeline.teachers.lora import attach_lora, save_lora
+from pipeline.teachers.lora import attach_lora, check_made_for, save_lora
 from pipeline.teachers.weights import component_digest
 from pipeline.views import to_signed
 
@@ -73,6 +73,7 @@ class FluxTeacher:
     ):
         self.folder, self.source, self.revision = Path(folder), source or str(folder), revision
         self.resolution, self.dtype, self.device = resolution, dtype, torch.device(device)
+        self._digests: dict[str, str] = {}  # reading 24 GB takes a minute: once is enough
         self.pipe = FluxKontextPipeline.from_pretrained(folder, dtype=dtype).to(self.device)
         self.pipe.set_progress_bar_config(disable=True)
         self.transformer = self.pipe.transformer.eval().requires_grad_(False)
@@ -91,6 +92,7 @@ class FluxTeacher:
         self._both_ids = torch.cat([object_ids, context_ids]).to(self.device, dtype)
         self.lora = Path(lora) if lora else None
         if self.lora:
+            check_made_for(self.lora, self.digests()["transformer"], self.source)
             attach_lora(self.transformer, self.lora)
 
     def digests(self) -> dict[str, str]:
@@ -103,7 +105,9 @@ class FluxTeacher:
             "tokenizer_2",
             "scheduler",
         )
-        return {name: component_digest(self.folder / name) for name in names}
+        if not self._digests:
+            self._digests = {name: component_digest(self.folder / name) for name in names}
+        return self._digests
 
     def sigmas(self, num_steps: int) -> list[float]:
         scheduler, config = self.pipe.scheduler, self.pipe.scheduler.config

@@ -1,5 +1,6 @@
 """LoRA on the attention projections: made for Stage I, saved and loaded in diffusers' own layout."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from safetensors import SafetensorError
 
 from pipeline.teachers.base import TeacherError
 
+# What Stage I writes beside the weights.
+RECORD_NAME = "refine.json"
 # Image and text streams of FLUX's double blocks, and the single blocks' shared projections.
 ATTENTION_PROJECTIONS = (
     "to_q",
@@ -31,6 +34,23 @@ def lora_file(path: Path) -> Path:
     if not file.is_file():
         raise TeacherError(f"LoRA {path}: no {LORA_WEIGHT_NAME_SAFE} there; make one with dit-cache refine")
     return file
+
+
+def check_made_for(path: Path, transformer_digest: str, teacher: str) -> None:
+    """Raise TeacherError if Stage I left a record beside the LoRA that names another transformer.
+
+    A LoRA of FLUX.1-dev fits FLUX.1-Kontext by shape; applied by mistake it would spoil a cache without a sound.
+    """
+    record = lora_file(path).parent / RECORD_NAME
+    if not record.is_file():
+        return
+    try:
+        made_for = json.loads(record.read_text(encoding="utf-8"))
+        digest, name = made_for["transformer_digest"], made_for["teacher"]
+    except (ValueError, KeyError, TypeError):
+        raise TeacherError(f"{record}: not a record of dit-cache refine; remove it or refine again") from None
+    if digest != transformer_digest:
+        raise TeacherError(f"LoRA {path} was refined on {name}, not on {teacher}: refine again, or name that teacher")
 
 
 def add_lora(transformer: Any, rank: int, seed: int) -> list[torch.nn.Parameter]:

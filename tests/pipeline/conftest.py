@@ -54,6 +54,11 @@ def save_tiny_flux(folder: Path, guidance: bool = False, seed: int = 0) -> Path:
 
 
 @pytest.fixture(scope="session")
+def make_flux() -> Callable[..., Path]:
+    return save_tiny_flux
+
+
+@pytest.fixture(scope="session")
 def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_flux(tmp_path_factory.mktemp("flux"))
 

@@ -92,7 +92,7 @@ def test_two_builds_differ_in_no_byte_but_the_provenance(built, teacher, tiny_da
 
 def test_another_setting_is_another_cache_and_does_not_touch_the_first(built, teacher, tiny_dataset):
     before = contents(built)
-    with pytest.raises(CacheMismatch, match="curriculum.seed"):
+    with pytest.raises(CacheMismatch, match=r"curriculum\.seed"):
         build(teacher, tiny_dataset, replace(CONFIG, seed=1), built, log=str)
     assert contents(built) == before
 

@@ -10,6 +10,7 @@ from cache_schema.errors import DitDistillError
 from pipeline.conditions import Conditions, encode_conditions
 from pipeline.refine import RefineConfig, cdr_loss, hold_out, refine
 from pipeline.teachers.base import TeacherError, TextEmbedding
+from pipeline.teachers.flux import FluxTeacher
 from pipeline.teachers.lora import add_lora, save_lora
 from pipeline.teachers.weights import file_digest
 
@@ -131,3 +132,11 @@ def test_a_missing_or_foreign_lora_is_refused_in_one_line(load_teacher, tmp_path
     with pytest.raises(TeacherError, match="does not fit this teacher") as caught:
         load_teacher(lora=tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_lora_refined_on_another_teacher_is_refused(load_teacher, make_flux, tiny_dataset, tmp_path):
+    refine(load_teacher(), tiny_dataset, RefineConfig(steps=1, rank=2, validation_images=2), tmp_path / "lora", log=str)
+    load_teacher(lora=tmp_path / "lora")
+    other = make_flux(tmp_path / "other", seed=1)
+    with pytest.raises(TeacherError, match=r"was refined on .*refine again, or name that teacher"):
+        FluxTeacher(other, resolution=32, lora=tmp_path / "lora")

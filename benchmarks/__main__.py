@@ -1,0 +1,7 @@
+"""`make bench`: every benchmark, one after the other."""
+
+from benchmarks import ablation, reading
+
+if __name__ == "__main__":
+    reading.main([])
+    ablation.main([])

@@ -1,0 +1,103 @@
+"""The demo path at a tiny setting, with the real commands as a user types them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BIN = Path(sys.executable).parent
+SMALL_STUDENT = ["--set", "student.depth=1", "--set", "student.embed_dim=32", "--set", "student.num_heads=2"]
+
+
+def command(*arguments: str | Path, cwd: Path, expect: int = 0) -> str:
+    program, *rest = map(str, arguments)
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "COLUMNS": "200"}
+    done = subprocess.run([str(BIN / program), *rest], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == expect, f"{program} {rest}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout if expect == 0 else done.stderr
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in which Stage I and the build of a very small demo have run."""
+    folder = tmp_path_factory.mktemp("demo")
+    command(
+        "dit-cache", "refine", "--limit", "40", "--steps", "3", "--batch", "2", "--validation-images", "2", cwd=folder
+    )
+    command("dit-cache", "build", "--limit", "40", "--lora", "runs/demo/lora", "--samples-per-shard", "32", cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(work: Path) -> Path:
+    for mode in ("baseline", "distill"):
+        command("dit-train", "run", "--mode", mode, "--updates", "3", *SMALL_STUDENT, cwd=work)
+        command("dit-train", "eval", f"runs/demo/{mode}", cwd=work)
+    return work
+
+
+def test_refine_build_train_eval_and_report_end_in_a_summary_of_both_students(trained):
+    said = command("dit-train", "report", "runs/demo/baseline", "runs/demo/distill", "--output", "runs/demo",
+                   "--started", "0", cwd=trained)  # fmt: skip
+    summary = json.loads((trained / "runs/demo/summary.json").read_text())
+    manifest = json.loads((trained / "runs/demo/cache/manifest.json").read_text())
+    assert summary["cache_id"] == manifest["cache_id"]
+    assert summary["seconds"] > 0
+    for mode in ("baseline", "distill"):
+        recalls = [summary[mode][f"recall_at_{k}"] for k in (1, 2, 4, 8)]
+        assert recalls == sorted(recalls)
+        assert all(0 <= r <= 1 for r in [*recalls, summary[mode]["map_at_r"]])
+        assert summary[mode]["student_updates"] == 3
+    assert "report.html" in said
+    assert (trained / "runs/demo/report.html").stat().st_size > 10_000
+
+
+def test_the_teacher_is_evaluated_as_an_auxiliary_where_test_features_are_cached(trained):
+    scores = json.loads((trained / "runs/demo/distill/eval.json").read_text())
+    assert "auxiliary" in scores
+
+
+def test_the_cache_says_what_it_is_and_verifies(work):
+    assert "demo" in command("dit-cache", "info", "runs/demo/cache", cwd=work)
+    described = json.loads(command("dit-cache", "info", "runs/demo/cache", "--json", cwd=work))
+    assert described
+    assert "every file is as it was written" in command("dit-cache", "verify", "runs/demo/cache", cwd=work)
+
+
+def test_building_the_finished_cache_again_computes_nothing(work):
+    said = command("dit-cache", "build", "--limit", "40", "--lora", "runs/demo/lora", cwd=work)
+    assert "0 feature shards to compute" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "complaint"),
+    [
+        (["dit-cache", "build", "--dataset", "cars", "--data", "nowhere"], 1, "looked in nowhere"),
+        (["dit-cache", "build", "--dataset", "dragons"], 1, "unknown data set 'dragons'"),
+        (["dit-cache", "build", "--limit", "2", "--teacher", "nowhere"], 1, "teacher nowhere: no such folder"),
+        (["dit-cache", "build", "--limit", "2", "--teacher", "runs"], 1, "no model_index.json"),
+        (["dit-cache", "build", "--limit", "2", "--taps", "double.99", "--output", "x"], 1, "no tap 'double.99'"),
+        (["dit-cache", "build", "--limit", "2", "--device", "toaster"], 1, "--device toaster"),
+        (["dit-cache", "build", "--limit", "2", "--output", "runs/demo/cache"], 1, "choose another directory"),
+        (["dit-cache", "build", "--timesteps", "ten"], 2, "--timesteps"),
+        (["dit-cache", "build", "--encoding", "int3"], 2, "int3"),
+        (["dit-cache", "verify", "nowhere"], 1, "nowhere"),
+        (["dit-cache", "info", "nowhere"], 1, "nowhere"),
+        (["dit-train", "run", "--cache", "nowhere"], 1, "nowhere"),
+        (["dit-train", "eval", "nowhere"], 1, "nowhere"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(work, arguments, code, complaint):
+    said = command(*arguments, cwd=work, expect=code)
+    assert "Traceback" not in said
+    assert complaint in said
+    if code == 1:
+        errors = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+
+
+def test_debug_shows_the_traceback(work):
+    assert "Traceback" in command("dit-cache", "verify", "nowhere", "--debug", cwd=work, expect=1)
