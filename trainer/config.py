@@ -68,6 +68,7 @@ class LossConfig(_Frozen):
 
     tau: float = Field(default=0.05, gt=0)
     alpha: float = Field(default=1.0, ge=0)
+    alpha_warmup: float = Field(default=0.0, ge=0, le=1)  # fraction of the run over which alpha grows from 0
     drc_on: Literal["ed", "both"] = "ed"
     drc_student_weight: float = Field(default=1.0, ge=0)  # of the E_R term of drc_on="both"
     share_proxies: bool = True  # drc_on="both": one set of proxies for E_D and E_R

@@ -18,6 +18,7 @@ from trainer.device import choose_device
 from trainer.errors import TrainError
 from trainer.evaluate import TestSplit, evaluate_modules, open_test_split
 from trainer.interrupts import DeferredInterrupt
+from trainer.losses import cal_ramp
 from trainer.metricslog import MetricsLog, mean_losses, read_metrics
 from trainer.objective import Objective, build_objective
 from trainer.optim import learning_rate, make_optimizer
@@ -71,7 +72,8 @@ def train(
     ):
         for update, batch in enumerate(stream, start=progress.update):
             rate = learning_rate(update, total, config.optim)
-            losses = train_step(parts.objective, parts.optimizer, batch.to(parts.device), rate, config, update)
+            ramp = cal_ramp(update, total, config.loss.alpha_warmup)
+            losses = train_step(parts.objective, parts.optimizer, batch.to(parts.device), rate, config, update, ramp)
             done = update + 1
             epoch, epoch_ends = done / batches.per_epoch, done % batches.per_epoch == 0
             bar.update()

@@ -47,6 +47,14 @@ def cal_loss(
     return (student.unsqueeze(1) - injected).square().sum(-1).mean()
 
 
+def cal_ramp(update: int, total: int, warmup: float) -> float:
+    """Scale of α at 0-based `update` of `total`: linear from 0 to 1 over the first `warmup` of the run.
+
+    At the start the GIM cannot read the teacher yet, and E_R would be drawn to targets that mean nothing.
+    """
+    return min(1.0, update / (warmup * total)) if warmup else 1.0
+
+
 class ProxyClassifier(nn.Module):
     """DRC with its learnable class proxies P_m (M, C)."""
 

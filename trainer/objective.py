@@ -22,7 +22,7 @@ class Objective(nn.Module):
         self.gim: GenerativeInjectionModule | None = None
         self.drc = ProxyClassifier(classes, student.dim, config.loss.tau)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, ramp: float = 1.0) -> dict[str, Tensor]:
         drc = self.drc(self.student(batch.images), batch.labels)
         return {"loss": drc, "drc_student": drc}
 
@@ -36,7 +36,8 @@ class DistillObjective(Objective):
         separate = config.loss.drc_on == "both" and not config.loss.share_proxies
         self.drc_student = ProxyClassifier(classes, student.dim, config.loss.tau) if separate else None
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, ramp: float = 1.0) -> dict[str, Tensor]:
+        """`ramp`, 0 to 1, scales α: see `cal_ramp`."""
         config, gim, tokens = self.config, self.gim, batch.tokens
         assert gim is not None
         assert tokens is not None, "distill mode reads the features of every row"
@@ -50,7 +51,7 @@ class DistillObjective(Objective):
             "drc": self.drc(injected, batch.labels),
             "cal": cal_loss(student, target, config.cal, config.stop_gradient),
         }
-        total = losses["drc"] + config.alpha * losses["cal"]
+        total = losses["drc"] + ramp * config.alpha * losses["cal"]
         if config.drc_on == "both":
             losses["drc_student"] = (self.drc_student or self.drc)(student, batch.labels)
             total = total + config.drc_student_weight * losses["drc_student"]

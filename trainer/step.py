@@ -22,8 +22,9 @@ def train_step(
     rate: float,
     config: TrainConfig,
     update: int,
+    ramp: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Update all parameters once, at learning rate `rate`; returns the losses before it.
+    """Update all parameters once, at learning rate `rate` and with α scaled by `ramp`; returns the losses before it.
 
     Randomness inside the modules (masks, stochastic depth) depends on the seed and the update alone: a resumed run
     draws what the uninterrupted one would have drawn.
@@ -31,7 +32,7 @@ def train_step(
     torch.manual_seed((config.seed << 32) + update)
     objective.train()
     with autocast(batch.images.device, config.precision):
-        losses = objective(batch)
+        losses = objective(batch, ramp)
     optimizer.zero_grad(set_to_none=True)
     losses["loss"].backward()
     if config.optim.grad_clip:

@@ -75,10 +75,10 @@ def test_an_interrupted_run_resumes_to_the_very_same_end(
     whole = run_of(config, "whole")
     step = loop.train_step
 
-    def step_and_signal(objective, optimizer, batch, rate, config, update):
+    def step_and_signal(objective, optimizer, batch, rate, config, update, ramp):
         if update == 2:  # in the middle of an epoch, in the middle of an update
             os.kill(os.getpid(), number)
-        return step(objective, optimizer, batch, rate, config, update)
+        return step(objective, optimizer, batch, rate, config, update, ramp)
 
     monkeypatch.setattr(loop, "train_step", step_and_signal)
     run = tmp_path / "interrupted"
@@ -99,10 +99,10 @@ def test_a_run_that_died_resumes_from_its_last_epoch_to_the_very_same_end(
     whole = run_of(config, "whole")
     step = loop.train_step
 
-    def step_and_die(objective, optimizer, batch, rate, config, update):
+    def step_and_die(objective, optimizer, batch, rate, config, update, ramp):
         if update == 5:
             raise MemoryError
-        return step(objective, optimizer, batch, rate, config, update)
+        return step(objective, optimizer, batch, rate, config, update, ramp)
 
     monkeypatch.setattr(loop, "train_step", step_and_die)
     run = tmp_path / "died"

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from trainer.losses import ProxyClassifier, cal_loss, drc_loss
+from trainer.losses import ProxyClassifier, cal_loss, cal_ramp, drc_loss
 
 
 def test_drc_is_the_negative_log_softmax_of_cosines_over_tau_averaged_over_timesteps():
@@ -51,3 +51,8 @@ def test_cal_moves_the_injected_embedding_only_without_stop_gradient(kind, stop)
     cal_loss(student, injected, kind, stop_gradient=stop).backward()
     assert student.grad is not None
     assert (injected.grad is None) == stop
+
+
+def test_alpha_grows_linearly_from_nothing_and_then_stays():
+    assert [cal_ramp(update, 100, 0.2) for update in (0, 5, 10, 20, 99)] == [0.0, 0.25, 0.5, 1.0, 1.0]
+    assert cal_ramp(0, 100, 0.0) == 1.0
