@@ -129,7 +129,7 @@ def refine(
     teacher: TeacherOption = None,
     revision: RevisionOption = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the LoRA; default runs/<dataset>/lora.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps; default 30000, demo 300.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; default 30000, demo 200.")] = None,
     batch: Annotated[int | None, typer.Option(help="Images per step; default 1, demo 8.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of Adam; default 1e-4.")] = None,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 16,

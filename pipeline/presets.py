@@ -26,7 +26,7 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "demo": Preset(
         teacher="demo",
-        refine_steps=300,
+        refine_steps=200,
         refine_batch=8,
         refine_lr=1e-4,
         timesteps=(22, 28),

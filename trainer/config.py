@@ -134,7 +134,14 @@ _SMALL: dict[str, Any] = {
         "num_heads": 3,
     },
     "gim": {"mask_student": 0.5},
-    "loss": {"alpha": 10.0, "drc_on": "both", "cal": "normalized", "cal_target": "masked", "stop_gradient": True},
+    "loss": {
+        "alpha": 10.0,
+        "alpha_warmup": 0.3,
+        "drc_on": "both",
+        "cal": "normalized",
+        "cal_target": "masked",
+        "stop_gradient": True,
+    },
     "optim": {"lr": 5e-4, "warmup": 0.1},
 }
 

@@ -27,7 +27,7 @@ class DemoConfig:
     train_classes: int = 40
     test_classes: int = 40
     images_per_class: int = 20
-    unlabeled: int = 2400
+    unlabeled: int = 2000
 
 
 def draw_classes(
