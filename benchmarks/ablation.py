@@ -1,7 +1,7 @@
 """Recall of the student over seeds and variants: `python -m benchmarks.ablation --cache runs/demo/cache`.
 
 Every variant is the demo preset with some settings changed; every run makes the same number of student updates. Runs
-are made side by side (one thread each) in one job, so that their times can be compared with each other.
+are made side by side, one thread each.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def spread(values: list[float]) -> str:
 def table(records: list[dict]) -> str:
     """A Markdown table, one row per variant in the order of VARIANTS."""
     lines = ["| variant | what it is | seeds | R@1 % | R@8 % | mAP@R % | E_D R@1 % | E_D, E_R masked | s/run |"]
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, (about, _, _) in VARIANTS.items():
         mine = [r for r in records if r["variant"] == name]
         if not mine:
@@ -68,8 +68,7 @@ def table(records: list[dict]) -> str:
         for kind in ("unmasked", "masked"):
             found = [r["auxiliary"][kind]["mean"]["recall_at_1"] for r in mine if r.get("auxiliary")]
             cells.append(spread(found) if found else "–")
-        seconds = statistics.mean(r["seconds"] for r in mine)
-        lines.append(f"| {name} | {about} | {len(mine)} | {' | '.join(cells)} | {seconds:.0f} |")
+        lines.append(f"| {name} | {about} | {len(mine)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -193,7 +193,7 @@ def build(
     image_quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of the student's images.")] = 95,
     images: Annotated[bool, typer.Option("--images/--no-images", help="Store the student's images.")] = True,
     samples_per_shard: Annotated[
-        int | None, typer.Option(min=1, help="Default: about 64 MB, at most 256 samples.")
+        int | None, typer.Option(min=1, help="Default: about 64 MB, at most 512 samples.")
     ] = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
