@@ -58,7 +58,7 @@ def spread(values: list[float]) -> str:
 
 def table(records: list[dict]) -> str:
     """A Markdown table, one row per variant in the order of VARIANTS."""
-    lines = ["| variant | what it is | seeds | R@1 % | R@8 % | mAP@R % | E_D R@1 % | E_D, E_R masked | s/run |"]
+    lines = ["| variant | what it is | seeds | R@1 % | R@8 % | mAP@R % | E_D R@1 % | E_D, E_R masked |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, (about, _, _) in VARIANTS.items():
         mine = [r for r in records if r["variant"] == name]

@@ -176,8 +176,9 @@ def _config_of_run(
 
 
 def _train(config: TrainConfig, output: Path, resume: bool, overwrite: bool, allow_partial: bool) -> None:
-    from cache_schema import open_cache
+    from cache_schema import CacheNotFound, open_cache
     from trainer.config import describe
+    from trainer.errors import TrainError
     from trainer.rundir import check_run, is_finished, load_result
 
     check_run(output, config, resume, overwrite)
@@ -185,7 +186,10 @@ def _train(config: TrainConfig, output: Path, resume: bool, overwrite: bool, all
         result = load_result(output)
         typer.echo(f"{output} is finished already: {result['student_updates']} updates")
         return
-    cache = open_cache(config.cache, allow_partial=allow_partial)
+    try:
+        cache = open_cache(config.cache, allow_partial=allow_partial)
+    except CacheNotFound as error:
+        raise TrainError(f"{error}; make one with dit-cache build, or name one with --cache") from None
     typer.echo(f"cache {cache.manifest.label}: {len(cache)} rows with features\n{describe(config)}")
 
     from trainer.loop import train

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainer.config import TrainConfig, load_config
 from trainer.data import Split, choose_timesteps, select_split, token_shape
-from trainer.device import autocast
+from trainer.device import Precision, autocast
 from trainer.errors import TrainError
 from trainer.gim import GenerativeInjectionModule
 from trainer.images import ImageStore
@@ -55,13 +55,18 @@ def open_test_split(cache: Cache, image_size: int, memory_gb: float = 1.0, split
     return TestSplit(cache, rows, ImageStore(cache, image_size, rows.rows, memory_gb), features)
 
 
+def _precision(device: torch.device) -> Precision:
+    """float32 on a CPU, so that the scores of a student do not depend on the machine that computes them."""
+    return "float32" if device.type == "cpu" else "bfloat16"
+
+
 @torch.inference_mode()
 def embed_students(student: Student, test: TestSplit, device: torch.device) -> Tensor:
     """E_R of every test image: (N, C) float32 on the CPU."""
     student.eval()
     found = []
     for rows in _chunks(test.split.rows):
-        with autocast(device):
+        with autocast(device, _precision(device)):
             found.append(student(test.images.load(rows).to(device)).float().cpu())
     return torch.cat(found)
 
@@ -80,7 +85,7 @@ def embed_auxiliary(
     found: dict[str, list[Tensor]] = {"unmasked": [], "masked": []}
     for at, rows in zip(_chunks(np.arange(len(student))), _chunks(test.split.rows), strict=True):
         features = test.cache.read(rows.tolist(), tap=tap, timesteps=list(timesteps), view="canonical")
-        with autocast(device):
+        with autocast(device, _precision(device)):
             bridged = gim.bridge(features.decode(device=device, dtype=torch.float32))
             for name in found:
                 injected = gim.infuse(student[at].to(device), bridged, masked=name == "masked")

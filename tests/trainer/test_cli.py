@@ -148,8 +148,21 @@ def test_an_unsealed_cache_is_refused_unless_it_is_asked_for(here, make_cache, t
     assert here(*command, "--allow-partial")[0] == 0
 
 
-def test_a_run_without_a_cache_says_what_is_missing(here, tmp_path):
-    assert "--cache is missing" in here("run", "--output", tmp_path / "run")[2]
+def test_a_run_without_a_cache_says_where_it_looked_and_how_to_make_one(here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, said = here("run", "--output", tmp_path / "run")
+    assert code == 1
+    assert f"no cache at {tmp_path / 'runs/demo/cache'}" in said
+    assert "make one with dit-cache build, or name one with --cache" in said
+
+
+def test_a_run_goes_beside_its_cache_unless_told_otherwise(here, tmp_path, monkeypatch, cache):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    (tmp_path / "runs/demo/cache").symlink_to(cache.root)
+    printed = json.loads(here("run", "--mode", "baseline", "--print-config")[1])
+    assert printed["mode"] == "baseline"
+    assert printed["cache"] == str(cache.root)
 
 
 def test_print_config_shows_every_field_as_json_and_starts_nothing(here, tmp_path):

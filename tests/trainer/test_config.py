@@ -58,5 +58,5 @@ def test_only_fields_that_change_the_training_count_as_a_difference():
 def test_the_description_has_a_line_for_every_field():
     text = describe(make_config("demo"))
     assert "student.depth = 6" in text
-    assert "optim.lr = 0.001" in text
+    assert "optim.lr = 0.0005" in text
     assert len(text.splitlines()) > 45
