@@ -1,7 +1,7 @@
 """The samples table: one row per image of every split, in the order that features and images are stored in."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,13 @@ _DEFAULTS = {
 _FINGERPRINTED = [name for name in SAMPLES_SCHEMA.names if name not in ("source", "box_source", "reason")]
 
 
+def row_rank(split: str, state: str, feature_splits: Collection[str]) -> int:
+    """Return where a row stands in a cache: 0 with features, 1 usable without them, 2 quarantined."""
+    if state != "ok":
+        return 2
+    return 0 if split in feature_splits else 1
+
+
 def make_samples(rows: Iterable[Mapping[str, Any]], feature_splits: Iterable[str]) -> tuple[pa.Table, int]:
     """Make the samples table from one mapping per image; return it with the number of rows that have features.
 
@@ -57,7 +64,7 @@ def make_samples(rows: Iterable[Mapping[str, Any]], feature_splits: Iterable[str
     wanted = set(feature_splits)
 
     def rank(row: Mapping[str, Any]) -> int:
-        return 2 if row.get("state", "ok") != "ok" else 0 if row.get("split") in wanted else 1
+        return row_rank(row.get("split", ""), row.get("state", "ok"), wanted)
 
     ordered = sorted(rows, key=rank)
     return samples_table(ordered), sum(rank(row) == 0 for row in ordered)

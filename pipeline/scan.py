@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from cache_schema.samples import row_rank
 from pipeline.conditions import UNREADABLE, caption_of, decode_image
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.views import object_view
@@ -27,6 +28,10 @@ class ScannedSample:
     def ok(self) -> bool:
         return not self.reason
 
+    @property
+    def state(self) -> str:
+        return "ok" if self.ok else "quarantined"
+
     def row(self) -> dict:
         """This sample as a row of samples.parquet."""
         s = self.sample
@@ -34,7 +39,7 @@ class ScannedSample:
             "id": s.id, "split": s.split, "label": s.label, "class_name": s.class_name, "source": s.source,
             "sha256": self.sha256, "width": self.width, "height": self.height, "box": list(self.box),
             "box_source": s.box_source if s.box else "full", "caption": self.caption,
-            "state": "ok" if self.ok else "quarantined", "reason": self.reason,
+            "state": self.state, "reason": self.reason,
         }  # fmt: skip
 
 
@@ -63,10 +68,4 @@ def scan_sample(dataset: Dataset, sample: Sample) -> ScannedSample:
 def scan(dataset: Dataset, feature_splits: Sequence[str]) -> list[ScannedSample]:
     """Scan a whole data set into cache row order: rows with features first, then the others, quarantined rows last."""
     scanned = [scan_sample(dataset, s) for s in tqdm(dataset.samples, desc="scan", unit="image")]
-
-    def place(entry: ScannedSample) -> int:
-        if not entry.ok:
-            return 2
-        return 0 if entry.sample.split in feature_splits else 1
-
-    return sorted(scanned, key=place)
+    return sorted(scanned, key=lambda entry: row_rank(entry.sample.split, entry.state, feature_splits))

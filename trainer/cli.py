@@ -160,16 +160,14 @@ def _config_of_run(
     from trainer.config import FREE_ON_RESUME, load_config, make_config
 
     started = output / "config.json"
-    if flags["cache"] is None and not (resume and started.is_file()):
-        flags = {**flags, "cache": str(DEFAULT_CACHE)}
+    before = load_config(started) if resume and started.is_file() else None
     free = {name: value for name, value in flags.items() if name in FREE_ON_RESUME and value is not None}
     asked = preset or settings or any(value is not None for name, value in flags.items() if name not in free)
-    if resume and started.is_file() and not asked:
-        config = load_config(started).model_copy(update=free)
+    if before is not None and not asked:
+        config = before.model_copy(update=free)
     else:
-        if flags["cache"] is None and resume and started.is_file():
-            flags = {**flags, "cache": load_config(started).cache}
-        config = make_config(preset or _preset_for(flags["cache"]), settings, **flags)
+        cache = flags["cache"] or (before.cache if before else str(DEFAULT_CACHE))
+        config = make_config(preset or _preset_for(cache), settings, **{**flags, "cache": cache})
     if config.cache and "://" not in config.cache:
         config = config.model_copy(update={"cache": str(Path(config.cache).resolve())})
     return config
