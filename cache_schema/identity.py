@@ -24,10 +24,12 @@ _DETERMINING: dict[str, tuple[str, ...]] = {
         "guidance",
     ),
     "curriculum": ("num_steps", "timesteps", "sigmas", "seed"),
-    "encoding": ("kind",),
+    "encoding": ("kind", "pool", "pca"),
     "images": ("size", "format", "quality"),
 }
 _DETERMINING_WHOLE = ("taps", "views")
+# Fields that came with a later schema version are left out where they say what was always so: ids do not change.
+_SINCE_VERSION_2: dict[str, dict[str, Any]] = {"encoding": {"pool": 1, "pca": None}, "taps": {"teacher_channels": None}}
 
 
 def canonical_json(value: Any) -> str:
@@ -45,7 +47,14 @@ def determining_fields(manifest: "Manifest") -> dict[str, Any]:
     for part, names in _DETERMINING.items():
         value = document[part]
         fields[part] = None if value is None else {name: value[name] for name in names}
+    fields["encoding"] = _without_defaults("encoding", fields["encoding"])
+    fields["taps"] = [_without_defaults("taps", tap) for tap in fields["taps"]]
     return fields
+
+
+def _without_defaults(part: str, value: dict[str, Any]) -> dict[str, Any]:
+    defaults = _SINCE_VERSION_2[part]
+    return {name: item for name, item in value.items() if name not in defaults or item != defaults[name]}
 
 
 def compute_cache_id(manifest: "Manifest") -> str:

@@ -2,11 +2,12 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import google_crc32c
+import numpy as np
 from pydantic import Field, FiniteFloat, ValidationError
 
 from cache_schema.errors import CacheCorrupt
@@ -25,11 +26,35 @@ _NAME = re.compile(r"(?P<kind>layout|calibration|features|images|seal)-(?P<shard
 
 
 class FileRecord(Part):
-    """A file's size and CRC-32C and, for shards, the CRC-32C of every row's bytes, so that damage has an address."""
+    """A file's size and CRC-32C and, for shards, the CRC-32C of every piece, so that damage has an address.
+
+    A piece is what can be read alone: a chunk (one sample, view and timestep of an array), or an image. Checksums are
+    joined into one string, in the order of the pieces in the file; in a tar of features, array after array.
+    """
 
     bytes: Count
     crc32c: Checksum
-    row_crc32c: list[Checksum] | None = None
+    piece_crc32c: Annotated[str, Field(pattern=r"^([0-9a-f]{8})*$")] | None = None
+
+    def piece_checksums(self) -> np.ndarray | None:
+        """Return the CRC-32C of every piece, uint32 (pieces,), or None where the file has no pieces."""
+        if self.piece_crc32c is None:
+            return None
+        return np.frombuffer(bytes.fromhex(self.piece_crc32c), dtype=">u4").astype(np.uint32)
+
+
+class FailedRow(Part):
+    """A row on whose features the teacher failed, and how."""
+
+    row: Count
+    reason: str
+
+
+class QuarantinedSample(Part):
+    """An image that was set aside before the build, and why."""
+
+    id: str
+    reason: str
 
 
 class FidelitySums(Part):
@@ -48,7 +73,9 @@ class FidelitySums(Part):
 class Record(Part):
     """One committed piece: the rows `[a, b)` it covers, its files and, where it has them, fidelity and image places.
 
-    `offsets` holds, for every row of an image shard, the first byte and the length of its image inside the tar file.
+    `offsets` holds, for every row of an image shard, the first byte and the length of its image inside the tar file;
+    `failed` the rows of a feature shard that have no features; `quarantined`, in the layout's record, the images that
+    were set aside before the build.
     """
 
     kind: Kind
@@ -57,13 +84,15 @@ class Record(Part):
     files: dict[str, FileRecord]
     fidelity: list[FidelitySums] = Field(default_factory=list)
     offsets: list[tuple[Count, Count]] = Field(default_factory=list)
+    failed: list[FailedRow] = Field(default_factory=list)
+    quarantined: list[QuarantinedSample] = Field(default_factory=list)
     checksum: Checksum | None = None
 
 
-def file_record(digest: FileDigest, row_crc32c: list[int] | None = None) -> FileRecord:
-    """Make the record of a file from its digest."""
-    rows = None if row_crc32c is None else [f"{crc:08x}" for crc in row_crc32c]
-    return FileRecord(bytes=digest.bytes, crc32c=digest.crc32c, row_crc32c=rows)
+def file_record(digest: FileDigest, piece_crc32c: Iterable[int] | None = None) -> FileRecord:
+    """Make the record of a file from its digest and, for shards, the checksums of its pieces."""
+    pieces = None if piece_crc32c is None else "".join(f"{crc:08x}" for crc in piece_crc32c)
+    return FileRecord(bytes=digest.bytes, crc32c=digest.crc32c, piece_crc32c=pieces)
 
 
 def record_name(kind: Kind, shard: int = 0) -> str:
@@ -73,9 +102,7 @@ def record_name(kind: Kind, shard: int = 0) -> str:
 
 def render_record(record: Record) -> bytes:
     """Return the bytes of a record's file, with its checksum filled in."""
-    document = record.model_dump(mode="json", exclude={"checksum"})
-    document["checksum"] = _checksum(document)
-    return (canonical_json(document) + "\n").encode("ascii")
+    return _render(record.model_dump(mode="json"))
 
 
 def write_record(root: Path, record: Record) -> None:
@@ -87,8 +114,8 @@ def parse_record(data: bytes, where: str) -> Record:
     """Turn the bytes of a record into a `Record`; anything but the exact bytes once written raises CacheCorrupt."""
     try:
         document = json.loads(data)
-        record = Record.model_validate(document)
-        intact = data == render_record(record)
+        intact = isinstance(document, dict) and data == _render(document)
+        record = Record.model_validate(_migrate(document))
     except (ValueError, RecursionError, ValidationError) as error:
         raise CacheCorrupt(f"journal record {where} is not valid: {str(error).splitlines()[0][:200]}") from error
     if not intact:
@@ -125,6 +152,24 @@ def committed(root: Path) -> Iterator[tuple[Kind, int]]:
 def committed_shards(root: Path, kind: Kind) -> set[int]:
     """Return the numbers of the committed shards of one kind."""
     return {shard for found, shard in committed(root) if found == kind}
+
+
+def _render(document: dict[str, Any]) -> bytes:
+    return (canonical_json({**document, "checksum": _checksum(document)}) + "\n").encode("ascii")
+
+
+def _migrate(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a record as this release knows it; in schema version 1 a piece was a whole row, listed in `row_crc32c`."""
+    if not isinstance(document, dict) or not isinstance(document.get("files"), dict):
+        return document
+    files = {}
+    for name, file in document["files"].items():
+        if isinstance(file, dict) and "row_crc32c" in file:
+            rows = file["row_crc32c"]
+            file = {key: value for key, value in file.items() if key != "row_crc32c"}
+            file["piece_crc32c"] = None if rows is None else "".join(str(crc) for crc in rows)
+        files[name] = file
+    return {**document, "files": files}
 
 
 def _checksum(document: dict[str, Any]) -> str:

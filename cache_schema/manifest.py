@@ -3,13 +3,14 @@
 How a manifest is read from and written to disk is `cache_schema.manifest_file`.
 """
 
+import itertools
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from cache_schema.identity import compute_cache_id
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 
 # Sizes no honest cache comes near. They keep a hostile manifest from promising shapes that cannot be allocated.
 MAX_TOKENS = 1 << 20
@@ -21,13 +22,21 @@ MAX_SHARD_CHUNKS = 1 << 24
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=MAX_ROWS)]
 Positive = Annotated[int, Field(ge=1, le=MAX_ROWS)]
-EncodingKind = Literal["float32", "float16", "bfloat16", "int8"]
-Compression = Literal["none", "zstd"]
+EncodingKind = Literal["float32", "float16", "bfloat16", "int8", "float8_e4m3"]
+# The blosc ones shuffle bytes by the size of the stored type.
+Compression = Literal["none", "zstd", "blosc:lz4", "blosc:zstd"]
+StoreKind = Literal["zarr", "webdataset"]
 
 
 def _distinct(values: list) -> list:
     if len(set(values)) != len(values):
         raise ValueError("values must be distinct")
+    return values
+
+
+def _ascending(values: list[int]) -> list[int]:
+    if any(b <= a for a, b in itertools.pairwise(values)):
+        raise ValueError("values must be ascending")
     return values
 
 
@@ -38,7 +47,11 @@ class Part(BaseModel):
 
 
 class DatasetInfo(Part):
-    """The data set a cache was made from; `fingerprint` digests its samples and its split."""
+    """The data set a cache was made from; `fingerprint` digests its samples and its split.
+
+    `quarantined` counts the images that were set aside before the build, which have a row but neither features nor a
+    student image. Those that the teacher itself failed on are `Manifest.failed_rows`.
+    """
 
     name: str
     protocol: str
@@ -47,6 +60,7 @@ class DatasetInfo(Part):
     counts: dict[str, Count]
     feature_splits: list[str]
     feature_rows: Count
+    quarantined: Count = 0
 
 
 class TeacherInfo(Part):
@@ -82,13 +96,18 @@ class Curriculum(Part):
 
 
 class TapInfo(Part):
-    """Where in the teacher features are read, and their shape: `tokens` (grid height x width) of `channels` values."""
+    """Where in the teacher features are read, and the shape in which they are stored.
+
+    `tokens` (grid height x width) of `channels` values, after pooling and PCA; `teacher_channels` is the number before
+    PCA, where it differs.
+    """
 
     # A tap names a folder, so it may not look like a path, nor like the `.scale` and `.channel` folders beside it.
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}(\.[0-9]{1,6})?$")]
     tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
     channels: Annotated[int, Field(ge=1, le=MAX_CHANNELS)]
     grid: tuple[Positive, Positive]
+    teacher_channels: Annotated[int, Field(ge=1, le=MAX_CHANNELS)] | None = None
 
     @model_validator(mode="after")
     def _sane_shape(self) -> Self:
@@ -100,10 +119,26 @@ class TapInfo(Part):
 
 
 class Encoding(Part):
-    """How a feature value becomes bytes (`kind`), and how those bytes are compressed, losslessly."""
+    """How features become bytes.
+
+    First the mean over `pool` x `pool` tokens, then the `pca` strongest principal components of the channels (None
+    keeps the channels), then `kind`, a number format, then `compression`, which loses nothing.
+    """
 
     kind: EncodingKind
+    pool: Annotated[int, Field(ge=1, le=64)] = 1
+    pca: Annotated[int, Field(ge=1, le=MAX_CHANNELS)] | None = None
     compression: Compression = "none"
+
+    @property
+    def scaled(self) -> bool:
+        """Whether values are stored relative to a calibrated amplitude per channel and a scale per token."""
+        return self.kind in ("int8", "float8_e4m3")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether statistics of the features are needed before the first of them can be stored."""
+        return self.scaled or self.pca is not None
 
 
 class ImagesInfo(Part):
@@ -117,7 +152,7 @@ class ImagesInfo(Part):
 class StoreInfo(Part):
     """How rows are grouped into files. Never part of the cache id."""
 
-    kind: Literal["zarr"] = "zarr"
+    kind: StoreKind = "zarr"
     samples_per_shard: Positive
     feature_shards: Count
     images_per_shard: Positive
@@ -153,9 +188,13 @@ class Provenance(Part):
 
 
 class Manifest(Part):
-    """What a cache holds and what made it. See the parts for their fields; all sizes are bytes."""
+    """What a cache holds and what made it. See the parts for their fields; all sizes are bytes.
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    `failed_rows` are those of the rows meant to have features on which the teacher failed (NaN or infinite values);
+    known, like everything from `fidelity` on, once the cache is sealed.
+    """
+
+    schema_version: Literal[2] = SCHEMA_VERSION
     cache_id: str = ""
     dataset: DatasetInfo
     teacher: TeacherInfo
@@ -166,6 +205,7 @@ class Manifest(Part):
     images: ImagesInfo | None = None
     store: StoreInfo
     fidelity: list[Fidelity] = Field(default_factory=list)
+    failed_rows: Annotated[list[Count], AfterValidator(_ascending)] = Field(default_factory=list)
     provenance: Provenance = Field(default_factory=Provenance)
     sealed: bool = False
     bytes_features: Count | None = None
@@ -179,6 +219,14 @@ class Manifest(Part):
             raise ValueError(f"{rows} rows by {per_shard} are not {self.store.feature_shards} shards")
         if per_shard * len(self.views) * len(self.curriculum.timesteps) > MAX_SHARD_CHUNKS:
             raise ValueError("a shard would hold more chunks than this format allows")
+        if self.store.kind == "webdataset" and self.encoding.compression != "none":
+            raise ValueError("a webdataset store is not compressed; choose compression none, or the zarr store")
+        for tap in self.taps:
+            expected_channels = tap.channels if self.encoding.pca is None else self.encoding.pca
+            if tap.channels != expected_channels or (tap.teacher_channels is None) != (self.encoding.pca is None):
+                raise ValueError(f"tap {tap.name} does not have the channels that pca {self.encoding.pca} leaves")
+        if self.failed_rows and self.failed_rows[-1] >= rows:
+            raise ValueError(f"failed row {self.failed_rows[-1]} is not one of the {rows} rows with features")
         if self.images is None and self.store.image_shards:
             raise ValueError("image shards without image settings")
         expected = compute_cache_id(self)

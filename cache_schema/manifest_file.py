@@ -16,8 +16,15 @@ from cache_schema.manifest import SCHEMA_VERSION, Manifest
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 
+
+def _from_version_1(document: dict[str, Any]) -> dict[str, Any]:
+    # Version 2 added pool and pca to the encoding, teacher_channels to the taps, quarantined to the data set and
+    # failed_rows; their defaults say what version 1 was. Journal records are migrated in `cache_schema.journal`.
+    return document
+
+
 # From an older schema version to the document of the next one. A release that changes the schema adds one line here.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1}
 
 
 def render_manifest(manifest: Manifest) -> bytes:

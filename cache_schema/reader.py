@@ -13,9 +13,9 @@ import torch
 
 from cache_schema import layout
 from cache_schema.batch import EncodedBatch
+from cache_schema.codec import load_channel
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt, CacheError, CacheRequestError, CacheUnsealed
-from cache_schema.files import digest, read_bounded
 from cache_schema.images import load_index
 from cache_schema.journal import committed_shards, read_record
 from cache_schema.layout import ArrayLayout
@@ -323,19 +323,3 @@ def read_index(file: OpenFile, array: ArrayLayout) -> ShardIndex:
     if file.size < size:
         raise CacheCorrupt(f"{file.path} is truncated: {file.size} bytes do not hold the index of its chunks")
     return parse_index(file.read(file.size - size, size), array, file.size, str(file.path))
-
-
-def load_channel(root: Path, manifest: Manifest, tap: TapInfo) -> Array:
-    """Return a tap's channel calibration, float32 (T, C); raises CacheCorrupt if it is not what was written."""
-    name = layout.channel_file(tap.name)
-    record = read_record(root, "calibration")
-    shape = (len(manifest.curriculum.timesteps), tap.channels)
-    if record is None or name not in record.files:
-        raise CacheUnsealed(f"cache {root} has no channel calibration for tap {tap.name} yet")
-    try:
-        data = read_bounded(root / name, 4 * shape[0] * shape[1])
-    except OSError as error:
-        raise CacheCorrupt(f"cannot read {root / name}: {error.strerror}") from error
-    if len(data) != 4 * shape[0] * shape[1] or digest(data).crc32c != record.files[name].crc32c:
-        raise CacheCorrupt(f"{root / name} is damaged; run `dit-cache verify`")
-    return np.frombuffer(data, dtype="<f4").reshape(shape).copy()

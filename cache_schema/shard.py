@@ -26,7 +26,7 @@ class ShardWriter:
 
     layout: ArrayLayout
     file: AsideFile
-    row_crc32c: list[int] = field(default_factory=list)
+    piece_crc32c: list[int] = field(default_factory=list)
     _places: list[tuple[int, int]] = field(default_factory=list)
 
     def add_row(self, row: Array) -> None:
@@ -35,21 +35,11 @@ class ShardWriter:
         expected = (*self.layout.outer[1:], *self.layout.inner)
         if data.shape != expected:
             raise ValueError(f"row of shape {data.shape}, expected {expected}")
-        if self.layout.compression == "none":
-            pieces: list[Bytes] = [data.reshape(-1).view(np.uint8).data]
-            size = data.nbytes // math.prod(expected[:2])
-            self._places += [(self.file.size + i * size, size) for i in range(math.prod(expected[:2]))]
-        else:
-            pieces = [_compress(chunk) for view in data for chunk in view]
-            start = self.file.size
-            for piece in pieces:
-                self._places.append((start, len(piece)))
-                start += len(piece)
-        crc = 0
-        for piece in pieces:
+        for chunk in data.reshape(math.prod(expected[:2]), -1):
+            piece: Bytes = chunk.view(np.uint8).data if self.layout.compression == "none" else _compress(chunk)
+            self._places.append((self.file.size, len(piece)))
+            self.piece_crc32c.append(crc32c(piece))
             self.file.write(piece)
-            crc = crc32c(piece, crc)
-        self.row_crc32c.append(crc)
 
     def finish(self) -> None:
         """Append the index; chunks of rows that were not added are marked as missing."""

@@ -11,14 +11,12 @@ import pyarrow as pa
 
 from cache_schema import fidelity, layout
 from cache_schema.card import render_card
+from cache_schema.codec import TapCodec, load_codec
 from cache_schema.encoding import (
     Array,
-    Encoded,
     FloatArray,
     as_features,
     calibrate_channels,
-    decode,
-    encode,
     first_not_finite,
 )
 from cache_schema.errors import (
@@ -53,7 +51,7 @@ from cache_schema.journal import (
 )
 from cache_schema.manifest import Manifest, Provenance, TapInfo
 from cache_schema.manifest_file import MANIFEST_NAME, load_manifest, render_manifest, revalidate
-from cache_schema.reader import load_channel, local_path
+from cache_schema.reader import local_path
 from cache_schema.samples import (
     check_against_manifest,
     check_samples,
@@ -143,7 +141,7 @@ class CacheWriter:
         self.root = root
         self.manifest = manifest
         self.samples = samples
-        self._channels: dict[str, Array] = {}
+        self._codecs: dict[str, TapCodec] = {}
 
     def missing_shards(self) -> list[int]:
         """Return the feature shards that nobody has committed yet, as the journal stands now."""
@@ -167,7 +165,7 @@ class CacheWriter:
 
     def needs_calibration(self) -> bool:
         """Say whether `calibrate` must be called before the first `write_shard`."""
-        return self.manifest.encoding.kind == "int8" and read_record(self.root, "calibration") is None
+        return self.manifest.encoding.calibrated and read_record(self.root, "calibration") is None
 
     def calibrate(self, features: Mapping[str, Features]) -> None:
         """Store the channel calibration, from features (n, V, T, L, C) of every tap for a fixed choice of n rows.
@@ -214,7 +212,7 @@ class CacheWriter:
                 sums += self._encode_rows(tap, values, rows, writers)
                 for writer in writers:
                     writer.finish()
-                    files[writer.layout.shard_file(shard)] = file_record(writer.file.finish(), writer.row_crc32c)
+                    files[writer.layout.shard_file(shard)] = file_record(writer.file.finish(), writer.piece_crc32c)
             record = Record(kind="features", shard=shard, rows=(rows.start, rows.stop), files=files, fidelity=sums)
             self._commit(record, asides)
 
@@ -286,11 +284,11 @@ class CacheWriter:
     def _encode_rows(
         self, tap: TapInfo, values: FloatArray, rows: range, writers: list[ShardWriter]
     ) -> list[FidelitySums]:
-        kind, channel = self.manifest.encoding.kind, self._channel(tap)
+        codec = self._codec(tap)
         decoded: list[Array] = []
         for row, sample in zip(rows, values, strict=True):
             try:
-                encoded: Encoded = encode(kind, sample, channel)
+                encoded = codec.encode(sample)
             except InvalidFeatures as error:
                 raise InvalidFeatures(f"tap {tap.name} of {self._name(row)}: {error}") from error
             for writer in writers:
@@ -298,7 +296,7 @@ class CacheWriter:
                 assert part is not None
                 writer.add_row(part)
             if len(decoded) < fidelity.MEASURED_SAMPLES:
-                decoded.append(decode(kind, encoded, channel))
+                decoded.append(codec.decode(encoded))
         measured = np.stack(decoded)
         L, C = tap.tokens, tap.channels
         return [
@@ -311,12 +309,10 @@ class CacheWriter:
             for t, timestep in enumerate(self.manifest.curriculum.timesteps)
         ]
 
-    def _channel(self, tap: TapInfo) -> Array | None:
-        if self.manifest.encoding.kind != "int8":
-            return None
-        if tap.name not in self._channels:
-            self._channels[tap.name] = load_channel(self.root, self.manifest, tap)
-        return self._channels[tap.name]
+    def _codec(self, tap: TapInfo) -> TapCodec:
+        if tap.name not in self._codecs:
+            self._codecs[tap.name] = load_codec(self.root, self.manifest, tap)
+        return self._codecs[tap.name]
 
     def _checked(
         self, features: Mapping[str, Features], count: int | None = None

@@ -30,7 +30,12 @@ records = st.builds(
     rows=st.tuples(counts, counts),
     files=st.dictionaries(
         st.text(max_size=9),
-        st.builds(FileRecord, bytes=counts, crc32c=checksums, row_crc32c=st.none() | st.lists(checksums, max_size=2)),
+        st.builds(
+            FileRecord,
+            bytes=counts,
+            crc32c=checksums,
+            piece_crc32c=st.none() | st.lists(checksums, max_size=2).map("".join),
+        ),
         max_size=2,
     ),
     fidelity=st.lists(

@@ -27,6 +27,7 @@ from cache_schema import (
 )
 from cache_schema import manifest_file as files
 from cache_schema.identity import canonical_json, compute_cache_id, differing_fields
+from cache_schema.manifest import SCHEMA_VERSION
 from cache_schema.manifest_file import load_manifest, parse_manifest, render_document, render_manifest
 from cache_schema.schema import SCHEMA_PATH, render_schema
 
@@ -231,7 +232,9 @@ def test_a_missing_manifest_is_no_cache(tmp_path: Path) -> None:
         load_manifest(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize(("version", "advice"), [(2, "newer dit-distill"), (0, "nothing that old"), (10**30, "newer")])
+@pytest.mark.parametrize(
+    ("version", "advice"), [(SCHEMA_VERSION + 1, "newer dit-distill"), (0, "nothing that old"), (10**30, "newer")]
+)
 def test_an_unknown_schema_version_is_refused_by_its_number(version: int, advice: str) -> None:
     document = {**json.loads(render_manifest(tiny())), "schema_version": version}
     with pytest.raises(UnsupportedSchema, match=f"schema version {version}.*{advice}"):
@@ -239,7 +242,7 @@ def test_an_unknown_schema_version_is_refused_by_its_number(version: int, advice
 
 
 def test_an_older_manifest_is_migrated_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A made-up history: version -1 had no views, version 0 called the seed something else."""
+    """A made-up history: two versions ago there were no views, one version ago the seed had another name."""
     manifest = tiny()
 
     def name_views(document: dict[str, Any]) -> dict[str, Any]:
@@ -250,21 +253,21 @@ def test_an_older_manifest_is_migrated_step_by_step(monkeypatch: pytest.MonkeyPa
         seed = curriculum.pop("noise_seed")
         return {**document, "curriculum": {**curriculum, "seed": seed}}
 
-    monkeypatch.setattr(files, "MIGRATIONS", {-1: name_views, 0: rename_seed})
+    monkeypatch.setattr(files, "MIGRATIONS", {SCHEMA_VERSION - 2: name_views, SCHEMA_VERSION - 1: rename_seed})
     document = json.loads(render_manifest(manifest))
     del document["views"]
     document["curriculum"]["noise_seed"] = document["curriculum"].pop("seed")
-    document |= {"schema_version": -1}
+    document |= {"schema_version": SCHEMA_VERSION - 2}
     document["provenance"]["checksum"] = files.manifest_checksum(document)
     found = parse_manifest(render_document(document), "manifest.json")
     assert found.model_copy(update={"provenance": manifest.provenance}) == manifest
 
 
 def test_a_gap_in_the_migrations_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MIGRATIONS", {-1: lambda document: document})
-    document = {**json.loads(render_manifest(tiny())), "schema_version": -1}
+    monkeypatch.setattr(files, "MIGRATIONS", {SCHEMA_VERSION - 2: lambda document: document})
+    document = {**json.loads(render_manifest(tiny())), "schema_version": SCHEMA_VERSION - 2}
     document["provenance"]["checksum"] = None
-    with pytest.raises(UnsupportedSchema, match="no migration leads from schema version 0"):
+    with pytest.raises(UnsupportedSchema, match=f"no migration leads from schema version {SCHEMA_VERSION - 1}"):
         parse_manifest(render_document(document), "manifest.json")
 
 

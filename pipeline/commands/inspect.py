@@ -1,0 +1,40 @@
+"""`dit-cache info` and `dit-cache verify`: what a cache holds, and whether it is intact."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cache_schema.errors import DitDistillError
+from pipeline.options import DebugOption
+
+
+def info(
+    cache: Annotated[Path, typer.Argument(help="A cache, sealed or not.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the description as JSON, for scripts.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say what a cache holds, who built it with what, and how faithful its features are."""
+    from cache_schema.describe import describe, describe_text
+
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(describe(cache), indent=2))
+    else:
+        typer.echo(describe_text(cache))
+
+
+def verify(
+    cache: Annotated[Path, typer.Argument(help="A cache, sealed or not.")],
+    debug: DebugOption = False,
+) -> None:
+    """Check every file against the checksums in the journal; exit code 1 if anything is wrong."""
+    from cache_schema.verify import verify as check
+
+    problems = check(cache)
+    for problem in problems:
+        typer.echo(str(problem))
+    if problems:
+        raise DitDistillError(f"{len(problems)} problems in {cache}; build again into an empty folder")
+    typer.echo(f"{cache}: every file is as it was written")

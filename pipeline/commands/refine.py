@@ -1,0 +1,60 @@
+"""`dit-cache refine`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.options import (
+    DataOption,
+    DatasetOption,
+    DebugOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    GuidanceOption,
+    LimitOption,
+    ResolutionOption,
+    RevisionOption,
+    TeacherOption,
+    open_inputs,
+)
+from pipeline.presets import preset_for, run_folder
+
+
+def refine(
+    dataset: DatasetOption = "demo",
+    data: DataOption = None,
+    teacher: TeacherOption = None,
+    revision: RevisionOption = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the LoRA; default runs/<dataset>/lora.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; default 30000, demo 200.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images per step; default 1, demo 8.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of Adam; default 1e-4.")] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 16,
+    validation_images: Annotated[int, typer.Option(help="Training images held out to measure progress.")] = 32,
+    validate_every: Annotated[int, typer.Option(help="Steps between measurements on held-out images.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of initialisation, order and noise.")] = 0,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    resolution: ResolutionOption = None,
+    guidance: GuidanceOption = 3.5,
+    limit: LimitOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Stage I: refine the frozen DiT with a LoRA so that it uses the context image (condition difference refining)."""
+    preset = preset_for(dataset)
+    opened, loaded = open_inputs(dataset, data, teacher, revision, None, dtype, device, resolution, guidance, limit)
+    from pipeline.refine import RefineConfig
+    from pipeline.refine import refine as run_refine
+
+    config = RefineConfig(
+        steps=preset.refine_steps if steps is None else steps,
+        batch=preset.refine_batch if batch is None else batch,
+        lr=preset.refine_lr if lr is None else lr,
+        rank=rank,
+        seed=seed,
+        validation_images=validation_images,
+        validate_every=validate_every,
+    )
+    run_refine(loaded, opened, config, output or run_folder(dataset) / "lora")

@@ -1,0 +1,89 @@
+"""Options that several commands of `dit-cache` share, and what they mean. No model library is imported at the top."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cache_schema.errors import DitDistillError
+from pipeline.presets import preset_for
+
+if TYPE_CHECKING:
+    from pipeline.datasets.base import Dataset
+    from pipeline.teachers.base import Teacher
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+DatasetOption = Annotated[str, typer.Option("--dataset", help="Data set: demo (built in) or cars.")]
+DataOption = Annotated[Path | None, typer.Option("--data", help="Directory of the data set; default data/<dataset>.")]
+TeacherOption = Annotated[
+    str | None,
+    typer.Option("--teacher", help="Preset (demo, flux-dev, flux-kontext), diffusers folder, or hub repository."),
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Revision of the hub repository.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option(help="Precision of the teacher; auto is bfloat16 on a GPU, float32 on a CPU.")
+]
+DeviceOption = Annotated[str, typer.Option(help="Where the teacher runs; auto takes the GPU if there is one.")]
+ResolutionOption = Annotated[
+    int | None, typer.Option(help="Side of the teacher's views in pixels; default from the preset.")
+]
+GuidanceOption = Annotated[float, typer.Option(help="Guidance, for teachers whose configuration embeds it.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Use only the first N images of each split, to try.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
+
+
+def parse_numbers(text: str, option: str) -> tuple[int, ...]:
+    """Parse 10,16,22; anything else is a usage error that names the option."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not a list of whole numbers like 10,16,22,28", param_hint=option
+        ) from None
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Parse a,b,c."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def open_inputs(
+    dataset: str, data: Path | None, teacher: str | None, revision: str | None, lora: Path | None, dtype: Dtype,
+    device: str, resolution: int | None, guidance: float, limit: int | None,
+) -> "tuple[Dataset, Teacher]":  # fmt: skip
+    """Open the data set and load the teacher that the options name."""
+    # The data set first: a wrong path should not wait for 24 GB of weights.
+    from pipeline.datasets import open_dataset
+
+    opened = open_dataset(dataset, data, limit)
+    import torch
+
+    from pipeline.teachers import load_teacher
+
+    try:
+        target = torch.device(
+            "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+        )
+    except RuntimeError:
+        raise DitDistillError(f"--device {device}: not a device; use auto, cpu or cuda") from None
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise DitDistillError(f"--device {device}: this machine has no CUDA GPU that PyTorch can use")
+    auto = torch.bfloat16 if target.type == "cuda" else torch.float32
+    chosen = load_teacher(
+        teacher or preset_for(dataset).teacher,
+        revision=revision,
+        lora=lora,
+        resolution=resolution,
+        dtype=auto if dtype is Dtype.auto else getattr(torch, dtype.value),
+        device=str(target),
+        guidance=guidance,
+    )
+    return opened, chosen
