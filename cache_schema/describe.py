@@ -122,9 +122,8 @@ def _provenance_facts(manifest: Manifest) -> list[tuple[str, str]]:
 
 def _shapes(manifest: Manifest) -> dict[str, list[int]]:
     shapes = {}
-    for tap in manifest.taps:
-        for array in layout.feature_layouts(manifest, tap):
-            shapes[array.folder.removeprefix("features/")] = [*array.outer, *array.inner]
+    for array in layout.all_layouts(manifest):
+        shapes[array.name] = [*array.outer, *array.inner]
     return shapes
 
 
