@@ -32,8 +32,8 @@ def _heading(manifest: Manifest) -> str:
     data, teacher = manifest.dataset, manifest.teacher
     return (
         f"# Teacher cache {manifest.label}\n\n"
-        f"Features of {data.feature_rows - len(manifest.failed_rows)} images of `{data.name}` as a diffusion transformer ({teacher.family}, "
-        f"`{teacher.source}`) sees them. Students are distilled from this cache without the teacher."
+        f"Features of {data.feature_rows - len(manifest.failed_rows)} images of `{data.name}` as a diffusion "
+        f"transformer ({teacher.family}, `{teacher.source}`) sees them. Students are distilled from this cache without the teacher."
     )
 
 

@@ -17,13 +17,14 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return everything there is to say about the cache at `path`, sealed or not, as plain JSON values.
 
     Keys: `path`, `state` ("sealed" or "partial"), `manifest` (the whole document), `shards` (done and total, of
-    features and images), `samples_with_features`, `quarantined` (list of id and reason), `shapes` (of the arrays).
+    features and images), `samples_with_features`, `quarantined` (list of id and reason), `failed` (list of row and
+    reason, of the samples that the teacher failed on), `shapes` (of the arrays).
     """
     root = local_path(path)
     manifest = load_manifest(root)
     store = manifest.store
     features, images = committed_shards(root, "features"), committed_shards(root, "images")
-    failed = _failed(root, features)
+    failed = _failed(root, manifest, features)
     per_shard, rows = store.samples_per_shard, manifest.dataset.feature_rows
     return {
         "path": str(root),
@@ -134,7 +135,10 @@ def _shapes(manifest: Manifest) -> dict[str, list[int]]:
     return shapes
 
 
-def _failed(root: Path, shards: Iterable[int]) -> list[dict[str, Any]]:
+def _failed(root: Path, manifest: Manifest, shards: Iterable[int]) -> list[dict[str, Any]]:
+    if manifest.sealed:
+        # Of a large cache, only the records that have something to say are read.
+        shards = {row // manifest.store.samples_per_shard for row in manifest.failed_rows}
     records = (read_record(root, "features", shard) for shard in sorted(shards))
     return [item.model_dump() for record in records if record is not None for item in record.failed]
 
