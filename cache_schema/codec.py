@@ -8,7 +8,7 @@ from cache_schema.encoding import Array, Encoded, FloatArray, decode, encode
 from cache_schema.errors import CacheCorrupt, CacheUnsealed
 from cache_schema.files import digest, read_bounded
 from cache_schema.journal import read_record
-from cache_schema.layout import StatisticLayout
+from cache_schema.layout import CalibrationLayout
 from cache_schema.manifest import EncodingKind, Manifest, TapInfo
 from cache_schema.stores import store_of
 
@@ -37,20 +37,20 @@ def load_codec(root: Path, manifest: Manifest, tap: TapInfo) -> TapCodec:
 
 def load_channel(root: Path, manifest: Manifest, tap: TapInfo) -> Array:
     """Return a tap's channel calibration, float32 (T, C); raises CacheCorrupt if it is not what was written."""
-    return load_statistic(root, manifest, layout.channel_layout(manifest, tap))
+    return load_calibration(root, manifest, layout.channel_layout(manifest, tap))
 
 
-def load_statistic(root: Path, manifest: Manifest, statistic: StatisticLayout) -> Array:
+def load_calibration(root: Path, manifest: Manifest, array: CalibrationLayout) -> Array:
     """Return one of the statistics of a cache, float32; raises CacheCorrupt if it is not what was written."""
     store = store_of(manifest)
-    name = store.statistic_file(statistic)
+    name = store.calibration_file(array)
     record = read_record(root, "calibration")
     if record is None or name not in record.files:
-        raise CacheUnsealed(f"cache {root} has no calibration {statistic.name} yet")
+        raise CacheUnsealed(f"cache {root} has no calibration {array.name} yet")
     try:
-        data = read_bounded(root / name, store.statistic_size(statistic))
+        data = read_bounded(root / name, store.calibration_size(array))
     except OSError as error:
         raise CacheCorrupt(f"cannot read {root / name}: {error.strerror}") from error
     if digest(data).crc32c != record.files[name].crc32c:
         raise CacheCorrupt(f"{root / name} is damaged; run `dit-cache verify`")
-    return store.parse_statistic(statistic, data, str(root / name))
+    return store.parse_calibration(array, data, str(root / name))

@@ -54,7 +54,7 @@ class ArrayLayout:
 
 
 @dataclass(frozen=True)
-class StatisticLayout:
+class CalibrationLayout:
     """A float32 array of statistics of the features of one tap, measured before its first shard is written.
 
     `name` is the tap and the `part`, `dimensions` says what each axis of `shape` counts.
@@ -82,20 +82,20 @@ def all_layouts(manifest: Manifest) -> list[ArrayLayout]:
     return [array for tap in manifest.taps for array in feature_layouts(manifest, tap)]
 
 
-def channel_layout(manifest: Manifest, tap: TapInfo) -> StatisticLayout:
+def channel_layout(manifest: Manifest, tap: TapInfo) -> CalibrationLayout:
     """Return the layout of a tap's channel calibration (T, C)."""
     shape = (len(manifest.curriculum.timesteps), tap.channels)
-    return StatisticLayout(f"{tap.name}.channel", "channel", shape, ("timestep", "channel"))
+    return CalibrationLayout(f"{tap.name}.channel", "channel", shape, ("timestep", "channel"))
 
 
-def statistic_layouts(manifest: Manifest, tap: TapInfo) -> list[StatisticLayout]:
+def calibration_layouts(manifest: Manifest, tap: TapInfo) -> list[CalibrationLayout]:
     """Return the layouts of the statistics that the encoding needs of one tap."""
     return [channel_layout(manifest, tap)] if manifest.encoding.scaled else []
 
 
-def all_statistics(manifest: Manifest) -> list[StatisticLayout]:
+def all_calibrations(manifest: Manifest) -> list[CalibrationLayout]:
     """Return the layouts of the statistics of every tap."""
-    return [statistic for tap in manifest.taps for statistic in statistic_layouts(manifest, tap)]
+    return [array for tap in manifest.taps for array in calibration_layouts(manifest, tap)]
 
 
 def _layout(manifest: Manifest, tap: TapInfo, part: Part) -> ArrayLayout:

@@ -34,6 +34,8 @@ class OpenFile:
 
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes from `offset`; raises CacheCorrupt where the file does not have them."""
+        if offset < 0 or size < 0 or offset + size > self.size:
+            raise CacheCorrupt(f"{self.path} is truncated: it has no bytes {offset} to {offset + size}")
         buffer = bytearray(size)
         self.read_into(memoryview(buffer), offset)
         return bytes(buffer)

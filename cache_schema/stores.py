@@ -13,7 +13,7 @@ from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt
 from cache_schema.files import AsideFile
 from cache_schema.journal import FileRecord, Record, record_name
-from cache_schema.layout import ArrayLayout, StatisticLayout
+from cache_schema.layout import ArrayLayout, CalibrationLayout
 from cache_schema.manifest import Manifest
 from cache_schema.open_shards import OpenFile
 from cache_schema.shard import ShardIndex
@@ -63,19 +63,19 @@ class FeatureStore(ABC):
         """Return the writer of one shard; leaving its context removes what was not published."""
 
     @abstractmethod
-    def statistic_file(self, statistic: StatisticLayout) -> str:
+    def calibration_file(self, array: CalibrationLayout) -> str:
         """Return the path of a statistic's values."""
 
     @abstractmethod
-    def render_statistic(self, statistic: StatisticLayout, values: Array) -> bytes:
+    def render_calibration(self, array: CalibrationLayout, values: Array) -> bytes:
         """Return the contents of a statistic's file."""
 
     @abstractmethod
-    def parse_statistic(self, statistic: StatisticLayout, data: bytes, where: str) -> Array:
+    def parse_calibration(self, array: CalibrationLayout, data: bytes, where: str) -> Array:
         """Return the values, float32, in the contents of a statistic's file; raises CacheCorrupt."""
 
     @abstractmethod
-    def statistic_size(self, statistic: StatisticLayout) -> int:
+    def calibration_size(self, array: CalibrationLayout) -> int:
         """Return the size in bytes of a statistic's file."""
 
     def chunk_checksums(self, record: Record, array: ArrayLayout) -> Array | None:

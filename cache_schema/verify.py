@@ -86,7 +86,7 @@ def _pieces(store: FeatureStore, done: set[tuple[Kind, int]], image_rows: int | 
     manifest, sizes = store.manifest, store.manifest.store
     yield _Piece("layout", 0, None, _plain([*store.documents(), layout.SAMPLES_NAME]))
     if manifest.encoding.calibrated:
-        yield _Piece("calibration", 0, None, _plain(map(store.statistic_file, layout.all_statistics(manifest))))
+        yield _Piece("calibration", 0, None, _plain(map(store.calibration_file, layout.all_calibrations(manifest))))
     for shard in _shards(sizes.feature_shards, "features", done, image_rows):
         rows = layout.rows_of_shard(shard, sizes.samples_per_shard, manifest.dataset.feature_rows)
         yield _Piece("features", shard, (rows.start, rows.stop), store.shard_files(shard))
@@ -205,7 +205,7 @@ def damaged_rows(path: Path, store: FeatureStore, record: Record, name: str) -> 
         if checksums is None or len(checksums) != len(record.offsets):
             raise CacheCorrupt(f"{record_name('images', record.shard)} does not have the checksums of {name}")
         pieces = enumerate(zip(record.offsets, checksums.tolist(), strict=True))
-        return [row for row, (place, crc) in pieces if crc32c(_read_inside(file, *place)) != crc]
+        return [row for row, (place, crc) in pieces if crc32c(file.read(*place)) != crc]
     bad: set[int] = set()
     for array in store.shard_files(record.shard)[name]:
         index = store.read_index(file, array, record.shard)
@@ -221,7 +221,7 @@ def _damaged_array_rows(
     for row in range(record.rows[1] - record.rows[0]):
         crc, found = 0, []
         for offset, size in zip(index.offsets[row].flat, index.lengths[row].flat, strict=True):
-            chunk = _read_inside(file, int(offset), int(size)) if size else b""
+            chunk = file.read(int(offset), int(size)) if size else b""
             found.append(crc32c(chunk))
             crc = crc32c(chunk, crc)
         if checksums is not None:
@@ -229,12 +229,6 @@ def _damaged_array_rows(
                 yield row
         elif whole_rows is None or crc != int(whole_rows[row]):
             yield row
-
-
-def _read_inside(file: OpenFile, offset: int, size: int) -> bytes:
-    if offset < 0 or offset + size > file.size:
-        raise CacheCorrupt(f"{file.path}: bytes {offset} to {offset + size} are outside the file")
-    return file.read(offset, size)
 
 
 def _ranges(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:

@@ -187,15 +187,15 @@ class CacheWriter:
             channels[layout.channel_layout(self.manifest, tap)] = calibrate_channels(values)
         self.store_calibration(channels)
 
-    def store_calibration(self, statistics: Mapping[layout.StatisticLayout, Array]) -> None:
-        """Store statistics as they are, for every one of `layout.all_statistics`, unless they are stored already."""
+    def store_calibration(self, statistics: Mapping[layout.CalibrationLayout, Array]) -> None:
+        """Store statistics as they are, for every one of `layout.all_calibrations`, unless they are stored already."""
         with directory_lock(self.root):
             if not self.needs_calibration():
                 return
             files = {}
-            for statistic, values in statistics.items():
-                path = self._store.statistic_file(statistic)
-                data = self._store.render_statistic(statistic, values)
+            for array, values in statistics.items():
+                path = self._store.calibration_file(array)
+                data = self._store.render_calibration(array, values)
                 files[path] = file_record(write_file(self.root / path, data))
             write_record(self.root, Record(kind="calibration", files=files))
 

@@ -17,7 +17,7 @@ from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt
 from cache_schema.files import AsideFile
 from cache_schema.journal import FileRecord, file_record
-from cache_schema.layout import ArrayLayout, StatisticLayout
+from cache_schema.layout import ArrayLayout, CalibrationLayout
 from cache_schema.manifest import Manifest
 from cache_schema.open_shards import OpenFile
 from cache_schema.shard import ZSTD_LEVEL, ShardIndex, ShardWriter, index_size, parse_index
@@ -34,8 +34,10 @@ class ZarrStore(FeatureStore):
         }
         for array in layout.all_layouts(self.manifest):
             documents[f"{_folder(array.name)}/zarr.json"] = _json(_sharded_metadata(self.manifest, array))
-        for statistic in layout.all_statistics(self.manifest):
-            documents[f"{_folder(statistic.name)}/zarr.json"] = _json(_statistic_metadata(self.manifest, statistic))
+        for calibration in layout.all_calibrations(self.manifest):
+            documents[f"{_folder(calibration.name)}/zarr.json"] = _json(
+                _calibration_metadata(self.manifest, calibration)
+            )
         return documents
 
     def shard_files(self, shard: int) -> dict[str, list[ArrayLayout]]:
@@ -63,23 +65,23 @@ class ZarrStore(FeatureStore):
             }
             yield _ZarrRowWriter(writers)
 
-    def statistic_file(self, statistic: StatisticLayout) -> str:
+    def calibration_file(self, array: CalibrationLayout) -> str:
         """Return the path of the array's one chunk."""
-        return "/".join([_folder(statistic.name), "c", *("0" for _ in statistic.shape)])
+        return "/".join([_folder(array.name), "c", *("0" for _ in array.shape)])
 
-    def render_statistic(self, statistic: StatisticLayout, values: Array) -> bytes:
+    def render_calibration(self, array: CalibrationLayout, values: Array) -> bytes:
         """Return the values as little-endian float32."""
         return np.ascontiguousarray(values, dtype="<f4").tobytes()
 
-    def parse_statistic(self, statistic: StatisticLayout, data: bytes, where: str) -> Array:
+    def parse_calibration(self, array: CalibrationLayout, data: bytes, where: str) -> Array:
         """Return the values of a chunk of exactly the right size."""
-        if len(data) != statistic.nbytes:
-            raise CacheCorrupt(f"{where} has {len(data)} bytes, {statistic.shape} values need {statistic.nbytes}")
-        return np.frombuffer(data, dtype="<f4").reshape(statistic.shape).copy()
+        if len(data) != array.nbytes:
+            raise CacheCorrupt(f"{where} has {len(data)} bytes, {array.shape} values need {array.nbytes}")
+        return np.frombuffer(data, dtype="<f4").reshape(array.shape).copy()
 
-    def statistic_size(self, statistic: StatisticLayout) -> int:
+    def calibration_size(self, array: CalibrationLayout) -> int:
         """Return the size of the values: nothing else is in the file."""
-        return statistic.nbytes
+        return array.nbytes
 
 
 class _ZarrRowWriter:
@@ -137,11 +139,13 @@ def _sharded_metadata(manifest: Manifest, array: ArrayLayout) -> dict[str, Any]:
     return metadata
 
 
-def _statistic_metadata(manifest: Manifest, statistic: StatisticLayout) -> dict[str, Any]:
-    shape = list(statistic.shape)
-    metadata = _array_metadata(shape, shape, "float32", list(statistic.dimensions))
+def _calibration_metadata(manifest: Manifest, array: CalibrationLayout) -> dict[str, Any]:
+    shape = list(array.shape)
+    metadata = _array_metadata(shape, shape, "float32", list(array.dimensions))
     metadata["codecs"] = [_bytes_codec("float32")]
-    metadata["attributes"] = {"part": statistic.part, "timesteps": manifest.curriculum.timesteps}
+    metadata["attributes"] = {"part": array.part}
+    if "timestep" in array.dimensions:
+        metadata["attributes"]["timesteps"] = manifest.curriculum.timesteps
     return metadata
 
 
