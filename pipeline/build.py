@@ -134,6 +134,7 @@ def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samp
         images=images if config.with_images else None,
         image_rows=len(splits),
         samples_per_shard=config.samples_per_shard,
+        store=config.store,
     )
 
 
