@@ -5,14 +5,18 @@ in a shell: its own process id, its own signals, its own exit code.
 """
 
 import ctypes
+import hashlib
+import json
 import multiprocessing
 import os
+import re
 import resource
-from signal import Signals
 import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
+from typing import Any
 
 import torch
 
@@ -38,20 +42,44 @@ class Moment:
     signal: Signals | None = None
 
 
+def contents(cache: Path) -> dict[str, str]:
+    """Digest of every file, the manifest without the part that says when and where it was built."""
+    digests = {}
+    for path in sorted(p for p in cache.rglob("*") if p.is_file()):
+        data = path.read_bytes()
+        if path.name == "manifest.json":
+            document = json.loads(data)
+            document.pop("provenance")
+            data = json.dumps(document, sort_keys=True).encode()
+        digests[str(path.relative_to(cache))] = hashlib.sha256(data).hexdigest()
+    return digests
+
+
+def committed_files(cache: Path) -> dict[Path, tuple[int, int]]:
+    """The files of every committed shard, each with what changes when it is written again: inode and time."""
+    records = [json.loads(path.read_text()) for path in (cache / "journal").glob("*-*.json")]
+    shards = [record for record in records if record["kind"] in ("features", "images")]
+    files = [cache / name for record in shards for name in record["files"]]
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+
+
 class _Watch:
     """An audit hook, which Python calls before every operation on a file, in whatever thread."""
 
     def __init__(self, moment: Moment) -> None:
         self.moment, self.seen, self._lock = moment, 0, threading.Lock()
+        self.written: list[int] = []
 
     def __call__(self, event: str, arguments: tuple) -> None:
         if not (event in _CHANGES or (event == "open" and arguments[2] & (os.O_CREAT | os.O_RDWR | os.O_WRONLY))):
             return
-        if self.moment.path not in f"{arguments[0]} {arguments[1]}":
-            return
+        paths = f"{arguments[0]} {arguments[1]}"
+        shard = re.search(r"/features/hidden/c/([0-9]+)/.*\.tmp-", paths)
         with self._lock:
-            self.seen += 1
-            now = self.seen == self.moment.count
+            if event == "open" and shard:
+                self.written.append(int(shard[1]))
+            self.seen += self.moment.path in paths
+            now = self.moment.path in paths and self.seen == self.moment.count
         if now and self.moment.signal is not None:
             os.kill(os.getpid(), self.moment.signal)
 
@@ -62,9 +90,8 @@ def _build(arguments: list[str], log: str, moment: Moment | None, largest_file: 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    watch = _Watch(moment) if moment else None
-    if watch:
-        sys.addaudithook(watch)
+    watch = _Watch(moment or Moment("/journal/"))
+    sys.addaudithook(watch)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     if obey_modes:
@@ -72,8 +99,7 @@ def _build(arguments: list[str], log: str, moment: Moment | None, largest_file: 
     try:
         run(app, ["build", *arguments], name="dit-cache")
     finally:
-        if watch:
-            print(f"changes: {watch.seen}", flush=True)
+        Path(log).with_suffix(".json").write_text(json.dumps({"changes": watch.seen, "written": watch.written}))
 
 
 def _give_up_override() -> None:
@@ -112,12 +138,24 @@ class BuildProcesses:
         process.start()
         return BuildProcess(process, log)
 
-    def run(self, cache: Path, *options: str, expect: int = 0, **limits: object) -> str:
-        """Run a build to its end; return what it said."""
-        process = self.start(cache, *options, **limits)  # type: ignore[arg-type]
-        code, said = process.wait()
-        assert code == expect, f"exit {code}: {said}"
-        return said
+    def run(self, cache: Path, *options: str, expect: int = 0, **limits: Any) -> "Ended":
+        """Run a build to its end."""
+        ended = self.start(cache, *options, **limits).wait()
+        assert ended.code == expect, f"exit {ended.code}: {ended.said}"
+        return ended
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A build that came to its end. code: negative for the signal that ended it. said: without progress bars.
+
+    changes: how often the moment's path was changed; written: the feature shards it wrote (none if it was killed).
+    """
+
+    code: int
+    said: list[str]
+    changes: int = 0
+    written: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,10 +170,18 @@ class BuildProcess:
         assert self.process.pid is not None
         return self.process.pid
 
-    def wait(self) -> tuple[int, str]:
-        """Its exit code (negative: the signal that ended it) and what it said, without progress bars."""
+    @property
+    def stopped(self) -> bool:
+        """Whether SIGSTOP has taken effect."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
+
+    def wait(self) -> Ended:
+        """Wait for its end."""
         self.process.join()
-        lines = self.log.read_text().replace("\r", "\n").splitlines() if self.log.exists() else []
         code = self.process.exitcode
         assert code is not None
-        return code, "\n".join(line for line in lines if "it/s" not in line and "image/s" not in line and "|" not in line)
+        text = self.log.read_text().replace("\r", "\n") if self.log.exists() else ""
+        said = [line for line in text.splitlines() if line.strip() and not re.search(r"\d+%\|", line)]
+        report = self.log.with_suffix(".json")
+        known = json.loads(report.read_text()) if report.exists() else {"changes": 0, "written": []}
+        return Ended(code, said, known["changes"], tuple(known["written"]))

@@ -1,16 +1,11 @@
 """A build is resumable, reproducible and honest about bad images."""
 
-import hashlib
-import json
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from build_process import contents
 
 from cache_schema import open_cache
 from cache_schema.errors import CacheMismatch, DitDistillError
@@ -21,7 +16,6 @@ from pipeline.conditions import encode_conditions
 from pipeline.curriculum import add_noise, sample_noise
 from pipeline.datasets.demo import DemoConfig, DemoDataset
 from pipeline.features import teacher_features
-from pipeline.tolerance import Tolerance
 
 CONFIG = BuildConfig(
     timesteps=(16, 28),
@@ -32,19 +26,6 @@ CONFIG = BuildConfig(
     samples_per_shard=4,
     encoding="float32",
 )
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Digest of every file, the manifest without the part that says when and where it was built."""
-    digests = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        data = path.read_bytes()
-        if path.name == "manifest.json":
-            document = json.loads(data)
-            document.pop("provenance")
-            data = json.dumps(document, sort_keys=True).encode()
-        digests[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
-    return digests
 
 
 @pytest.fixture(scope="module")
@@ -122,88 +103,6 @@ def test_without_captions_the_text_is_the_empty_prompt(teacher, tiny_dataset):
     captioned = teacher_features(teacher, tiny_dataset, samples, CONFIG, [0.5, 0.1])["hidden"]
     assert features.shape == captioned.shape == (2, 2, 2, 16, 32)
     assert not torch.allclose(features, captioned)
-
-
-class Damaged:
-    """A data set in which some files went bad after it was listed."""
-
-    def __init__(self, inner, damage):
-        self.inner, self.damage = inner, damage
-        self.name, self.protocol, self.superclass = inner.name, inner.protocol, inner.superclass
-        self.samples = [replace(s, box=(200, 200, 300, 300)) if damage.get(s.id) == "box" else s for s in inner.samples]
-
-    def read(self, sample):
-        kind = self.damage.get(sample.id)
-        if kind == "missing":
-            raise FileNotFoundError(2, "No such file or directory", sample.source)
-        data = self.inner.read(sample)
-        return {"empty": b"", "truncated": data[: len(data) // 2]}.get(kind, data)
-
-
-def test_bad_images_are_quarantined_with_their_reason_and_leave_no_hole(teacher, tiny_dataset, tmp_path):
-    train = [s.id for s in tiny_dataset.samples if s.split == "train"]
-    damage = dict(zip(train, ["missing", "empty", "truncated", "box"], strict=False))
-    said = []
-    build(
-        teacher,
-        Damaged(tiny_dataset, damage),
-        CONFIG,
-        tmp_path / "c",
-        log=said.append,
-        tolerance=Tolerance(max_bad=0.1),
-    )
-    cache = open_cache(tmp_path / "c")
-    reasons = {r["id"]: r["reason"] for r in cache.samples.to_pylist() if r["state"] == "quarantined"}
-    assert set(reasons) == set(damage)
-    assert "No such file" in reasons[train[0]]
-    assert reasons[train[1]] == "the file is empty"
-    assert "not a complete image" in reasons[train[2]]
-    assert "no pixel inside" in reasons[train[3]]
-    assert len(cache) == 22
-    assert any("4 of 46 images are quarantined" in line for line in said)
-
-
-BUILD_SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[3])
-from test_build import CONFIG
-from pipeline.build import build
-from pipeline.datasets.demo import DemoConfig, DemoDataset
-from pipeline.features import teacher_features
-from pipeline.tolerance import Tolerance
-from pipeline.teachers.flux import FluxTeacher
-dataset = DemoDataset(DemoConfig(groups=2, train_classes=4, test_classes=4, images_per_class=5, unlabeled=6))
-teacher = FluxTeacher(Path(sys.argv[1]), resolution=32)
-build(teacher, dataset, CONFIG, Path(sys.argv[2]))
-"""
-
-
-def start_build(flux_folder: Path, output: Path) -> subprocess.Popen:
-    command = [sys.executable, "-c", BUILD_SCRIPT, str(flux_folder), str(output), str(Path(__file__).parent)]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-
-
-def test_a_killed_build_ends_byte_identical_to_an_uninterrupted_one(flux_folder, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert start_build(flux_folder, whole).wait() == 0
-    shards = len(list((whole / "journal").glob("features-*")))
-    assert shards == 7
-    for wanted in (0, 2, 5):
-        process = start_build(flux_folder, broken)
-        while process.poll() is None and len(list((broken / "journal").glob("features-*"))) <= wanted:
-            pass  # kill as soon as one more shard is there: in the middle of the next
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    # A shard exists when its record exists: those recorded by now must not be written again.
-    records = [json.loads(p.read_text()) for p in (broken / "journal").glob("features-*.json")]
-    kept = {broken / name: (broken / name).stat().st_mtime_ns for record in records for name in record["files"]}
-    assert kept
-    assert start_build(flux_folder, broken).wait() == 0
-    assert all(p.stat().st_mtime_ns == written for p, written in kept.items())
-    assert contents(broken) == contents(whole)
 
 
 def test_a_split_without_images_is_refused(teacher, tmp_path):
