@@ -46,7 +46,7 @@ def draw_reconstructions(
     ]
     for p in timesteps:
         found = reconstruct(teacher, conditions, samples, sigmas[p - 1], seed)
-        columns.append((f"p = {p}, σ = {sigmas[p - 1]:.2f}", found))
+        columns.append((f"p = {p}, sigma {sigmas[p - 1]:.2f}", found))
     step = _CELL + _MARGIN
     sheet = Image.new("RGB", (len(columns) * step + _MARGIN, _HEAD + len(samples) * step), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
