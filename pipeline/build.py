@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from threading import Event
@@ -99,7 +100,8 @@ def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samp
     sigmas = teacher.sigmas(config.num_steps)
     quality = config.image_quality if config.image_format == "jpeg" else None
     images = ImagesInfo(size=config.image_size, format=config.image_format, quality=quality)
-    return plan_manifest(
+    plan = partial(
+        plan_manifest,
         dataset=DatasetInfo(
             name=dataset.name,
             protocol=dataset.protocol,
@@ -133,9 +135,13 @@ def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samp
         views=list(config.views),
         images=images if config.with_images else None,
         image_rows=len(splits),
-        samples_per_shard=config.samples_per_shard,
         store=config.store,
     )
+    if config.samples_per_shard:
+        return plan(samples_per_shard=config.samples_per_shard)
+    # Batches start at a shard's first row: a shard of whole batches keeps the last of them from being nearly empty.
+    by_bytes = plan().store.samples_per_shard
+    return plan(samples_per_shard=max(by_bytes - by_bytes % config.batch, min(by_bytes, config.batch)))
 
 
 def _fill(

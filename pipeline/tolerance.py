@@ -50,6 +50,8 @@ class BadSamples:
             return
         more = self.count - len(self._shown)
         listed = "; ".join([*self._shown, *([f"and {more} more"] if more else [])])
+        if not self._shown:
+            listed = "`dit-cache info` lists them"
         limit = "which --strict forbids" if self.tolerance.strict else f"more than --max-bad {100 * share:g}%"
         raise TooManyBadSamples(
             f"{self.count} of {self.total} samples are bad, {limit}: {listed}; mend them, or allow more with --max-bad"

@@ -191,7 +191,7 @@ def test_failures_of_earlier_runs_count_and_what_was_committed_stays(overflowing
         assert sorted(p.name for p in (tmp_path / "c/journal").glob("features-*")) == [
             f"features-{k:05d}.json" for k in range(4)
         ]
-    with pytest.raises(TooManyBadSamples, match="1 of 46 samples are bad, which --strict forbids: and 1 more"):
+    with pytest.raises(TooManyBadSamples, match="1 of 46 samples are bad, which --strict forbids: `dit-cache info`"):
         build(overflowing, two_overflow, CONFIG, tmp_path / "c", log=str, tolerance=Tolerance(strict=True))
     assert len(build(overflowing, two_overflow, CONFIG, tmp_path / "c", log=str, tolerance=both).failed_rows) == 2
 

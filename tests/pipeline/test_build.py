@@ -1,5 +1,6 @@
 """A build is resumable, reproducible and honest about bad images."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +10,17 @@ from build_process import contents
 
 from cache_schema import open_cache
 from cache_schema.errors import CacheMismatch, DitDistillError
+from cache_schema.samples import samples_table
 from cache_schema.verify import verify
-from pipeline.build import build
+from cache_schema.writer import CacheWriter
+from pipeline.build import build, describe_cache
 from pipeline.build_config import BuildConfig
 from pipeline.conditions import encode_conditions
 from pipeline.curriculum import add_noise, sample_noise
 from pipeline.datasets.demo import DemoConfig, DemoDataset
 from pipeline.features import teacher_features
+from pipeline.scan import scan
+from pipeline.teachers.flux import FluxTeacher
 
 CONFIG = BuildConfig(
     timesteps=(16, 28),
@@ -103,6 +108,36 @@ def test_without_captions_the_text_is_the_empty_prompt(teacher, tiny_dataset):
     captioned = teacher_features(teacher, tiny_dataset, samples, CONFIG, [0.5, 0.1])["hidden"]
     assert features.shape == captioned.shape == (2, 2, 2, 16, 32)
     assert not torch.allclose(features, captioned)
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(3, 510), (512, 512), (600, 512), (7, 511)])
+def test_a_shard_is_made_of_whole_batches(batch, expected, teacher, tiny_dataset):
+    config = replace(CONFIG, batch=batch, samples_per_shard=None)
+    table = samples_table([entry.row() for entry in scan(tiny_dataset, config.feature_splits)])
+    assert describe_cache(teacher, tiny_dataset, config, table).store.samples_per_shard == expected
+
+
+def test_a_slow_store_makes_the_teacher_wait(tiny_dataset, flux_folder, tmp_path, monkeypatch):
+    """While shard k is written, k + 1 is computed and nothing beyond it."""
+    computed, ahead = [], []
+
+    class Counting(FluxTeacher):
+        def features(self, noisy, *arguments):
+            computed.append(len(noisy))
+            return super().features(noisy, *arguments)
+
+    written = CacheWriter.write_shard
+
+    def slow_write(self, shard, *arguments):
+        time.sleep(0.03)  # the teacher needs less for a shard
+        ahead.append(sum(computed) - shard * 2)
+        written(self, shard, *arguments)
+
+    monkeypatch.setattr(CacheWriter, "write_shard", slow_write)
+    config = replace(CONFIG, samples_per_shard=2, batch=2, views=("canonical",), timesteps=(28,))
+    build(Counting(flux_folder, resolution=32), tiny_dataset, config, tmp_path / "c", log=str)
+    assert len(ahead) == 13
+    assert max(ahead) <= 4
 
 
 def test_a_split_without_images_is_refused(teacher, tmp_path):
