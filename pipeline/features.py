@@ -111,14 +111,17 @@ class FeatureBuilder:
 
     def run(self) -> None:
         """Compute and commit every missing shard that no other builder computes; then those that others gave up."""
+        self._calibrate()
         if not self._writer.missing_shards():
             return
-        self._calibrate()
         self._bad.check()
         with ThreadPoolExecutor(1) as pool, tqdm(desc="teacher", unit="image", total=self._missing_rows()) as bar:
             self._build(self._claims.missing("features", self._writer.missing_shards()), pool, bar)
+            others = self._writer.missing_shards()
+            if others:
+                self._bad.log(f"waiting for the other builder of this cache, which has {len(others)} shards left")
             # Nothing is claimed while waiting for the next, so that two builders cannot wait for each other.
-            for shard in self._claims.missing("features", self._writer.missing_shards(), wait=True):
+            for shard in self._claims.missing("features", others, wait=True):
                 self._build([shard], pool, bar)
 
     def _missing_rows(self) -> int:
@@ -128,7 +131,9 @@ class FeatureBuilder:
         """Measure the statistics an encoding needs, on images spread evenly over the rows with features."""
         if not self._writer.needs_calibration():
             return
-        self._claims.take("calibration", wait=True)
+        if not self._claims.take("calibration"):
+            self._bad.log("waiting for the other builder of this cache, which is calibrating it")
+            self._claims.take("calibration", wait=True)
         rows = self._writer.manifest.dataset.feature_rows
         spread = sorted({round(i * (rows - 1) / (_CALIBRATION_IMAGES - 1)) for i in range(_CALIBRATION_IMAGES)})
         batches = [spread[i : i + self._config.batch] for i in range(0, len(spread), self._config.batch)]
@@ -221,5 +226,8 @@ class FeatureBuilder:
     def _write(self, number: int, shard: _OpenShard) -> None:
         try:
             self._writer.write_shard(number, shard.features, shard.failed)
+            if self._config.min_cosine is not None:
+                # Rather now than after the last of a hundred hours.
+                self._writer.check_fidelity(self._config.min_cosine)
         finally:
             self._claims.drop("features", number)

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -165,6 +166,7 @@ def test_a_builder_leaves_alone_what_a_living_one_has_and_takes_over_from_a_dead
     os.kill(first.pid, then)
     ended, other = first.wait(), second.wait()
     assert other.code == 0, other.said
+    assert any(line.startswith("waiting for the other builder of this cache") for line in other.said)
     if then == signal.SIGCONT:
         assert ended.code == 0
         assert sorted(ended.written + other.written) == list(range(SHARDS))
@@ -173,3 +175,29 @@ def test_a_builder_leaves_alone_what_a_living_one_has_and_takes_over_from_a_dead
         assert {1, 2, 4, 5} <= set(other.written)
     assert contents(cache) == contents(whole)
     assert verify(cache) == []
+
+
+def test_repair_builds_again_exactly_what_is_damaged(builds, whole, tmp_path):
+    cache = tmp_path / "cache"
+    shutil.copytree(whole, cache)
+    for name in ("features/hidden/c/3/0/0/0/0", "images/00000.tar"):
+        data = bytearray((cache / name).read_bytes())
+        data[700] ^= 1
+        (cache / name).write_bytes(data)
+    before = {path: found for path, found in committed_files(cache).items() if "/c/3/" not in str(path)}
+    ended = builds.run(cache, *OPTIONS, "--resume", "--repair")
+    assert ended.written == (3,)
+    assert any("features/hidden/c/3/" in line for line in ended.said)
+    after = committed_files(cache)
+    assert all(after[path] == found for path, found in before.items() if path.suffix != ".tar")
+    assert contents(cache) == contents(whole)
+
+
+def test_repair_with_other_settings_touches_nothing(builds, whole, tmp_path):
+    cache = tmp_path / "cache"
+    shutil.copytree(whole, cache)
+    (cache / "features/hidden/c/3/0/0/0/0").unlink()
+    before = contents(cache)
+    ended = builds.run(cache, *OPTIONS, "--repair", "--seed", "1", expect=1)
+    assert "curriculum.seed" in ended.said[-1]
+    assert contents(cache) == before
