@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 
 from cache_schema import fidelity, layout
+from cache_schema.calibration import Calibrator
 from cache_schema.card import render_card
 from cache_schema.codec import TapCodec, load_codec
 from cache_schema.encoding import (
     Array,
     FloatArray,
     as_features,
-    calibrate_channels,
     first_not_finite,
 )
 from cache_schema.errors import (
@@ -52,6 +52,7 @@ from cache_schema.journal import (
 from cache_schema.manifest import Manifest, Provenance, TapInfo
 from cache_schema.manifest_file import MANIFEST_NAME, load_manifest, render_manifest, revalidate
 from cache_schema.reader import local_path
+from cache_schema.reduction import teacher_shape
 from cache_schema.samples import (
     check_against_manifest,
     check_samples,
@@ -167,28 +168,36 @@ class CacheWriter:
         """Say whether `calibrate` must be called before the first `write_shard`."""
         return self.manifest.encoding.calibrated and read_record(self.root, "calibration") is None
 
-    def calibrate(self, features: Mapping[str, Features]) -> None:
-        """Store the channel calibration, from features (n, V, T, L, C) of every tap for a fixed choice of n rows.
+    def calibrate(self, features: Mapping[str, Features] | Iterable[Mapping[str, Features]]) -> None:
+        """Store the statistics that the encoding rests on, from the teacher's features of a fixed choice of rows.
 
-        Does nothing for encodings without calibration, and where one is stored already: the first one counts.
+        `features` are (n, V, T, L, C) of every tap, or batches of them, of which one at a time is held in memory. Does
+        nothing, and takes no batch, for encodings without calibration and where one is stored already: the first one
+        counts. Raises InvalidFeatures, naming the sample by its place, for NaN and infinities.
         """
         if not self.needs_calibration():
             return
-        channels = {}
-        for tap, values in self._checked(features):
-            self._check_finite(values, tap, None)
-            channels[tap.name] = calibrate_channels(values)
+        calibrator, seen = Calibrator(self.manifest), 0
+        for batch in [features] if isinstance(features, Mapping) else features:
+            count = 0
+            for tap, values in self._checked(batch):
+                count = len(values)
+                self._check_finite(values, tap, [f"calibration sample {seen + i}" for i in range(count)])
+                calibrator.add(tap.name, values)
+            seen += count
+        statistics = {tap.name: calibrator.finish(tap.name) for tap in self.manifest.taps}
         with directory_lock(self.root):
             if not self.needs_calibration():
                 return
             files = {}
-            for name, channel in channels.items():
-                path = layout.channel_file(name)
-                files[path] = file_record(write_file(self.root / path, channel.astype("<f4").tobytes()))
+            for tap in self.manifest.taps:
+                for array in layout.calibration_layouts(self.manifest, tap):
+                    data = statistics[tap.name][array.part].astype("<f4").tobytes()
+                    files[array.file] = file_record(write_file(self.root / array.file, data))
             write_record(self.root, Record(kind="calibration", files=files))
 
     def write_shard(self, shard: int, features: Mapping[str, Features]) -> None:
-        """Encode and commit one feature shard: for every tap, values (rows of the shard, V, T, L, C).
+        """Encode and commit one feature shard: for every tap, teacher features (rows of the shard, V, T, L, C).
 
         A shard that is committed already is left as it is. Raises InvalidFeatures, naming the sample, for NaN,
         infinities and values beyond the encoding's range, and CacheStorageError where it cannot be written; in both
@@ -198,13 +207,13 @@ class CacheWriter:
         if shard in committed_shards(self.root, "features"):
             return
         if self.needs_calibration():
-            raise CacheUnsealed("an int8 cache must be calibrated before its first shard is written")
+            raise CacheUnsealed(f"cache {self.root} must be calibrated before its first shard is written")
         files: dict[str, FileRecord] = {}
         sums: list[FidelitySums] = []
         with contextlib.ExitStack() as stack:
             asides: list[AsideFile] = []
             for tap, values in self._checked(features, len(rows)):
-                self._check_finite(values, tap, rows)
+                self._check_finite(values, tap, [self._name(row) for row in rows])
                 writers = []
                 for array in layout.feature_layouts(self.manifest, tap):
                     asides.append(stack.enter_context(AsideFile(self.root / array.shard_file(shard))))
@@ -285,6 +294,7 @@ class CacheWriter:
         self, tap: TapInfo, values: FloatArray, rows: range, writers: list[ShardWriter]
     ) -> list[FidelitySums]:
         codec = self._codec(tap)
+        originals: list[FloatArray] = []
         decoded: list[Array] = []
         for row, sample in zip(rows, values, strict=True):
             try:
@@ -296,15 +306,14 @@ class CacheWriter:
                 assert part is not None
                 writer.add_row(part)
             if len(decoded) < fidelity.MEASURED_SAMPLES:
-                decoded.append(codec.decode(encoded))
-        measured = np.stack(decoded)
-        L, C = tap.tokens, tap.channels
+                originals.append(codec.pooled(sample))
+                decoded.append(codec.restore(codec.decode(encoded)))
         return [
             fidelity.measure(
                 tap.name,
                 timestep,
-                values[: len(measured), :, t].reshape(-1, L, C),
-                measured[:, :, t].reshape(-1, L, C),
+                np.concatenate([sample[:, t] for sample in originals]),
+                np.concatenate([sample[:, t] for sample in decoded]),
             )
             for t, timestep in enumerate(self.manifest.curriculum.timesteps)
         ]
@@ -324,19 +333,19 @@ class CacheWriter:
         steps, views = len(self.manifest.curriculum.timesteps), len(self.manifest.views)
         for tap in self.manifest.taps:
             shape = tuple(features[tap.name].shape)
-            expected = (shape[0] if count is None else count, views, steps, tap.tokens, tap.channels)
+            first = shape[0] if count is None and shape else count
+            expected = (first, views, steps, *teacher_shape(tap, self.manifest.encoding))
             if shape != expected:
                 raise InvalidFeatures(f"features of tap {tap.name} have shape {shape}, expected {expected}")
         for tap in self.manifest.taps:
             yield tap, as_features(features[tap.name])
 
-    def _check_finite(self, values: FloatArray, tap: TapInfo, rows: range | None) -> None:
-        for index, sample in enumerate(values):
+    def _check_finite(self, values: FloatArray, tap: TapInfo, names: Sequence[str]) -> None:
+        for name, sample in zip(names, values, strict=True):
             bad = first_not_finite(sample)
             if bad is not None:
-                who = self._name(rows[index]) if rows is not None else f"calibration sample {index}"
                 raise InvalidFeatures(
-                    f"tap {tap.name} of {who} is {sample[bad]} at (view, timestep, token, channel) = {bad}: the "
+                    f"tap {tap.name} of {name} is {sample[bad]} at (view, timestep, token, channel) = {bad}: the "
                     "teacher failed on it; quarantine the sample or compute it in a wider type"
                 )
 
