@@ -7,12 +7,14 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cache_schema.manifest import Manifest, TapInfo
+import numpy as np
+
+from cache_schema.compression import codec_metadata
+from cache_schema.manifest import Compression, Manifest, TapInfo
 
 SAMPLES_NAME = "samples.parquet"
 CARD_NAME = "README.md"
 IMAGE_INDEX_NAME = "images/index.npy"
-ZSTD_LEVEL = 3
 
 Part = Literal["payload", "scale"]
 # "channel": amplitudes that scaled number formats are relative to. The others are those of PCA.
@@ -39,7 +41,7 @@ class ArrayLayout:
     outer: tuple[int, int, int]
     inner: tuple[int, ...]
     samples_per_shard: int
-    compression: str
+    compression: Compression
 
     def shard_file(self, shard: int) -> str:
         """The path of a shard inside the cache."""
@@ -146,9 +148,7 @@ def _json(document: dict[str, Any]) -> bytes:
 
 def _sharded_metadata(manifest: Manifest, layout: ArrayLayout) -> dict[str, Any]:
     shape = [*layout.outer, *layout.inner]
-    codecs = [_bytes_codec(layout.dtype)]
-    if layout.compression == "zstd":
-        codecs.append({"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}})
+    codecs = [_bytes_codec(layout.dtype), *codec_metadata(layout.compression, np.dtype(layout.dtype).itemsize)]
     sharding = {
         "chunk_shape": [1, 1, 1, *layout.inner],
         "codecs": codecs,

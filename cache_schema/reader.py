@@ -14,6 +14,7 @@ import torch
 from cache_schema import layout
 from cache_schema.batch import EncodedBatch
 from cache_schema.codec import load_channel, load_components
+from cache_schema.compression import decompress
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt, CacheError, CacheRequestError, CacheUnsealed
 from cache_schema.images import load_index
@@ -23,7 +24,7 @@ from cache_schema.manifest import Manifest, TapInfo
 from cache_schema.manifest_file import load_manifest
 from cache_schema.open_shards import OpenFile, OpenShards
 from cache_schema.samples import check_against_manifest, count_usable, load_samples
-from cache_schema.shard import ShardIndex, chunk_bytes, decompress, index_size, parse_index
+from cache_schema.shard import ShardIndex, chunk_bytes, index_size, parse_index
 
 Buffer = torch.Tensor | np.ndarray[Any, np.dtype[Any]]
 
@@ -299,7 +300,7 @@ class Cache:
             for chunk in range(first, last):
                 start = int(places.offsets[chunk]) - offset
                 frame = bytes(data[start : start + int(places.lengths[chunk])])
-                decompress(frame, target[chunk * size : (chunk + 1) * size], str(file.path))
+                decompress(frame, target[chunk * size : (chunk + 1) * size], array.compression, str(file.path))
 
     def _channel(self, tap: TapInfo) -> torch.Tensor:
         channel = self._channels.get(tap.name)
