@@ -67,6 +67,9 @@ if TYPE_CHECKING:
 
 Features = Union["torch.Tensor", np.ndarray]
 
+# How many times the allowed loss a build may show in its first shards before it is stopped.
+_HOPELESS = 2.0
+
 
 def create_cache(path: str | os.PathLike[str], manifest: Manifest, samples: pa.Table) -> "CacheWriter":
     """Create the cache at `path`, or continue the one that is there if it has the same cache id.
@@ -143,6 +146,7 @@ class CacheWriter:
         self.manifest = manifest
         self.samples = samples
         self._codecs: dict[str, TapCodec] = {}
+        self._measured: list[FidelitySums] = []
 
     def missing_shards(self) -> list[int]:
         """Return the feature shards that nobody has committed yet, as the journal stands now."""
@@ -224,6 +228,15 @@ class CacheWriter:
                     files[writer.layout.shard_file(shard)] = file_record(writer.file.finish(), writer.piece_crc32c)
             record = Record(kind="features", shard=shard, rows=(rows.start, rows.stop), files=files, fidelity=sums)
             self._commit(record, asides)
+        self._measured = fidelity.combine([*self._measured, *sums])
+
+    def check_fidelity(self, min_cosine: float) -> None:
+        """Raise LowFidelity if the shards that this writer wrote so far leave no hope for `seal(min_cosine=...)`.
+
+        That is, if a tap and timestep has lost more than twice what is allowed: a few shards are only an estimate.
+        """
+        figures = fidelity.merge(self._measured)
+        fidelity.require_cosine(figures, min_cosine, self.manifest.label, tolerance=_HOPELESS)
 
     def write_images(self, shard: int, images: Sequence[bytes]) -> None:
         """Commit one shard of student images, one encoded image per row of `image_rows(shard)`."""
@@ -244,26 +257,32 @@ class CacheWriter:
             record = Record(kind="images", shard=shard, rows=(rows.start, rows.stop), files=files, offsets=offsets)
             self._commit(record, [aside])
 
-    def seal(self, provenance: Provenance | None = None) -> Manifest:
+    def seal(self, provenance: Provenance | None = None, min_cosine: float | None = None) -> Manifest:
         """Declare the cache complete and return its final manifest; sealing a sealed cache changes nothing.
 
         `provenance` replaces the manifest's own. Raises CacheUnsealed if shards are missing, CacheCorrupt if
-        committed files are gone or of the wrong size.
+        committed files are gone or of the wrong size, and LowFidelity if a tap and timestep has a mean cosine below
+        `min_cosine`: the cache then stays as it is and can still be sealed by asking for less.
         """
         with directory_lock(self.root):
             manifest = load_manifest(self.root)
             if manifest.sealed:
                 self.manifest = manifest
+                if min_cosine is not None:
+                    fidelity.require_cosine(manifest.fidelity, min_cosine, manifest.label)
                 return manifest
             self._check_complete()
             features = list(self._records("features", manifest.store.feature_shards))
+            figures = fidelity.merge([item for record in features for item in record.fidelity])
+            if min_cosine is not None:
+                fidelity.require_cosine(figures, min_cosine, manifest.label)
             images = list(self._records("images", manifest.store.image_shards))
             calibration = [record for record in [read_record(self.root, "calibration")] if record is not None]
             sealed = revalidate(
                 manifest.model_copy(
                     update={
                         "sealed": True,
-                        "fidelity": fidelity.merge([item for record in features for item in record.fidelity]),
+                        "fidelity": figures,
                         "bytes_features": _bytes(features + calibration),
                         "bytes_images": _bytes(images),
                         "provenance": provenance or manifest.provenance,
