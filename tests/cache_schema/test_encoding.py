@@ -108,16 +108,6 @@ def test_an_encoding_decodes_the_same_for_one_sample_as_for_many(x: np.ndarray, 
         np.testing.assert_array_equal(alone.scale, whole.scale[i])
 
 
-def test_int8_keeps_every_channel_where_four_of_them_are_a_thousand_times_larger() -> None:
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(8, 1, 2, 64, 3072)).astype(np.float32)
-    x[..., [5, 700, 1500, 3000]] *= 1000
-    channel = calibrate_channels(x[:4])
-    y = np.stack([decode("int8", encode("int8", sample, channel), channel) for sample in x[4:]])
-    error = np.sqrt(np.square(y - x[4:]).mean(axis=(0, 1, 2, 3)) / np.square(x[4:]).mean(axis=(0, 1, 2, 3)))
-    assert error.max() < 0.02
-
-
 @pytest.mark.parametrize(("kind", "tolerance"), [("int8", 0.01), ("float8_e4m3", 0.07)])
 def test_a_channel_that_was_silent_during_calibration_may_speak_up_later(kind: str, tolerance: float) -> None:
     rng = np.random.default_rng(0)
