@@ -29,3 +29,7 @@ for command in (refine, build, info, verify):
 def main() -> None:
     """Entry point of `dit-cache`."""
     run(app, name="dit-cache")
+
+
+if __name__ == "__main__":
+    main()

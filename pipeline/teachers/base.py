@@ -73,6 +73,10 @@ class Teacher(Protocol):
         """uint8 (B, 3, R, R) → packed clean latents (B, L, C_latent); the posterior's mode, so nothing is random."""
         ...
 
+    def decode_images(self, latents: Tensor) -> Tensor:
+        """Packed clean latents (B, L, C_latent) → uint8 (B, 3, R, R), to look at."""
+        ...
+
     def save_lora(self, folder: Path) -> Path:
         """Write the LoRA attached for training in diffusers' own layout; returns the file."""
         ...

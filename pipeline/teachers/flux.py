@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.teachers.base import TapShape, TeacherError, TextEmbedding
 from pipeline.teachers.lora import attach_lora, check_made_for, save_lora
 from pipeline.teachers.weights import component_digest
-from pipeline.views import to_signed
+from pipeline.views import from_signed, to_signed
 
 # diffusers' own default for FLUX; a tokenizer with a shorter limit has the last word.
 _MAX_TEXT_TOKENS = 512
@@ -134,6 +134,12 @@ class FluxTeacher:
     def encode_images(self, pixels: Tensor) -> Tensor:
         latents = self.vae.encode(to_signed(pixels.to(self.device)).to(self.dtype)).latent_dist.mode()
         return pack_latents((latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor)
+
+    @torch.no_grad()
+    def decode_images(self, latents: Tensor) -> Tensor:
+        unpacked = unpack_latents(latents, *self.grid).to(self.dtype)
+        pixels = self.vae.decode(unpacked / self.vae.config.scaling_factor + self.vae.config.shift_factor).sample
+        return from_signed(pixels)
 
     def save_lora(self, folder: Path) -> Path:
         return save_lora(FluxKontextPipeline, self.transformer, folder)
