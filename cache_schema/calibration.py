@@ -1,8 +1,8 @@
 """The statistics that an encoding needs before the first features can be stored, in one pass over some of them.
 
 Everything follows from second moments, so that no more than one batch need be in memory: of every channel for scales,
-of every pair of channels for PCA (T x C x C numbers of 8 bytes: 300 MB at 4 timesteps of 3072 channels). Samples are
-added one by one, so that the result does not depend on how they were batched.
+of every pair of channels for PCA (T x C x C numbers of 8 bytes per tap: 300 MB at 4 timesteps of 3072 channels).
+Samples are added one by one, so that the result does not depend on how they were batched.
 """
 
 import numpy as np
@@ -48,10 +48,10 @@ class Moments:
     def principal_components(self, count: int) -> PrincipalComponents:
         """Return the `count` strongest components of the channels over all timesteps, strongest first."""
         assert self._products is not None
-        amplitude = _amplitudes(self._squares.sum(axis=0, keepdims=True) / (self._counted() * len(self._squares)))[0]
-        first, second = self._normalised(amplitude)
-        mean = first.mean(axis=0)
-        _, vectors = np.linalg.eigh(second.mean(axis=0) - np.outer(mean, mean))
+        tokens = self._counted() * len(self._squares)
+        amplitude = _amplitudes(self._squares.sum(axis=0, keepdims=True) / tokens)[0]
+        mean, second = _normalised(self._sums.sum(axis=0), self._products.sum(axis=0), amplitude, tokens)
+        _, vectors = np.linalg.eigh(second - np.outer(mean, mean))
         basis = vectors[:, ::-1].T[:count]
         # An eigenvector is one up to its sign: the largest entry is made positive.
         largest = np.take_along_axis(basis, np.abs(basis).argmax(axis=1)[:, None], axis=1)
@@ -60,20 +60,15 @@ class Moments:
 
     def coordinate_amplitudes(self, components: PrincipalComponents) -> Array:
         """Return the calibrated amplitude of every coordinate at every timestep, float32 (T, K)."""
-        first, second = self._normalised(components.amplitude)
+        assert self._products is not None
         mean, basis = components.mean.astype(np.float64), components.basis.astype(np.float64)
         squares = []
-        for m, M in zip(first, second, strict=True):
-            cross = np.outer(m, mean)
-            squares.append(((basis @ (M - cross - cross.T + np.outer(mean, mean))) * basis).sum(axis=1))
+        for sums, products in zip(self._sums, self._products, strict=True):
+            first, second = _normalised(sums, products, components.amplitude, self._counted())
+            cross = np.outer(first, mean)
+            squares.append(((basis @ (second - cross - cross.T + np.outer(mean, mean))) * basis).sum(axis=1))
         # Where nothing varies, rounding may leave less than nothing.
         return _amplitudes(np.maximum(np.array(squares), 0.0))
-
-    def _normalised(self, amplitude: Array) -> tuple[Array, Array]:
-        """Return the first (T, C) and second (T, C, C) moments of the channels divided by their amplitudes."""
-        assert self._products is not None
-        wide = amplitude.astype(np.float64)
-        return self._sums / wide / self._counted(), self._products / np.outer(wide, wide) / self._counted()
 
     def _counted(self) -> int:
         if not self._count:
@@ -111,6 +106,12 @@ class Calibrator:
         if encoding.scaled:
             arrays["channel"] = moments.coordinate_amplitudes(components)
         return arrays
+
+
+def _normalised(sums: Array, products: Array, amplitude: Array, tokens: int) -> tuple[Array, Array]:
+    """Return the first (C,) and second (C, C) moments of the channels divided by their amplitudes."""
+    wide = amplitude.astype(np.float64)
+    return sums / wide / tokens, products / np.outer(wide, wide) / tokens
 
 
 def _amplitudes(mean_squares: Array) -> Array:

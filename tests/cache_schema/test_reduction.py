@@ -32,6 +32,7 @@ from cache_schema import (
     open_cache,
 )
 from cache_schema.calibration import Moments
+from cache_schema.describe import describe_text
 from cache_schema.reduction import PrincipalComponents, pool_tokens, stored_tap, teacher_shape
 
 CacheOf = Callable[..., Path]
@@ -189,3 +190,12 @@ def test_a_cache_with_pca_is_calibrated_once_in_batches_of_any_size(tmp_path: Pa
     for path in (whole / "features").rglob("*"):
         if path.is_file():
             assert (tmp_path / "cache" / path.relative_to(whole)).read_bytes() == path.read_bytes()
+
+
+def test_the_card_and_the_description_say_how_features_were_reduced(cache_of: CacheOf) -> None:
+    root = cache_of(kind="int8", pool=2, pca=3)
+    card = (root / "README.md").read_text()
+    for text in (card, describe_text(root)):
+        assert "mean over 2x2 tokens, 3 principal components, int8, compression none" in text
+    assert "How close stored features are to the mean of 2x2 tokens of the teacher" in card
+    assert "Channels are principal components of the teacher's 5 or 8: see `cache.restore(tap, features)`." in card
