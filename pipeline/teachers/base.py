@@ -59,6 +59,10 @@ class Teacher(Protocol):
         """Component name → SHA-256 of its weights and configuration."""
         ...
 
+    def taps(self) -> list[str]:
+        """Every tap there is, from the input to the output, each place once."""
+        ...
+
     def tap_shape(self, tap: str) -> TapShape:
         """Shape of a tap; raises TeacherError, listing the known taps, for an unknown one."""
         ...

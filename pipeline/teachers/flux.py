@@ -165,6 +165,11 @@ class FluxTeacher:
             features["velocity"] = -out
         return {tap: features[tap] for tap in taps}
 
+    def taps(self) -> list[str]:
+        doubles, singles = len(self.transformer.transformer_blocks), len(self.transformer.single_transformer_blocks)
+        blocks = [f"double.{n}" for n in range(doubles)] + [f"single.{n}" for n in range(singles)]
+        return [*blocks[:-1], "hidden", "velocity"]  # hidden is the last block's output
+
     def tap_shape(self, tap: str) -> TapShape:
         channels = self.transformer.config.in_channels if tap == "velocity" else self.transformer.inner_dim
         if tap != "velocity":
