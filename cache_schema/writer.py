@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 
 from cache_schema import fidelity, layout
+from cache_schema.calibration import Calibrator
 from cache_schema.card import render_card
 from cache_schema.codec import TapCodec, load_codec
 from cache_schema.encoding import (
     Array,
     FloatArray,
     as_features,
-    calibrate_channels,
     first_not_finite,
 )
 from cache_schema.errors import (
@@ -52,6 +52,7 @@ from cache_schema.journal import (
 from cache_schema.manifest import Manifest, Provenance, TapInfo
 from cache_schema.manifest_file import MANIFEST_NAME, load_manifest, render_manifest, revalidate
 from cache_schema.reader import local_path
+from cache_schema.reduction import teacher_shape
 from cache_schema.samples import (
     check_against_manifest,
     check_samples,
@@ -67,6 +68,9 @@ if TYPE_CHECKING:
 Features = Union["torch.Tensor", np.ndarray]
 # The stored arrays (V, T, *inner) of a sample by name, or None where the teacher failed on it.
 EncodedRow = Mapping[str, Array] | None
+
+# How many times the allowed loss a build may show in its first shards before it is stopped.
+_HOPELESS = 2.0
 
 
 def create_cache(path: str | os.PathLike[str], manifest: Manifest, samples: pa.Table) -> "CacheWriter":
@@ -149,6 +153,7 @@ class CacheWriter:
         self.samples = samples
         self._store = store_of(manifest)
         self._codecs: dict[str, TapCodec] = {}
+        self._measured: list[FidelitySums] = []
 
     def missing_shards(self) -> list[int]:
         """Return the feature shards that nobody has committed yet, as the journal stands now."""
@@ -174,18 +179,31 @@ class CacheWriter:
         """Say whether `calibrate` must be called before the first `write_shard`."""
         return self.manifest.encoding.calibrated and read_record(self.root, "calibration") is None
 
-    def calibrate(self, features: Mapping[str, Features]) -> None:
-        """Store the channel calibration, from features (n, V, T, L, C) of every tap for a fixed choice of n rows.
+    def calibrate(self, features: Mapping[str, Features] | Iterable[Mapping[str, Features]]) -> None:
+        """Store the statistics that the encoding rests on, from the teacher's features of a fixed choice of rows.
 
-        Does nothing for encodings without calibration, and where one is stored already: the first one counts.
+        `features` are (n, V, T, L, C) of every tap, or batches of them, of which one at a time is held in memory. Does
+        nothing, and takes no batch, for encodings without calibration and where one is stored already: the first one
+        counts. Raises InvalidFeatures, naming the sample by its place, for NaN and infinities.
         """
         if not self.needs_calibration():
             return
-        channels = {}
-        for tap, values in self._checked(features):
-            self._check_finite(values, tap)
-            channels[layout.channel_layout(self.manifest, tap)] = calibrate_channels(values)
-        self.store_calibration(channels)
+        calibrator, seen = Calibrator(self.manifest), 0
+        for batch in [features] if isinstance(features, Mapping) else features:
+            count = 0
+            for tap, values in self._checked(batch):
+                count = len(values)
+                self._check_finite(values, tap, [f"calibration sample {seen + i}" for i in range(count)])
+                calibrator.add(tap.name, values)
+            seen += count
+        statistics = {tap.name: calibrator.finish(tap.name) for tap in self.manifest.taps}
+        self.store_calibration(
+            {
+                array: statistics[tap.name][array.part]
+                for tap in self.manifest.taps
+                for array in layout.calibration_layouts(self.manifest, tap)
+            }
+        )
 
     def store_calibration(self, statistics: Mapping[layout.CalibrationLayout, Array]) -> None:
         """Store statistics as they are, for every one of `layout.all_calibrations`, unless they are stored already."""
@@ -202,7 +220,7 @@ class CacheWriter:
     def write_shard(
         self, shard: int, features: Mapping[str, Features], failed: Mapping[int, str] | None = None
     ) -> None:
-        """Encode and commit one feature shard: for every tap, values (rows of the shard, V, T, L, C).
+        """Encode and commit one feature shard: for every tap, teacher features (rows of the shard, V, T, L, C).
 
         `failed` maps rows that the teacher failed on to how it did: whatever values are given for these, the cache
         will say that it has no features of them. A shard that is committed already is left as it is. Raises
@@ -216,9 +234,10 @@ class CacheWriter:
         if shard in committed_shards(self.root, "features"):
             return
         if self.needs_calibration():
-            raise CacheUnsealed(f"an {self.manifest.encoding.kind} cache must be calibrated before its first shard")
+            raise CacheUnsealed(f"cache {self.root} must be calibrated before its first shard is written")
         self._check_shapes(features, len(rows))
         measured: dict[str, list[tuple[FloatArray, Array]]] = {tap.name: [] for tap in self.manifest.taps}
+        sums: list[FidelitySums] = []
 
         def encoded() -> Iterator[EncodedRow]:
             for index, row in enumerate(rows):
@@ -231,7 +250,20 @@ class CacheWriter:
                     parts |= self._encode_row(tap, sample, self._name(row), measured[tap.name])
                 yield parts
 
-        self.write_encoded_shard(shard, encoded(), lambda: self._fidelity(measured), failed)
+        def measure() -> list[FidelitySums]:
+            sums.extend(self._fidelity(measured))
+            return sums
+
+        self.write_encoded_shard(shard, encoded(), measure, failed)
+        self._measured = fidelity.combine([*self._measured, *sums])
+
+    def check_fidelity(self, min_cosine: float) -> None:
+        """Raise LowFidelity if the shards that this writer wrote so far leave no hope for `seal(min_cosine=...)`.
+
+        That is, if a tap and timestep has lost more than twice what is allowed: a few shards are only an estimate.
+        """
+        figures = fidelity.merge(self._measured)
+        fidelity.require_cosine(figures, min_cosine, self.manifest.label, tolerance=_HOPELESS)
 
     def write_encoded_shard(
         self,
@@ -277,26 +309,32 @@ class CacheWriter:
             record = Record(kind="images", shard=shard, rows=(rows.start, rows.stop), files=files, offsets=offsets)
             self._commit(record, [aside])
 
-    def seal(self, provenance: Provenance | None = None) -> Manifest:
+    def seal(self, provenance: Provenance | None = None, min_cosine: float | None = None) -> Manifest:
         """Declare the cache complete and return its final manifest; sealing a sealed cache changes nothing.
 
         `provenance` replaces the manifest's own. Raises CacheUnsealed if shards are missing, CacheCorrupt if
-        committed files are gone or of the wrong size.
+        committed files are gone or of the wrong size, and LowFidelity if a tap and timestep has a mean cosine below
+        `min_cosine`: the cache then stays as it is and can still be sealed by asking for less.
         """
         with directory_lock(self.root):
             manifest = load_manifest(self.root)
             if manifest.sealed:
                 self.manifest = manifest
+                if min_cosine is not None:
+                    fidelity.require_cosine(manifest.fidelity, min_cosine, manifest.label)
                 return manifest
             self._check_complete()
             features = list(self._records("features", manifest.store.feature_shards))
+            figures = fidelity.merge([item for record in features for item in record.fidelity])
+            if min_cosine is not None:
+                fidelity.require_cosine(figures, min_cosine, manifest.label)
             images = list(self._records("images", manifest.store.image_shards))
             calibration = [record for record in [read_record(self.root, "calibration")] if record is not None]
             sealed = revalidate(
                 manifest.model_copy(
                     update={
                         "sealed": True,
-                        "fidelity": fidelity.merge([item for record in features for item in record.fidelity]),
+                        "fidelity": figures,
                         "failed_rows": [item.row for record in features for item in record.failed],
                         "bytes_features": _bytes(features + calibration),
                         "bytes_images": _bytes(images),
@@ -328,14 +366,14 @@ class CacheWriter:
         self, tap: TapInfo, sample: FloatArray, who: str, measured: list[tuple[FloatArray, Array]]
     ) -> dict[str, Array]:
         """Return the stored arrays of one tap of a sample (V, T, L, C), by name; the first samples are measured."""
-        self._check_finite([sample], tap, who)
+        self._check_finite([sample], tap, [who])
         codec = self._codec(tap)
         try:
             encoded = codec.encode(sample)
         except InvalidFeatures as error:
             raise InvalidFeatures(f"tap {tap.name} of {who}: {error}") from error
         if len(measured) < fidelity.MEASURED_SAMPLES:
-            measured.append((sample, codec.decode(encoded)))
+            measured.append((codec.pooled(sample), codec.restore(codec.decode(encoded))))
         parts = {}
         for array in layout.feature_layouts(self.manifest, tap):
             part = encoded.payload if array.part == "payload" else encoded.scale
@@ -373,18 +411,18 @@ class CacheWriter:
         steps, views = len(self.manifest.curriculum.timesteps), len(self.manifest.views)
         for tap in self.manifest.taps:
             shape = tuple(features[tap.name].shape)
-            expected = (shape[0] if count is None else count, views, steps, tap.tokens, tap.channels)
+            first = shape[0] if count is None and shape else count
+            expected = (first, views, steps, *teacher_shape(tap, self.manifest.encoding))
             if shape != expected:
                 raise InvalidFeatures(f"features of tap {tap.name} have shape {shape}, expected {expected}")
 
-    def _check_finite(self, values: Iterable[FloatArray], tap: TapInfo, who: str | None = None) -> None:
-        for index, sample in enumerate(values):
+    def _check_finite(self, values: Iterable[FloatArray], tap: TapInfo, names: Sequence[str]) -> None:
+        for name, sample in zip(names, values, strict=True):
             bad = first_not_finite(sample)
             if bad is not None:
                 raise InvalidFeatures(
-                    f"tap {tap.name} of {who or f'calibration sample {index}'} is {sample[bad]} at (view, timestep, "
-                    f"token, channel) = {bad}: the teacher failed on it; quarantine the sample or compute it in a "
-                    "wider type"
+                    f"tap {tap.name} of {name} is {sample[bad]} at (view, timestep, token, channel) = {bad}: the "
+                    "teacher failed on it; quarantine the sample or compute it in a wider type"
                 )
 
     def _check_complete(self) -> None:

@@ -30,7 +30,6 @@ from cache_schema.manifest import (
 )
 from cache_schema.manifest_file import load_manifest
 from cache_schema.plan import plan_manifest
-from cache_schema.repair import repair as mend
 from cache_schema.samples import count_usable, fingerprint_samples, samples_table
 from cache_schema.writer import CacheWriter
 from pipeline.build_config import BuildConfig
@@ -70,8 +69,9 @@ def build(
 
     A shard that is already there is not computed again, nor one that another builder of the same cache is computing.
     scanned: what `scan_for` returned, if it was called before. repair: take out what is damaged first, so that exactly
-    that is built again. Raises CacheMismatch if another cache is at `output`, TooManyBadSamples if the scan or the teacher
-    finds more bad samples than `tolerance` allows, LowFidelity if the encoding loses more than `config.min_cosine`.
+    that is built again. Raises CacheMismatch if another cache is at `output`, TooManyBadSamples if the scan or the
+    teacher finds more bad samples than `tolerance` allows, LowFidelity if the encoding loses more than
+    `config.min_cosine` permits.
     """
     started = time.monotonic()
     for tap in config.taps:
@@ -85,6 +85,8 @@ def build(
     manifest = describe_cache(teacher, dataset, config, table)
     # Another cache is not touched; create_cache refuses it.
     if repair and load_manifest(output).cache_id == manifest.cache_id:
+        from cache_schema.repair import repair as mend
+
         for found in mend(output):
             log(str(found))
     writer = create_cache(output, manifest, table)
