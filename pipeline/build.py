@@ -13,6 +13,7 @@ from threading import Event
 
 import pyarrow as pa
 import torch
+from tqdm import tqdm
 
 from cache_schema import create_cache
 from cache_schema.claims import Claims
@@ -47,7 +48,7 @@ DEFAULT_TOLERANCE = Tolerance()
 
 
 def scan_for(
-    dataset: Dataset, config: BuildConfig, tolerance: Tolerance, log: Callable[[str], None] = print
+    dataset: Dataset, config: BuildConfig, tolerance: Tolerance, log: Callable[[str], None] = tqdm.write
 ) -> list[ScannedSample]:
     """Scan a data set for a build, which needs no teacher; raises TooManyBadSamples where it would stop."""
     bad = BadSamples(tolerance, len(dataset.samples), log)
@@ -63,7 +64,7 @@ def build(
     tolerance: Tolerance = DEFAULT_TOLERANCE,
     scanned: Sequence[ScannedSample] | None = None,
     repair: bool = False,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = tqdm.write,
 ) -> Manifest:
     """Build, or resume, the cache of a data set at `output` and seal it.
 
