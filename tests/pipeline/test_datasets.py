@@ -178,5 +178,5 @@ def test_annotations_without_classes_are_refused(tmp_path):
 
 
 def test_an_unknown_data_set_is_answered_with_the_known_ones():
-    with pytest.raises(DataError, match="unknown data set 'cats'; known are cars, demo"):
+    with pytest.raises(DataError, match="unknown data set 'cats'; known are cars, cub, demo, dogs, folder, nabirds"):
         open_dataset("cats")
