@@ -39,14 +39,17 @@ def decode_with_box(data: bytes, box: Box | None) -> tuple[Image.Image, Box]:
     transparency is put on white. Raises one of `UNREADABLE` if the bytes are not a complete image.
     """
     image = Image.open(io.BytesIO(data))
+    # PIL turns TIFF files while it loads them, others not; only before loading can both be seen.
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
     image.load()
-    width, height = float(image.width), float(image.height)
-    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     rgb = _to_rgb(image)
-    stored = box or (0.0, 0.0, width, height)
-    if turn is None:
-        return rgb, stored
-    return rgb.transpose(turn), _turn_box(stored, width, height, turn)
+    if orientation not in _UPRIGHT:
+        return rgb, box or (0.0, 0.0, float(rgb.width), float(rgb.height))
+    turn = _UPRIGHT[orientation]
+    if image.getexif().get(ExifTags.Base.Orientation) == orientation:
+        rgb = rgb.transpose(turn)
+    upright = (0.0, 0.0, float(rgb.width), float(rgb.height))
+    return rgb, _turn_box(box, rgb.size, turn) if box else upright
 
 
 # What must be done to the stored pixels for each value of EXIF's Orientation (EXIF 2.32, 4.6.4 A).
@@ -59,11 +62,13 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_KEEPS_SIDES = {_UPRIGHT[2], _UPRIGHT[3], _UPRIGHT[4]}
 
 
-def _turn_box(box: Box, width: float, height: float, turn: Image.Transpose) -> Box:
-    """Where a box lies after the image of the given size is turned."""
+def _turn_box(box: Box, upright: tuple[int, int], turn: Image.Transpose) -> Box:
+    """Where a box lies after the stored image is turned; upright: the width and height it has then."""
     x0, y0, x1, y1 = box
+    width, height = upright if turn in _KEEPS_SIDES else upright[::-1]
     left, up = (width - x1, width - x0), (height - y1, height - y0)  # the ranges seen from the other side
     xs, ys = {
         Image.Transpose.FLIP_LEFT_RIGHT: (left, (y0, y1)),

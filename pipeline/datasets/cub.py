@@ -94,7 +94,7 @@ def read_listed_images(root: Path, classes: Container[int]) -> list[ListedImage]
         except ValueError as error:
             raise line.error(str(error)) from None
         if seen.setdefault(path, line) is not line:
-            raise line.error(f"{path} is on line {seen[path].number} already; each image may stand once")
+            raise line.error(f"{path!r} is on line {seen[path].number} already; each image may stand once")
         class_id = labels[image_id].whole_number(1, "class id")
         if class_id not in classes:
             raise labels[image_id].error(f"class {class_id} is not in classes.txt")
