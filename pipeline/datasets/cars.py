@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from pipeline.datasets.base import DataError, Sample, check_open_set, first_of_each_split, limited
 from pipeline.datasets.boxes import coordinate, from_inclusive
 from pipeline.datasets.image_files import read_image_file, relative_path, require_layout
-from pipeline.datasets.matlab import load_mat, whole
+from pipeline.datasets.matlab import load_mats, variable, whole
 
 _PUBLISHED = "Stanford Cars (Krause et al., 2013), https://ai.stanford.edu/~jkrause/cars/car_dataset.html"
 _LAYOUT = (
@@ -40,19 +41,32 @@ class CarsDataset:
 
     def _one_file(self) -> list[Sample]:
         require_layout(self.name, self.root, ("car_ims",), _LAYOUT, _PUBLISHED)
-        (names,) = load_mat(self.root / "cars_annos.mat", "class_names", published=_PUBLISHED)
-        return self._annotated("", self.root / "cars_annos.mat", "relative_im_path", [str(name) for name in names])
+        table = self.root / "cars_annos.mat"
+        (content,) = load_mats([table], ("annotations", "class_names"), _PUBLISHED)
+        names = [str(name) for name in variable(table, content, "class_names")]
+        return _annotated("", table, variable(table, content, "annotations"), "relative_im_path", names)
 
     def _two_halves(self) -> tuple[str, list[Sample]]:
         devkit = self.root / "devkit"
         needed = ("cars_train", "devkit/cars_meta.mat", "devkit/cars_train_annos.mat")
         require_layout(self.name, self.root, needed, _LAYOUT, _PUBLISHED)
-        class_names = [str(n) for n in load_mat(devkit / "cars_meta.mat", "class_names", published=_PUBLISHED)[0]]
-        samples = self._annotated("cars_train/", devkit / "cars_train_annos.mat", "fname", class_names)
-        if not (self.root / "cars_test").is_dir():
-            return "official train half only, cars_test/ is absent", samples
+        tables = {"cars_train/": devkit / "cars_train_annos.mat"}
+        if (self.root / "cars_test").is_dir():
+            tables["cars_test/"] = self._test_annotations()
+        meta = devkit / "cars_meta.mat"
+        names, *halves = load_mats([meta, *tables.values()], ("annotations", "class_names"), _PUBLISHED)
+        class_names = [str(name) for name in variable(meta, names, "class_names")]
+        samples = [
+            sample
+            for (folder, table), content in zip(tables.items(), halves, strict=True)
+            for sample in _annotated(folder, table, variable(table, content, "annotations"), "fname", class_names)
+        ]
+        merged = "official train and test halves merged"
+        return merged if len(tables) == 2 else "official train half only, cars_test/ is absent", samples
+
+    def _test_annotations(self) -> Path:
         # The labels of the test half came later, as a file of their own, which many keep beside devkit/.
-        places = [folder / _TEST_ANNOTATIONS for folder in (devkit, self.root)]
+        places = [folder / _TEST_ANNOTATIONS for folder in (self.root / "devkit", self.root)]
         labelled = next((place for place in places if place.exists()), None)
         if labelled is None:
             raise DataError(
@@ -60,44 +74,46 @@ class CarsDataset:
                 f"no labels, and without them it cannot be split by class: add the file ({_PUBLISHED}) or move "
                 "cars_test/ away"
             )
-        samples += self._annotated("cars_test/", labelled, "fname", class_names)
-        return "official train and test halves merged", samples
-
-    def _annotated(self, folder: str, table: Path, path_field: str, class_names: list[str]) -> list[Sample]:
-        samples = []
-        (annotations,) = load_mat(table, "annotations", published=_PUBLISHED)
-        for row, entry in enumerate(annotations, start=1):
-            values = getattr(entry, "__dict__", {})
-            wanted = (path_field, "bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class")
-            if missing := [field for field in wanted if field not in values]:
-                without_labels = missing == ["class"]
-                hint = f"; this is not {_TEST_ANNOTATIONS}, the file with labels" if without_labels else ""
-                raise DataError(f"{table}: annotation {row}: has no {missing[0]}{hint}")
-            try:
-                path = relative_path(folder + str(values[path_field]))
-                label = whole(values["class"])
-                # The devkit counts pixels from 1 and includes the last: a whole image of 196 × 96 is 1, 1, 196, 96.
-                box = from_inclusive(*(coordinate(values[field]) for field in wanted[1:5]))
-            except (TypeError, ValueError) as error:
-                raise DataError(f"{table}: annotation {row}: {error}") from None
-            if not 1 <= label <= len(class_names):
-                raise DataError(
-                    f"{table}: annotation {row} ({values[path_field]}): class {label} is not in 1–{len(class_names)}"
-                )
-            samples.append(
-                Sample(
-                    id=str(PurePosixPath(path).with_suffix("")),
-                    split="train" if label <= _LAST_TRAIN_CLASS else "test",
-                    label=label - 1,
-                    class_name=class_names[label - 1],
-                    source=path,
-                    box=box,
-                    box_source="dataset",
-                    caption="",
-                )
-            )
-        return samples
+        return labelled
 
     def read(self, sample: Sample) -> bytes:
         """The JPEG file as it is."""
         return read_image_file(self.root, sample.source)
+
+
+def _annotated(
+    folder: str, table: Path, annotations: list[Any], path_field: str, class_names: list[str]
+) -> list[Sample]:
+    """The images of one annotation file; folder: what its paths are relative to, within the data set."""
+    samples = []
+    for row, entry in enumerate(annotations, start=1):
+        values = entry if isinstance(entry, dict) else {}
+        wanted = (path_field, "bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class")
+        if missing := [field for field in wanted if field not in values]:
+            without_labels = missing == ["class"]
+            hint = f"; this is not {_TEST_ANNOTATIONS}, the file with labels" if without_labels else ""
+            raise DataError(f"{table}: annotation {row}: has no {missing[0]}{hint}")
+        try:
+            path = relative_path(folder + str(values[path_field]))
+            label = whole(values["class"])
+            # The devkit counts pixels from 1 and includes the last: a whole image of 196 × 96 is 1, 1, 196, 96.
+            box = from_inclusive(*(coordinate(values[field]) for field in wanted[1:5]))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{table}: annotation {row}: {error}") from None
+        if not 1 <= label <= len(class_names):
+            raise DataError(
+                f"{table}: annotation {row} ({values[path_field]}): class {label} is not in 1–{len(class_names)}"
+            )
+        samples.append(
+            Sample(
+                id=str(PurePosixPath(path).with_suffix("")),
+                split="train" if label <= _LAST_TRAIN_CLASS else "test",
+                label=label - 1,
+                class_name=class_names[label - 1],
+                source=path,
+                box=box,
+                box_source="dataset",
+                caption="",
+            )
+        )
+    return samples

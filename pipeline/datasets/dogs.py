@@ -8,7 +8,7 @@ from xml.parsers import expat
 from pipeline.datasets.base import DataError, Sample, check_open_set, first_of_each_split, limited
 from pipeline.datasets.boxes import Box, area, coordinate
 from pipeline.datasets.image_files import IMAGE_SUFFIXES, read_image_file, relative_path, require_layout
-from pipeline.datasets.matlab import load_mat, whole
+from pipeline.datasets.matlab import load_mats, variable, whole
 from pipeline.datasets.text_table import line_error
 
 _PUBLISHED = "Stanford Dogs (Khosla et al., 2011), http://vision.stanford.edu/aditya86/ImageNetDogs"
@@ -44,35 +44,17 @@ class DogsDataset:
         # The lists are an archive of their own, which some unpack beside Images/ rather than in lists/.
         for folder in (lists, self.root):
             if (folder / "file_list.mat").exists():
-                return self._from_lists(folder / "file_list.mat")
+                return _from_lists([folder / "file_list.mat"])
             halves = [folder / "train_list.mat", folder / "test_list.mat"]
             present = [half.exists() for half in halves]
             if all(present):
-                return [sample for half in halves for sample in self._from_lists(half)]
+                return _from_lists(halves)
             if any(present):
                 raise DataError(
                     f"{halves[present.index(False)]}: missing, while its other half is there; unpack lists.tar again, "
                     f"from {_PUBLISHED}"
                 )
         return self._from_folders()
-
-    def _from_lists(self, path: Path) -> list[Sample]:
-        files, labels = load_mat(path, "file_list", "labels", published=_PUBLISHED)
-        if len(files) != len(labels):
-            raise DataError(f"{path}: file_list has {len(files)} entries, labels has {len(labels)}")
-        samples = []
-        for entry, (file, label) in enumerate(zip(files, labels, strict=True), start=1):
-            try:
-                class_id, name = whole(label), relative_path(str(file))
-            except (TypeError, ValueError) as error:
-                raise DataError(f"{path} entry {entry}: {error}") from None
-            if not 1 <= class_id <= _CLASSES or "/" not in name:
-                raise DataError(
-                    f"{path} entry {entry}: expected a path like n02085620-Chihuahua/n02085620_10074.jpg and a class "
-                    f"in 1–{_CLASSES}, found {name!r} and {class_id}"
-                )
-            samples.append(_sample(name, class_id))
-        return samples
 
     def _from_folders(self) -> list[Sample]:
         folders = sorted(p for p in (self.root / "Images").iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -94,6 +76,26 @@ class DogsDataset:
     def read(self, sample: Sample) -> bytes:
         """The image file as it is."""
         return read_image_file(self.root, sample.source)
+
+
+def _from_lists(paths: list[Path]) -> list[Sample]:
+    samples = []
+    for path, content in zip(paths, load_mats(paths, ("file_list", "labels"), _PUBLISHED), strict=True):
+        files, labels = variable(path, content, "file_list"), variable(path, content, "labels")
+        if len(files) != len(labels):
+            raise DataError(f"{path}: file_list has {len(files)} entries, labels has {len(labels)}")
+        for entry, (file, label) in enumerate(zip(files, labels, strict=True), start=1):
+            try:
+                class_id, name = whole(label), relative_path(str(file))
+            except ValueError as error:
+                raise DataError(f"{path} entry {entry}: {error}") from None
+            if not 1 <= class_id <= _CLASSES or "/" not in name:
+                raise DataError(
+                    f"{path} entry {entry}: expected a path like n02085620-Chihuahua/n02085620_10074.jpg and a class "
+                    f"in 1–{_CLASSES}, found {name!r} and {class_id}"
+                )
+            samples.append(_sample(name, class_id))
+    return samples
 
 
 def _sample(name: str, class_id: int) -> Sample:

@@ -8,6 +8,10 @@ from pipeline.datasets.base import DataError
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
+class OutsideLinkError(DataError, OSError):
+    """An image file is a link that leaves the data set's folder; to a scan, a file that cannot be read."""
+
+
 def require_layout(name: str, root: Path, needed: Sequence[str], layout: str, published: str) -> None:
     """Raise DataError unless every path of `needed` is in `root`; the message gives the layout and its source."""
     for path in needed:
@@ -33,11 +37,11 @@ def read_image_file(root: Path, source: str) -> bytes:
 
     The root, and a folder directly in it such as `images/`, may be links to another disk. Any other link must stay
     inside them: a data set that somebody else packed cannot pull other files of this machine into a cache. Raises
-    OSError for a file that is missing or lies behind such a link.
+    OSError for a file that is missing, OutsideLinkError for one behind such a link.
     """
     parts = PurePosixPath(source).parts
     allowed = [root, root / parts[0]] if len(parts) > 1 else [root]
     file = (root / source).resolve()
     if not any(file.is_relative_to(folder.resolve()) for folder in allowed):
-        raise OSError(f"{root / source} is a link that leaves the data set's folder; put a copy of the file there")
+        raise OutsideLinkError(f"{root / source} is a link that leaves the data set's folder; put a copy there")
     return file.read_bytes()

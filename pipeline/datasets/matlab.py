@@ -1,43 +1,54 @@
 """MATLAB files, which Stanford Cars and Stanford Dogs are described by."""
 
-import struct
-import zlib
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from pipeline.datasets.base import DataError
 
-if TYPE_CHECKING:
-    import numpy as np
-
-# What scipy's reader raises for bytes that are not what they should be.
-_UNREADABLE = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError, EOFError,
-               OverflowError, MemoryError, UnboundLocalError, ZeroDivisionError, struct.error, zlib.error)  # fmt: skip
+_LONGEST_READ = 300  # seconds; the official files together take two
 
 
-def load_mat(path: Path, *keys: str, published: str) -> "tuple[np.ndarray, ...]":
-    """The variables of a MATLAB file by name, each as a flat array; structures are objects with attributes.
+def load_mats(paths: Sequence[Path], variables: Sequence[str], published: str) -> list[dict[str, list[Any]]]:
+    """Those of the named variables that each MATLAB file has, as flat lists; structures are dictionaries.
 
-    Raises DataError if the file is missing, damaged or lacks a variable; `published` says where to get it again.
+    A process of its own reads the files, because one wrong byte can crash scipy's reader, and with it whatever called
+    it. Raises DataError naming a file that is missing or damaged; `published` says where to get it again.
     """
-    import numpy as np
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
+    program = Path(__file__).with_name("matlab_process.py")
+    # -P: the modules beside the program must not stand in for libraries.
+    command = [sys.executable, "-P", str(program), *(str(path.absolute()) for path in paths), "--", *variables]
     try:
-        content = loadmat(path, squeeze_me=True, struct_as_record=False, variable_names=keys)
-    except (MatReadError, *_UNREADABLE) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: not a readable MATLAB file ({reason}); download it again from {published}") from None
-    for key in keys:
-        if key not in content:
-            raise DataError(f"{path}: holds no variable {key!r}; is this the file of that name from {published}?")
-    return tuple(np.atleast_1d(content[key]).reshape(-1) for key in keys)
+        done = subprocess.run(command, capture_output=True, timeout=_LONGEST_READ)
+        lines, end = done.stdout.splitlines(), f"its reader ended with code {done.returncode}"
+    except subprocess.TimeoutExpired as error:
+        lines, end = (error.stdout or b"").splitlines(), f"its reader found no end in {_LONGEST_READ} seconds"
+    contents = []
+    for k, path in enumerate(paths):
+        try:
+            content = json.loads(lines[k])
+        except (IndexError, ValueError):
+            content = {"error": end}
+        if "error" in content:
+            raise DataError(
+                f"{path}: not a readable MATLAB file ({content['error']}); download it again from {published}"
+            )
+        contents.append(content)
+    return contents
 
 
-def whole(value: object) -> int:
+def variable(path: Path, content: dict[str, list[Any]], name: str) -> list[Any]:
+    """A variable of a file that was read. Raises DataError if the file does not have it."""
+    if name not in content:
+        raise DataError(f"{path}: holds no variable {name!r}; is this the official file of that name?")
+    return content[name]
+
+
+def whole(value: Any) -> int:
     """A number of a MATLAB file, which stores whole ones as floats too. Raises ValueError if it is not whole."""
-    number = float(value)  # type: ignore[arg-type]
-    if not number.is_integer():
-        raise ValueError(f"{number} is not a whole number")
-    return int(number)
+    if not isinstance(value, int | float) or not float(value).is_integer():
+        raise ValueError(f"{str(value)[:40]!r} is not a whole number")
+    return int(value)

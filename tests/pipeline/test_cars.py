@@ -1,12 +1,10 @@
 """Stanford Cars in both of its official layouts."""
 
 import io
+import re
 
 import pytest
-from cache_building import some_examples
 from dataset_layouts import car, write_annotations, write_cars, write_cars_in_one_file
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.datasets import DataError, open_dataset, split_counts
@@ -106,7 +104,7 @@ def test_the_layout_of_one_annotation_file_is_read_too(tmp_path):
         (car(1, "../../etc/passwd"), "annotation 1: image path 'cars_train/../../etc/passwd' leads out"),
         (car(1, "a.jpg", (1, float("nan"), 2, 2)), "annotation 1: 'nan' is not a number of pixels"),
         (car(1, "a.jpg", (1, "one", 2, 2)), "annotation 1: 'one' is not a number of pixels"),
-        (car(1.5, "a.jpg"), "annotation 1: 1.5 is not a whole number"),
+        (car(1.5, "a.jpg"), "annotation 1: '1.5' is not a whole number"),
         (car(0, "a.jpg"), "annotation 1 (a.jpg): class 0 is not in 1–196"),
     ],
 )
@@ -118,18 +116,12 @@ def test_a_wrong_annotation_is_named(tmp_path, wrong, complaint):
     assert str(tmp_path / "devkit/cars_train_annos.mat") in str(caught.value)
 
 
-@some_examples
-@given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=8))
-def test_a_damaged_matlab_file_is_an_error_that_names_it_or_still_reads(tmp_path_factory, damage):
-    root = write_cars(tmp_path_factory.mktemp("cars"), test_half=False)
-    file = root / "devkit/cars_train_annos.mat"
+@pytest.mark.parametrize("position", [200, 1481])
+def test_a_damaged_matlab_file_is_named_even_where_it_crashes_its_reader(tmp_path, position):
+    """One wrong byte in the tag of an element is a segmentation fault in scipy 1.17."""
+    file = write_cars(tmp_path, test_half=False) / "devkit/cars_train_annos.mat"
     data = bytearray(file.read_bytes())
-    for position, value in damage:
-        data[position % len(data)] = value
+    data[position] = 254
     file.write_bytes(data)
-    try:
-        complaint = ""
-        open_dataset("cars", root)
-    except DataError as error:
-        complaint = str(error)
-    assert not complaint or str(root) in complaint
+    with pytest.raises(DataError, match=rf"{re.escape(str(tmp_path))}.*cars_train_annos\.mat: "):
+        open_dataset("cars", tmp_path)
