@@ -51,7 +51,7 @@ def decoded_lines(path: Path) -> Iterator[str]:
                 number += 1
                 if number == 1:
                     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-                        raise DataError(f"{path}: is UTF-16 text; save it as UTF-8")
+                        raise line_error(path, number, "begins UTF-16 text; save the file as UTF-8")
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
                 if len(raw) > LONGEST_LINE:
                     raise line_error(path, number, f"longer than {LONGEST_LINE} bytes; this is not the official file")

@@ -92,7 +92,9 @@ def test_a_wrong_line_is_named(tmp_path, name, lines, complaint):
 @given(
     name=st.sampled_from(["images.txt", "image_class_labels.txt", "bounding_boxes.txt", "classes.txt"]),
     number=st.integers(0, 3),
-    line=st.binary(max_size=40) | st.text(st.sampled_from("0123456789. -/\tae"), max_size=20).map(str.encode),
+    line=st.binary(max_size=40)
+    | st.sampled_from([b"\xff\xfe1\0", b"\xfe\xff", b"\xef\xbb\xbf", b"\r"])
+    | st.text(st.sampled_from("0123456789. -/\tae"), max_size=20).map(str.encode),
 )
 def test_a_garbled_line_gives_a_data_set_or_an_error_with_file_and_line(tmp_path, cub_root, name, number, line):
     root = tmp_path / "cub"

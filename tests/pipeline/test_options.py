@@ -14,12 +14,12 @@ def dit_cache(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "300", "TERM": "dumb"})
 
 
-@pytest.mark.parametrize("command", ["build", "refine"])
+@pytest.mark.parametrize("command", ["build", "refine", "probe"])
 def test_help_lists_every_data_set(command):
     assert f"Data set: {', '.join(dataset_names())}" in dit_cache(command, "--help").output
 
 
-@pytest.mark.parametrize("command", ["build", "refine"])
+@pytest.mark.parametrize("command", ["build", "refine", "probe"])
 @pytest.mark.parametrize("option", [("--train-ratio", 0.5), ("--train-classes", "a,b"), ("--superclass", "bird")])
 def test_choosing_classes_of_a_data_set_with_a_fixed_protocol_is_wrong_usage(tmp_path, command, option):
     done = dit_cache(command, "--dataset", "cub", "--data", write_cub(tmp_path), *option)
