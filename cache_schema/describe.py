@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_schema import layout
-from cache_schema.card import format_bytes
+from cache_schema.card import format_bytes, format_encoding
 from cache_schema.journal import committed_shards, read_record
 from cache_schema.manifest import Manifest
 from cache_schema.manifest_file import load_manifest
@@ -98,7 +98,7 @@ def _content_facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("timesteps", f"{steps} of {curriculum.num_steps}; seed {curriculum.seed}"),
         ("views", ", ".join(manifest.views)),
         ("store", manifest.store.kind),
-        ("encoding", f"{manifest.encoding.kind}, compression {manifest.encoding.compression}"),
+        ("encoding", format_encoding(manifest.encoding)),
         ("images", "none" if images is None else f"{images.size} px {images.format}"),
     ]
 
