@@ -64,24 +64,22 @@ def load_codec(root: Path, manifest: Manifest, tap: TapInfo) -> TapCodec:
 
 def load_channel(root: Path, manifest: Manifest, tap: TapInfo) -> Array:
     """Return a tap's channel calibration, float32 (T, C); raises CacheCorrupt if it is not what was written."""
-    return _load_parts(root, manifest, tap, ("channel",))["channel"]
+    return _load_parts(root, manifest, tap, ["channel"])[0]
 
 
 def load_components(root: Path, manifest: Manifest, tap: TapInfo) -> PrincipalComponents:
     """Return a tap's principal components; raises CacheCorrupt if they are not what was written."""
-    arrays = _load_parts(root, manifest, tap, ("amplitude", "mean", "basis"))
-    return PrincipalComponents(arrays["amplitude"], arrays["mean"], arrays["basis"])
+    amplitude, mean, basis = _load_parts(root, manifest, tap, ["amplitude", "mean", "basis"])
+    return PrincipalComponents(amplitude, mean, basis)
 
 
-def _load_parts(
-    root: Path, manifest: Manifest, tap: TapInfo, parts: tuple[CalibrationPart, ...]
-) -> dict[CalibrationPart, Array]:
+def _load_parts(root: Path, manifest: Manifest, tap: TapInfo, parts: list[CalibrationPart]) -> list[Array]:
     arrays = {array.part: array for array in layout.calibration_layouts(manifest, tap)}
-    return {part: load_calibration(root, manifest, arrays[part]) for part in parts}
+    return [load_calibration(root, manifest, arrays[part]) for part in parts]
 
 
 def load_calibration(root: Path, manifest: Manifest, array: CalibrationLayout) -> Array:
-    """Return one of the statistics of a cache, float32; raises CacheUnsealed if there are none yet, CacheCorrupt."""
+    """Return one of the statistics of a cache, float32; raises CacheCorrupt if it is not what was written."""
     store = store_of(manifest)
     name = store.calibration_file(array)
     record = read_record(root, "calibration")

@@ -64,9 +64,9 @@ def plan_manifest(
 
     `taps` have the shapes in which the teacher computes them; those in which they are stored follow from `encoding`.
     `image_rows` is the number of samples that are not quarantined; it is ignored where `images` is None. Both stores
-    group samples in the same way, so that one can be converted into the other shard by shard. Raises InvalidEncoding if
-    a tap cannot be pooled or has too few channels for PCA, pydantic.ValidationError if the parts contradict each other,
-    CacheError for samples too large for the store.
+    group samples in the same way, so that one can be converted into the other shard by shard. Raises InvalidEncoding
+    if a tap cannot be pooled or has too few channels for PCA, pydantic.ValidationError if the parts contradict each
+    other, CacheError for samples too large for the store.
     """
     stored = [stored_tap(tap, encoding) for tap in taps]
     per_shard = samples_per_shard or choose_samples_per_shard(

@@ -16,7 +16,6 @@ from cache_schema.errors import CacheCorrupt
 from cache_schema.files import AsideFile, Bytes, crc32c
 from cache_schema.layout import ArrayLayout
 
-ZSTD_LEVEL = 3
 _MISSING = np.uint64(0xFFFFFFFFFFFFFFFF)
 _CRC_BYTES = 4
 

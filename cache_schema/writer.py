@@ -3,28 +3,20 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
 
-import numpy as np
 import pyarrow as pa
 
 from cache_schema import fidelity, layout
 from cache_schema.calibration import Calibrator
 from cache_schema.card import render_card
 from cache_schema.codec import TapCodec, load_codec
-from cache_schema.encoding import (
-    Array,
-    FloatArray,
-    as_features,
-    first_not_finite,
-)
+from cache_schema.encoding import Array, as_features
 from cache_schema.errors import (
     CacheCorrupt,
     CacheError,
     CacheMismatch,
     CacheNotFound,
     CacheUnsealed,
-    InvalidFeatures,
 )
 from cache_schema.files import (
     AsideFile,
@@ -52,7 +44,7 @@ from cache_schema.journal import (
 from cache_schema.manifest import Manifest, Provenance, TapInfo
 from cache_schema.manifest_file import MANIFEST_NAME, load_manifest, render_manifest, revalidate
 from cache_schema.reader import local_path
-from cache_schema.reduction import teacher_shape
+from cache_schema.row_encoder import Features, RowEncoder, check_finite, check_shapes
 from cache_schema.samples import (
     check_against_manifest,
     check_samples,
@@ -62,10 +54,6 @@ from cache_schema.samples import (
 )
 from cache_schema.stores import store_of
 
-if TYPE_CHECKING:
-    import torch
-
-Features = Union["torch.Tensor", np.ndarray]
 # The stored arrays (V, T, *inner) of a sample by name, or None where the teacher failed on it.
 EncodedRow = Mapping[str, Array] | None
 
@@ -190,12 +178,13 @@ class CacheWriter:
             return
         calibrator, seen = Calibrator(self.manifest), 0
         for batch in [features] if isinstance(features, Mapping) else features:
-            count = 0
-            for tap, values in self._checked(batch):
-                count = len(values)
-                self._check_finite(values, tap, [f"calibration sample {seen + i}" for i in range(count)])
+            check_shapes(self.manifest, batch)
+            for tap in self.manifest.taps:
+                values = as_features(batch[tap.name])
+                for index, sample in enumerate(values):
+                    check_finite(sample, tap, f"calibration sample {seen + index}")
                 calibrator.add(tap.name, values)
-            seen += count
+            seen += len(values)
         statistics = {tap.name: calibrator.finish(tap.name) for tap in self.manifest.taps}
         self.store_calibration(
             {
@@ -235,27 +224,16 @@ class CacheWriter:
             return
         if self.needs_calibration():
             raise CacheUnsealed(f"cache {self.root} must be calibrated before its first shard is written")
-        self._check_shapes(features, len(rows))
-        measured: dict[str, list[tuple[FloatArray, Array]]] = {tap.name: [] for tap in self.manifest.taps}
-        sums: list[FidelitySums] = []
+        check_shapes(self.manifest, features, len(rows))
+        encoder = RowEncoder(self.manifest, {tap.name: self._codec(tap) for tap in self.manifest.taps})
 
         def encoded() -> Iterator[EncodedRow]:
             for index, row in enumerate(rows):
-                if row in failed:
-                    yield None
-                    continue
-                parts: dict[str, Array] = {}
-                for tap in self.manifest.taps:
-                    sample = as_features(features[tap.name][index])
-                    parts |= self._encode_row(tap, sample, self._name(row), measured[tap.name])
-                yield parts
+                sample = {name: as_features(values[index]) for name, values in features.items()}
+                yield None if row in failed else encoder.encode(sample, self._name(row))
 
-        def measure() -> list[FidelitySums]:
-            sums.extend(self._fidelity(measured))
-            return sums
-
-        self.write_encoded_shard(shard, encoded(), measure, failed)
-        self._measured = fidelity.combine([*self._measured, *sums])
+        written = self.write_encoded_shard(shard, encoded(), encoder.fidelity, failed)
+        self._measured = fidelity.combine([*self._measured, *written.fidelity])
 
     def check_fidelity(self, min_cosine: float) -> None:
         """Raise LowFidelity if the shards that this writer wrote so far leave no hope for `seal(min_cosine=...)`.
@@ -271,8 +249,11 @@ class CacheWriter:
         encoded: Iterable[EncodedRow],
         fidelity_sums: Callable[[], list[FidelitySums]],
         failed: Mapping[int, str],
-    ) -> None:
-        """Commit one feature shard from rows that are encoded already; what they lost is asked for after the last."""
+    ) -> Record:
+        """Commit one feature shard from rows that are encoded already, and return its record.
+
+        What their encoding lost is asked for after the last row.
+        """
         rows = self.shard_rows(shard)
         with self._store.row_writer(self.root, shard, self.samples) as out:
             for _, parts in zip(rows, encoded, strict=True):
@@ -289,6 +270,7 @@ class CacheWriter:
                 failed=[FailedRow(row=row, reason=failed[row]) for row in sorted(failed)],
             )
             self._commit(record, out.asides)
+        return record
 
     def write_images(self, shard: int, images: Sequence[bytes]) -> None:
         """Commit one shard of student images, one encoded image per row of `image_rows(shard)`."""
@@ -362,68 +344,10 @@ class CacheWriter:
                 aside.publish()
             write_record(self.root, record)
 
-    def _encode_row(
-        self, tap: TapInfo, sample: FloatArray, who: str, measured: list[tuple[FloatArray, Array]]
-    ) -> dict[str, Array]:
-        """Return the stored arrays of one tap of a sample (V, T, L, C), by name; the first samples are measured."""
-        self._check_finite([sample], tap, [who])
-        codec = self._codec(tap)
-        try:
-            encoded = codec.encode(sample)
-        except InvalidFeatures as error:
-            raise InvalidFeatures(f"tap {tap.name} of {who}: {error}") from error
-        if len(measured) < fidelity.MEASURED_SAMPLES:
-            measured.append((codec.pooled(sample), codec.restore(codec.decode(encoded))))
-        parts = {}
-        for array in layout.feature_layouts(self.manifest, tap):
-            part = encoded.payload if array.part == "payload" else encoded.scale
-            assert part is not None
-            parts[array.name] = part
-        return parts
-
-    def _fidelity(self, measured: Mapping[str, Sequence[tuple[FloatArray, Array]]]) -> list[FidelitySums]:
-        """Compare samples with what they decode to, for every tap and timestep; nothing where all rows failed."""
-        sums = []
-        for tap in self.manifest.taps:
-            pairs = measured[tap.name]
-            for t, timestep in enumerate(self.manifest.curriculum.timesteps if pairs else []):
-                original, decoded = (
-                    np.concatenate([pair[which][:, t] for pair in pairs]) for which in (0, 1)
-                )  # each (n * V, L, C)
-                sums.append(fidelity.measure(tap.name, timestep, original, decoded))
-        return sums
-
     def _codec(self, tap: TapInfo) -> TapCodec:
         if tap.name not in self._codecs:
             self._codecs[tap.name] = load_codec(self.root, self.manifest, tap)
         return self._codecs[tap.name]
-
-    def _checked(self, features: Mapping[str, Features]) -> Iterator[tuple[TapInfo, FloatArray]]:
-        """Yield every tap of the cache with its features, once all names and shapes are known to be right."""
-        self._check_shapes(features, None)
-        for tap in self.manifest.taps:
-            yield tap, as_features(features[tap.name])
-
-    def _check_shapes(self, features: Mapping[str, Features], count: int | None) -> None:
-        names = [tap.name for tap in self.manifest.taps]
-        if set(features) != set(names):
-            raise InvalidFeatures(f"features are given for taps {sorted(features)}, the cache has {sorted(names)}")
-        steps, views = len(self.manifest.curriculum.timesteps), len(self.manifest.views)
-        for tap in self.manifest.taps:
-            shape = tuple(features[tap.name].shape)
-            first = shape[0] if count is None and shape else count
-            expected = (first, views, steps, *teacher_shape(tap, self.manifest.encoding))
-            if shape != expected:
-                raise InvalidFeatures(f"features of tap {tap.name} have shape {shape}, expected {expected}")
-
-    def _check_finite(self, values: Iterable[FloatArray], tap: TapInfo, names: Sequence[str]) -> None:
-        for name, sample in zip(names, values, strict=True):
-            bad = first_not_finite(sample)
-            if bad is not None:
-                raise InvalidFeatures(
-                    f"tap {tap.name} of {name} is {sample[bad]} at (view, timestep, token, channel) = {bad}: the "
-                    "teacher failed on it; quarantine the sample or compute it in a wider type"
-                )
 
     def _check_complete(self) -> None:
         parts = {"feature": self.missing_shards(), "image": self.missing_image_shards()}
