@@ -1,6 +1,7 @@
 """From samples to what the DiT is conditioned on: object latents, context latents and text."""
 
 import io
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,9 @@ from pipeline.teachers.base import Teacher, TextEmbedding
 from pipeline.views import Box, apply_view, object_view, resize_square
 
 # What PIL raises for bytes that are no image, or an image cut short or too large to be one.
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+UNREADABLE = (
+    OSError, ValueError, SyntaxError, EOFError, NotImplementedError, struct.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
