@@ -18,11 +18,14 @@ from cache_schema.errors import (
     CacheUnsealed,
     DitDistillError,
     InvalidFeatures,
+    LoaderError,
     UnsupportedSchema,
 )
 
 if TYPE_CHECKING:
     from cache_schema.batch import EncodedBatch
+    from cache_schema.dataset import CacheDataset, FeatureBatch
+    from cache_schema.loader import FeatureLoader
     from cache_schema.manifest import (
         Curriculum,
         DatasetInfo,
@@ -42,6 +45,9 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "EncodedBatch": "batch",
+    "CacheDataset": "dataset",
+    "FeatureBatch": "dataset",
+    "FeatureLoader": "loader",
     "Curriculum": "manifest",
     "DatasetInfo": "manifest",
     "Encoding": "manifest",
@@ -67,6 +73,7 @@ __all__ = [
     "SAMPLES_SCHEMA",
     "Cache",
     "CacheCorrupt",
+    "CacheDataset",
     "CacheError",
     "CacheMismatch",
     "CacheNotFound",
@@ -79,9 +86,12 @@ __all__ = [
     "DitDistillError",
     "EncodedBatch",
     "Encoding",
+    "FeatureBatch",
+    "FeatureLoader",
     "Fidelity",
     "ImagesInfo",
     "InvalidFeatures",
+    "LoaderError",
     "Manifest",
     "Provenance",
     "StoreInfo",

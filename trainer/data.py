@@ -18,7 +18,7 @@ from cache_schema.errors import DitDistillError
 from trainer.config import TrainConfig
 from trainer.errors import TrainError
 from trainer.images import ImageStore
-from trainer.sampler import AUGMENT, VIEWS, EpochSampler, StreamSampler, generator
+from cache_schema.sampler import AUGMENT, VIEWS, EpochSampler, StreamSampler, generator
 
 if TYPE_CHECKING:
     from cache_schema import Cache

@@ -19,7 +19,7 @@ from trainer.data import (
 )
 from trainer.errors import TrainError
 from trainer.images import ImageStore
-from trainer.sampler import EpochSampler, StreamSampler
+from cache_schema.sampler import EpochSampler, StreamSampler
 
 SIZE, ROW, VIEW, TIMESTEP = 24, 0, 1, 2  # the synthetic features say their row, view and timestep in channels 0 to 2
 
