@@ -54,8 +54,8 @@ class ReadAhead(Generic[T]):
         if not self.depth or (self._stop is not None and update >= self._stop):
             return self._make(update)
         try:
-            if not self._pending or self._pending[0][0] != update:
-                self._cancel()
+            if self._pending and self._pending[0][0] != update:
+                self._pending.clear()  # they are made all the same: a pool that breaks may not meet a cancelled one
             self._submit(update)
             future = self._pending[0][1]
             try:
@@ -74,15 +74,10 @@ class ReadAhead(Generic[T]):
 
     def close(self) -> None:
         """End the workers; another `get` would start new ones."""
-        self._cancel()
+        self._pending.clear()
         executor, self._executor = self._executor, None
         if executor is not None:
             executor.shutdown(wait=True, cancel_futures=True)
-
-    def _cancel(self) -> None:
-        for _, future in self._pending:
-            future.cancel()
-        self._pending.clear()
 
     def _submit(self, update: int) -> None:
         """Ask for `update` and those after it, as many as are made ahead."""
@@ -130,7 +125,8 @@ def _start_worker(make: Callable[[int], Any]) -> None:
 
 def _end_by_parent() -> None:
     """End at a SIGTERM of the parent, which sends one to the others when a worker died, and at no one else's."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    parent = multiprocessing.parent_process()
+    while parent is not None and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(1)
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache_schema.errors import DitDistillError
+from cache_schema.sampler import EpochSampler, StreamSampler
 from trainer.data import (
     Batch,
     TrainingBatches,
@@ -19,7 +20,6 @@ from trainer.data import (
 )
 from trainer.errors import TrainError
 from trainer.images import ImageStore
-from cache_schema.sampler import EpochSampler, StreamSampler
 
 SIZE, ROW, VIEW, TIMESTEP = 24, 0, 1, 2  # the synthetic features say their row, view and timestep in channels 0 to 2
 
