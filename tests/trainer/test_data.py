@@ -1,13 +1,8 @@
-from collections import Counter
-
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cache_schema.errors import DitDistillError
-from cache_schema.sampler import EpochSampler, StreamSampler
 from trainer.data import (
     Batch,
     TrainingBatches,
@@ -33,31 +28,6 @@ def same(a: Batch, b: Batch) -> bool:
     assert a.tokens is not None
     assert b.tokens is not None
     return all(torch.equal(x, y) for x, y in ((a.images, b.images), (a.labels, b.labels), (a.tokens, b.tokens)))
-
-
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 5))
-def test_an_epoch_shows_each_row_at_most_once_and_leaves_out_less_than_a_batch(count, batch_size, seed):
-    sampler = EpochSampler(np.arange(100, 100 + count), batch_size, seed)
-    for epoch in range(2):
-        updates = range(epoch * sampler.batches_per_epoch, (epoch + 1) * sampler.batches_per_epoch)
-        shown = np.concatenate([sampler.batch(update) for update in updates])
-        assert len(set(shown.tolist())) == len(shown) == sampler.batches_per_epoch * sampler.batch_size
-        assert count - len(shown) < sampler.batch_size
-
-
-@given(st.integers(1, 20), st.integers(1, 30))
-def test_a_stream_shows_all_rows_equally_often_whatever_the_batch_size(count, batch_size):
-    sampler = StreamSampler(np.arange(count), batch_size, seed=1)
-    shown = np.concatenate([sampler.batch(update) for update in range(count)])  # batch_size full passes
-    assert set(Counter(shown.tolist()).values()) == {batch_size}
-
-
-def test_orders_differ_between_epochs_and_seeds_but_not_between_runs():
-    rows = np.arange(64)
-    first, second = EpochSampler(rows, 64, seed=0), EpochSampler(rows, 64, seed=1)
-    assert first.batch(0).tolist() == EpochSampler(rows, 64, seed=0).batch(0).tolist()
-    assert first.batch(0).tolist() != first.batch(1).tolist()
-    assert first.batch(0).tolist() != second.batch(0).tolist()
 
 
 def test_images_and_features_of_a_batch_are_of_the_same_rows_in_the_same_view(cache, tiny_config):
