@@ -17,8 +17,10 @@ from cache_schema.errors import (
     CacheStorageError,
     CacheUnsealed,
     DitDistillError,
+    InvalidEncoding,
     InvalidFeatures,
     LoaderError,
+    LowFidelity,
     UnsupportedSchema,
 )
 
@@ -90,8 +92,10 @@ __all__ = [
     "FeatureLoader",
     "Fidelity",
     "ImagesInfo",
+    "InvalidEncoding",
     "InvalidFeatures",
     "LoaderError",
+    "LowFidelity",
     "Manifest",
     "Provenance",
     "StoreInfo",
