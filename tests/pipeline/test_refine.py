@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import FluxKontextPipeline
+from safetensors.torch import save_file
 
 from cache_schema.errors import DitDistillError
 from pipeline.conditions import Conditions, encode_conditions
@@ -140,3 +141,23 @@ def test_a_lora_refined_on_another_teacher_is_refused(load_teacher, make_flux, t
     other = make_flux(tmp_path / "other", seed=1)
     with pytest.raises(TeacherError, match=r"was refined on .*refine again, or name that teacher"):
         FluxTeacher(other, resolution=32, lora=tmp_path / "lora")
+
+
+def test_equal_weights_have_one_digest_however_their_file_orders_its_header(tmp_path):
+    tensors = {"a": torch.arange(4.0), "b": torch.ones(2, 2)}
+    header = {"__metadata__": {"format": "pt", "adapter": "{}"}}
+    save_file(tensors, tmp_path / "one.safetensors", metadata=header["__metadata__"])
+    data = (tmp_path / "one.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    turned = json.dumps(dict(reversed(json.loads(data[8 : 8 + size]).items()))).encode()
+    (tmp_path / "two.safetensors").write_bytes(len(turned).to_bytes(8, "little") + turned + data[8 + size :])
+    (tmp_path / "three.safetensors").write_bytes(data[:-1] + b"x")
+
+    one, two, three = (file_digest(tmp_path / f"{name}.safetensors") for name in ("one", "two", "three"))
+    assert one == two != three
+
+
+@pytest.mark.parametrize("data", [b"", b"abc", b"\xff" * 8, b"\x05" + bytes(7) + b"12{", b"\x02" + bytes(7) + b"{}"])
+def test_a_file_that_is_no_safetensors_has_a_digest_all_the_same(tmp_path, data):
+    (tmp_path / "odd.safetensors").write_bytes(data)
+    assert len(file_digest(tmp_path / "odd.safetensors")) == 64
