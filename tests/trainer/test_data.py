@@ -1,3 +1,5 @@
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,15 @@ def test_an_error_of_the_cache_reaches_the_caller_as_it_is(make_cache, tiny_conf
     with pytest.raises(DitDistillError) as caught:
         list(iterate(batches, 0, 2, workers))
     assert "Traceback" not in str(caught.value)
+
+
+def test_a_killed_loader_process_is_an_error_in_one_line(cache, tiny_config):
+    stream = iterate(batches_of(cache, tiny_config()), 0, 10_000, workers=2)
+    next(stream)
+    multiprocessing.active_children()[0].kill()
+    with pytest.raises(DitDistillError, match="a worker process of the loader was killed"):
+        list(stream)
+    assert not multiprocessing.active_children()
 
 
 def test_images_are_the_same_whether_they_are_kept_in_memory_or_not(cache):
