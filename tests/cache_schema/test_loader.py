@@ -1,41 +1,33 @@
 """Batches for training come in an order that nothing disturbs, in memory that is used again but never too early."""
 
-import copy
 import gc
 import json
 import multiprocessing
 import os
-import pickle
 import random
 import signal
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from multiprocessing.connection import Connection
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from cache_building import build, many_examples, some_examples
+from cache_building import assert_holds_what_it_says, build, is_in_a_slot, many_examples, some_examples
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset
 
 from cache_schema import (
     Cache,
     CacheCorrupt,
-    CacheDataset,
     CacheRequestError,
     FeatureBatch,
     FeatureLoader,
     LoaderError,
     open_cache,
 )
-from cache_schema.slots import Lease, SlotRing
 
 CacheOf = Callable[..., Path]
 ROWS = 20
@@ -48,21 +40,6 @@ def cache(cache_of: CacheOf) -> Cache:
 
 def seen(batches: Iterable[FeatureBatch]) -> list[tuple[list[int], list[int]]]:
     return [(batch.rows.tolist(), batch.views.tolist()) for batch in batches]
-
-
-def assert_holds_what_it_says(cache: Cache, batch: FeatureBatch, tap: str = "hidden") -> None:
-    expected = cache.read(batch.rows.numpy(), tap=tap, view=batch.views.numpy())
-    assert torch.equal(batch.payload.view(torch.uint8), expected.payload.view(torch.uint8))
-    assert torch.equal(batch.decode(), expected.decode())
-
-
-def is_in_a_slot(tensor: torch.Tensor) -> bool:
-    address = tensor.data_ptr()
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        first, last = (int(text, 16) for text in line.split()[0].split("-"))
-        if first <= address < last:
-            return "dit-distill-batches" in line
-    return False
 
 
 @some_examples
@@ -282,132 +259,6 @@ def test_nothing_is_left_of_a_loader(cache: Cache, end: str) -> None:
 
 def children() -> list[multiprocessing.process.BaseProcess]:
     return multiprocessing.active_children()
-
-
-def test_threads_that_read_from_one_dataset_never_share_a_slot(cache: Cache) -> None:
-    dataset = CacheDataset(cache, batch_size=4, slots=6)
-
-    def read(seed: int) -> None:
-        rows = np.random.default_rng(seed).integers(0, ROWS, 4)
-        batch = dataset.__getitems__(rows.tolist())
-        assert_holds_what_it_says(cache, batch)
-
-    with ThreadPoolExecutor(8) as threads:
-        list(threads.map(read, range(400)))
-
-
-@pytest.fixture
-def ring() -> SlotRing:
-    return SlotRing({"payload": ((4, 3), torch.float32), "scale": ((4,), torch.float32)}, count=3)
-
-
-def test_slots_of_a_process_that_died_are_free_again_and_what_it_sent_is_not_mistaken(ring: SlotRing) -> None:
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-
-    def take_all_and_die(pipe: Connection) -> None:
-        leases = [ring.take() for _ in range(3)]
-        assert all(lease is not None and ring.send(lease) for lease in leases)
-        assert ring.take() is None
-        pipe.send(leases)
-        pipe.recv()
-        os._exit(9)
-
-    worker = context.Process(target=take_all_and_die, args=(theirs,))
-    worker.start()
-    leases: list[Lease] = ours.recv()
-    assert ring.take() is None
-    received = ring.receive(leases[0])
-    ours.send("die")
-    worker.join()
-    others = [ring.take(), ring.take(), ring.take()]
-    assert {lease.slot for lease in others if lease} == {0, 1, 2} - {received.slot}
-    with pytest.raises(LoaderError, match="lost with the worker"):
-        ring.receive(leases[1])
-
-
-def test_a_forked_process_does_not_free_what_its_parent_holds(ring: SlotRing) -> None:
-    held = [ring.tensors(lease, 4) for lease in (ring.take(), ring.take(), ring.take()) if lease]
-
-    def let_go() -> None:
-        held.clear()
-        gc.collect()
-        os._exit(0)
-
-    worker = multiprocessing.get_context("fork").Process(target=let_go)
-    worker.start()
-    worker.join()
-    assert ring.take() is None
-    held.pop()
-    assert ring.take() is not None
-
-
-# --- a DataLoader of one's own
-
-
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_a_plain_dataloader_gives_batches_in_slots(cache: Cache, workers: int) -> None:
-    dataset = CacheDataset(cache, tap="hidden", view="hflip", rows=range(2, 18), batch_size=3)
-    loader = DataLoader(dataset, batch_size=3, num_workers=workers, collate_fn=dataset.collate)
-    found = []
-    for _ in range(2):
-        for batch in loader:
-            assert is_in_a_slot(batch.payload)
-            assert_holds_what_it_says(cache, batch)
-            found += batch.rows.tolist()
-            assert set(batch.views.tolist()) == {1}
-    assert found == [*range(2, 18)] * 2
-
-
-def test_a_dataset_without_reused_memory_and_samples_one_by_one_work_too(cache: Cache) -> None:
-    dataset = CacheDataset(cache)
-    assert len(dataset) == ROWS
-    assert dataset[3].shape == (1, 3, 6, 8)
-    batch = dataset.collate([dataset[3], dataset[1]])
-    assert batch.rows.tolist() == [3, 1]
-    assert_holds_what_it_says(cache, batch)
-    for batch in DataLoader(dataset, batch_size=7, num_workers=1, collate_fn=dataset.collate):
-        assert_holds_what_it_says(cache, batch)
-    # More samples than a slot has room for.
-    assert not is_in_a_slot(CacheDataset(cache, batch_size=2).__getitems__([1, 2, 3]).payload)
-
-
-def test_copies_of_batches_and_datasets_have_their_own_memory(cache: Cache) -> None:
-    dataset = CacheDataset(cache, batch_size=4, slots=1)
-    batch = dataset.__getitems__([1, 2])
-    copies = [copy.deepcopy(batch), pickle.loads(pickle.dumps(batch))]
-    other = pickle.loads(pickle.dumps(dataset))
-    del batch
-    assert dataset.__getitems__([7, 8]).rows.tolist() == other.__getitems__([7, 8]).rows.tolist() == [7, 8]
-    for copied in copies:
-        assert copied.rows.tolist() == [1, 2]
-        assert_holds_what_it_says(cache, copied)
-    assert is_in_a_slot(other.__getitems__([7, 8]).payload)
-
-
-class Remembering(Dataset):
-    """Gives its first batch again for every even index, from the memory of the process."""
-
-    def __init__(self, dataset: CacheDataset) -> None:
-        self.dataset = dataset
-        self.first: FeatureBatch | None = None
-
-    def __len__(self) -> int:
-        return 30
-
-    def __getitem__(self, index: int) -> dict[str, FeatureBatch | int]:
-        self.first = self.first or self.dataset.__getitems__([0, 1])
-        batch = self.dataset.__getitems__([index % ROWS, 3]) if index % 2 else self.first
-        return {"index": index, "batch": batch}
-
-
-@pytest.mark.parametrize("slots", [2, 9])
-def test_a_batch_that_its_worker_keeps_and_sends_twice_arrives_right_both_times(cache: Cache, slots: int) -> None:
-    dataset = CacheDataset(cache, batch_size=2, slots=slots)
-    for item in DataLoader(Remembering(dataset), batch_size=None, num_workers=1, collate_fn=lambda item: item):
-        index, batch = item["index"], item["batch"]
-        assert batch.rows.tolist() == ([index % ROWS, 3] if index % 2 else [0, 1])
-        assert_holds_what_it_says(cache, batch)
 
 
 def test_spawned_workers_read_into_the_same_slots(cache: Cache) -> None:
