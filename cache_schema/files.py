@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -206,8 +207,12 @@ def read_bounded(path: Path, limit: int) -> bytes:
     """Return the contents of a file of at most `limit` bytes; a larger one, or no plain file, raises CacheCorrupt."""
     # Without O_NONBLOCK, opening a named pipe that someone put here would wait for ever.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with os.fdopen(fd, "rb") as file:
-        data = file.read(limit + 1)
+    with open(fd, "rb") as file:  # noqa: PTH123
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise CacheCorrupt(f"{path} is not a plain file")
+        # Never asks for the whole limit: Python would allocate it.
+        data = file.read(min(limit, status.st_size) + 1)
     if len(data) > limit:
         raise CacheCorrupt(f"{path} is larger than the {limit} bytes such a file may have")
     return data

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cache_schema import layout
+from cache_schema.chunks import read_index
 from cache_schema.errors import CacheCorrupt, CacheError
 from cache_schema.files import crc32c, digest_file, is_aside, read_bounded
 from cache_schema.journal import FileRecord, Kind, Record, committed, read_record, record_name
@@ -14,7 +15,7 @@ from cache_schema.layout import ArrayLayout
 from cache_schema.manifest import Manifest
 from cache_schema.manifest_file import MANIFEST_NAME, MAX_MANIFEST_BYTES, load_manifest, render_document
 from cache_schema.open_shards import OpenFile
-from cache_schema.reader import local_path, read_index
+from cache_schema.reader import local_path
 from cache_schema.samples import check_against_manifest, count_usable, load_samples
 
 _KINDS_WITH_SHARDS: tuple[Kind, Kind] = ("features", "images")

@@ -25,6 +25,8 @@ from cache_schema import (
     make_samples,
     plan_manifest,
 )
+from cache_schema.files import digest
+from cache_schema.journal import file_record, read_record, write_record
 
 # For property tests. `HYPOTHESIS_EXAMPLES=2000 pytest tests/cache_schema` is the thorough, nightly setting.
 _EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "60"))
@@ -153,3 +155,18 @@ def build(path: Path, provenance: Provenance | None = None, **options: Any) -> P
 def tree(root: Path) -> dict[str, bytes]:
     """The contents of every file under a directory."""
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def commit_again(root: Path, kind: str, name: str) -> None:
+    """Make the journal agree with a file of the layout, the calibration or the seal, as whoever forged it would."""
+    record = read_record(root, kind)
+    assert record is not None
+    files = {**record.files, name: file_record(digest((root / name).read_bytes()))}
+    write_record(root, record.model_copy(update={"files": files}))
+
+
+def flip(path: Path, place: int, mask: int = 1) -> None:
+    """Change one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= mask
+    path.write_bytes(data)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cache_building import build, features_of, many_examples, start
+from cache_building import build, features_of, flip, many_examples, start
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,12 +24,6 @@ def copy(cache_of: CacheOf, tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / "cache"
 
     return make
-
-
-def flip(path: Path, place: int, mask: int = 1) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= mask
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
