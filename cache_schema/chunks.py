@@ -1,4 +1,4 @@
-"""The chunks of one array that a batch asks for: located first, then read, and checked while they are in the CPU's cache.
+"""The chunks of one array that a batch asks for: located first, then read, and checked while they are in a CPU cache.
 
 The loops over rows are plain Python on purpose: a batch has tens of rows, for which NumPy's fixed costs are the larger.
 """
@@ -30,8 +30,8 @@ _Run = tuple[OpenShard, int, int, int, int, int]
 class ChunkRequest:
     """The chunks (row, view, step) of an array, for every row with its view and for it every step, in that order.
 
-    Making one locates all chunks, so that an index that lies costs no memory. Raises CacheCorrupt, which names the file,
-    the shard and the sample, for damage in what is asked for.
+    Making one locates all chunks, so that an index that lies costs no memory. Raises CacheCorrupt, naming the file, the
+    shard and the sample, for damage in what is asked for.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ChunkRequest:
             for run in self._runs:
                 self._decompress_run(run, target)
             return
-        each, view = chunk_bytes(self._array), memoryview(target)
+        each, view = chunk_bytes(self._array), target.data
         for shard, first, count, offset, size, out in self._runs:
             at, checksums = out * each, shard.checksums
             if checksums is not None and (size > _BLOCK or shard.piece != 1):
@@ -106,14 +106,14 @@ class ChunkRequest:
             raise self._damage(error, out) from error
 
     def _read_blocks(self, run: _Run, target: Array) -> None:
-        """Read a run in blocks that end where pieces do, and check each before the next one pushes it out of the cache."""
+        """Read a run in blocks that end where pieces do, and check each block while it is in a CPU cache."""
         shard, first, count, offset, size, out = run
         each, piece = size // count, shard.piece
         block = max(1, _BLOCK // (each * piece)) * piece
         while count:
             taken = min(count, block - first % piece)
             at = out * each
-            self._read(shard.file, memoryview(target[at : at + taken * each]), offset, out)
+            self._read(shard.file, target[at : at + taken * each].data, offset, out)
             for start in range(-first % piece, taken - piece + 1, piece):
                 begin = at + start * each
                 self._check(shard, first + start, target[begin : begin + piece * each], out + start)
@@ -124,7 +124,7 @@ class ChunkRequest:
         lengths, each = shard.places.lengths, chunk_bytes(self._array)
         assert lengths is not None
         data = np.empty(size, dtype=np.uint8)
-        self._read(shard.file, memoryview(data), offset, out)
+        self._read(shard.file, data.data, offset, out)
         edges = [0, *itertools.accumulate(lengths[chunk] for chunk in range(first, first + count))]
         for start in range(-first % shard.piece, count - shard.piece + 1, shard.piece):
             self._check(shard, first + start, data[edges[start] : edges[start + shard.piece]], out + start)
@@ -231,4 +231,4 @@ def _read_checksums(root: Path, kind: Kind, shard: int) -> Checksums:
     if record is None:
         raise CacheCorrupt(f"the journal of {root} has no record of shard {shard} of its {kind}")
     pieces = {name: file.piece_checksums() for name, file in record.files.items()}
-    return {name: memoryview(values) for name, values in pieces.items() if values is not None}
+    return {name: values.data for name, values in pieces.items() if values is not None}

@@ -103,7 +103,7 @@ class ChunkPlaces:
             return checksums
         table = np.zeros(len(present), dtype=np.uint32)
         table[present] = np.asarray(checksums)
-        return memoryview(table)
+        return table.data
 
     def _is_even(self, offsets: Array, present: Array, per_row: int, chunk_bytes: int) -> bool:
         rows = self.pieces // per_row
@@ -121,7 +121,7 @@ class ChunkPlaces:
 
 def _values(table: Array) -> memoryview:
     # Single values come out of a memoryview in a third of the time that NumPy takes.
-    return memoryview(np.ascontiguousarray(table, dtype=np.int64))
+    return np.ascontiguousarray(table, dtype=np.int64).data
 
 
 @dataclass(frozen=True)
