@@ -55,7 +55,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A piece that the manifest promises: its record, the rows it covers and the files it consists of."""
 
     kind: Kind
@@ -84,7 +84,7 @@ def verify(path: str | os.PathLike[str], threads: int = 4) -> list[Problem]:
     done = set(committed(root))
     samples = _load_table(root, manifest)
 
-    def check(piece: _Piece) -> list[Problem]:
+    def check(piece: Piece) -> list[Problem]:
         return [_named(problem, piece, samples) for problem in _check_if_due(root, manifest, piece, done)]
 
     for piece, found in _in_threads(check, _pieces(manifest, done, samples), threads):
@@ -106,7 +106,7 @@ def advice(problems: list[Problem], path: str | os.PathLike[str]) -> str:
     return f"{count}; nothing of the cache itself is damaged: remove what does not belong to it"
 
 
-def _check_if_due(root: Path, manifest: Manifest, piece: "_Piece", done: set[tuple[Kind, int]]) -> Iterator[Problem]:
+def _check_if_due(root: Path, manifest: Manifest, piece: Piece, done: set[tuple[Kind, int]]) -> Iterator[Problem]:
     if piece.kind == "seal" and not manifest.sealed:
         # Whoever was sealing the cache did not finish, and will write this again.
         return
@@ -117,7 +117,7 @@ def _check_if_due(root: Path, manifest: Manifest, piece: "_Piece", done: set[tup
         yield Problem(name, piece.problem_shard, piece.rows, "the journal record is missing")
 
 
-def _named(problem: Problem, piece: "_Piece", samples: pa.Table | None) -> Problem:
+def _named(problem: Problem, piece: Piece, samples: pa.Table | None) -> Problem:
     rows = problem.rows
     if samples is None or rows is None or not rows[0] < rows[1] <= samples.num_rows:
         return replace(problem, kind=piece.kind)
@@ -126,11 +126,11 @@ def _named(problem: Problem, piece: "_Piece", samples: pa.Table | None) -> Probl
 
 
 def _in_threads(
-    check: Callable[["_Piece"], list[Problem]], pieces: Iterable["_Piece"], threads: int
-) -> Iterator[tuple["_Piece", list[Problem]]]:
+    check: Callable[[Piece], list[Problem]], pieces: Iterable[Piece], threads: int
+) -> Iterator[tuple[Piece, list[Problem]]]:
     """Yield every piece with its problems, in order, checking a few of them at a time."""
     with ThreadPoolExecutor(threads) as pool:
-        ahead: deque[tuple[_Piece, Future[list[Problem]]]] = deque()
+        ahead: deque[tuple[Piece, Future[list[Problem]]]] = deque()
         for piece in pieces:
             ahead.append((piece, pool.submit(check, piece)))
             if len(ahead) > 2 * threads:
@@ -140,24 +140,29 @@ def _in_threads(
             yield piece, future.result()
 
 
-def _pieces(manifest: Manifest, done: set[tuple[Kind, int]], samples: pa.Table | None) -> Iterator[_Piece]:
+def pieces_of(root: Path, manifest: Manifest) -> Iterator[Piece]:
+    """Yield what the cache at `root` should consist of."""
+    return _pieces(manifest, set(committed(root)), _load_table(root, manifest))
+
+
+def _pieces(manifest: Manifest, done: set[tuple[Kind, int]], samples: pa.Table | None) -> Iterator[Piece]:
     """Yield what the cache should consist of; without a table to bear the manifest out, what the journal speaks of."""
     image_rows = None if samples is None else count_usable(samples)
-    yield _Piece("layout", 0, None, dict.fromkeys([*layout.zarr_documents(manifest), layout.SAMPLES_NAME]))
+    yield Piece("layout", 0, None, dict.fromkeys([*layout.zarr_documents(manifest), layout.SAMPLES_NAME]))
     if manifest.encoding.kind == "int8":
-        yield _Piece("calibration", 0, None, {layout.channel_file(tap.name): None for tap in manifest.taps})
+        yield Piece("calibration", 0, None, {layout.channel_file(tap.name): None for tap in manifest.taps})
     store = manifest.store
     arrays = [array for tap in manifest.taps for array in layout.feature_layouts(manifest, tap)]
     for shard in _shards(store.feature_shards, "features", done, image_rows):
         rows = layout.rows_of_shard(shard, store.samples_per_shard, manifest.dataset.feature_rows)
         files = {array.shard_file(shard): array for array in arrays}
-        yield _Piece("features", shard, (rows.start, rows.stop), files)
+        yield Piece("features", shard, (rows.start, rows.stop), files)
     for shard in _shards(store.image_shards, "images", done, image_rows):
         rows = layout.rows_of_shard(shard, store.images_per_shard, image_rows or 0)
         known_rows = None if image_rows is None else (rows.start, rows.stop)
-        yield _Piece("images", shard, known_rows, {layout.image_file(shard): None})
+        yield Piece("images", shard, known_rows, {layout.image_file(shard): None})
     sealed = [layout.CARD_NAME] + ([] if manifest.images is None else [layout.IMAGE_INDEX_NAME])
-    yield _Piece("seal", 0, None, dict.fromkeys(sealed))
+    yield Piece("seal", 0, None, dict.fromkeys(sealed))
 
 
 def _shards(count: int, kind: Kind, done: set[tuple[Kind, int]], image_rows: int | None) -> Iterable[int]:
@@ -190,7 +195,7 @@ def _check_manifest_bytes(root: Path) -> Iterator[Problem]:
         yield Problem(MANIFEST_NAME, None, None, "the checksum of the manifest is missing")
 
 
-def _check_piece(root: Path, piece: _Piece) -> Iterator[Problem]:
+def _check_piece(root: Path, piece: Piece) -> Iterator[Problem]:
     name = record_name(piece.kind, piece.shard)
     try:
         record = read_record(root, piece.kind, piece.shard)
@@ -211,7 +216,7 @@ def _check_piece(root: Path, piece: _Piece) -> Iterator[Problem]:
         yield from _check_file(root, piece, record, file, expected)
 
 
-def _check_file(root: Path, piece: _Piece, record: Record, name: str, expected: FileRecord) -> Iterator[Problem]:
+def _check_file(root: Path, piece: Piece, record: Record, name: str, expected: FileRecord) -> Iterator[Problem]:
     path, shard = root / name, piece.problem_shard
     if not path.is_file() or path.is_symlink():
         reason = "the file is missing" if not path.exists() else "this is not a plain file"
@@ -228,7 +233,7 @@ def _check_file(root: Path, piece: _Piece, record: Record, name: str, expected: 
         yield from _locate_damage(path, piece, record, name, expected)
 
 
-def _locate_damage(path: Path, piece: _Piece, record: Record, name: str, expected: FileRecord) -> Iterator[Problem]:
+def _locate_damage(path: Path, piece: Piece, record: Record, name: str, expected: FileRecord) -> Iterator[Problem]:
     """Say which rows of a file of the right size are damaged."""
     checksums = expected.piece_checksums()
     if piece.rows is None or checksums is None:
