@@ -10,6 +10,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
+from cache_schema.compression import decompress
 from cache_schema.damage import damaged, view_and_timestep
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt
@@ -17,7 +18,7 @@ from cache_schema.journal import Kind, read_record
 from cache_schema.layout import ArrayLayout
 from cache_schema.manifest import Manifest
 from cache_schema.open_shards import Checksums, ChunkPlaces, OpenFile, OpenShard, OpenShards
-from cache_schema.shard import ShardIndex, chunk_bytes, decompress, index_size, parse_index
+from cache_schema.shard import ShardIndex, chunk_bytes, index_size, parse_index
 
 # What is read before it is checked: small enough to stay in a core's own cache, large enough for few system calls.
 _BLOCK = 1 << 20
@@ -130,8 +131,9 @@ class ChunkRequest:
             self._check(shard, first + start, data[edges[start] : edges[start + shard.piece]], out + start)
         for i in range(count):
             try:
+                frame = data[edges[i] : edges[i + 1]].tobytes()
                 place = target[(out + i) * each : (out + i + 1) * each]
-                decompress(data[edges[i] : edges[i + 1]].tobytes(), place, shard.file.path)
+                decompress(frame, place, self._array.compression, shard.file.path)
             except CacheCorrupt as error:
                 raise self._damage(error, out + i) from error
 

@@ -1,5 +1,6 @@
 """Everything that turns one tap's teacher features into what a cache stores, and back."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,43 +12,86 @@ from cache_schema.encoding import Array, Encoded, FloatArray, decode, encode
 from cache_schema.errors import CacheCorrupt, CacheMismatch, CacheUnsealed
 from cache_schema.files import digest, digest_file, write_file
 from cache_schema.journal import Record, committed_shards, file_record, read_committed, read_record, write_record
+from cache_schema.layout import CalibrationPart
 from cache_schema.manifest import EncodingKind, Manifest, TapInfo
+from cache_schema.reduction import PrincipalComponents, pool_tokens
 
 
 @dataclass(frozen=True)
 class TapCodec:
-    """The encoding of one tap of one cache; `channel` is its calibration, float32 (T, C), for encodings with scales."""
+    """The encoding of one tap of one cache: pooling to `grid`, then PCA, then a number format.
+
+    `channel` is the calibration, float32 (T, C), of number formats with scales; `components` those of PCA.
+    """
 
     kind: EncodingKind
+    grid: tuple[int, int]
+    pool: int
+    components: PrincipalComponents | None
     channel: Array | None
 
     def encode(self, sample: FloatArray) -> Encoded:
-        """Encode a sample's features as the teacher computed them, (V, T, L, C)."""
-        return encode(self.kind, sample, self.channel)
+        """Encode a sample's features as the teacher computed them, (V, T, L * pool², C_teacher).
+
+        Raises InvalidFeatures where a value is beyond the range of the encoding.
+        """
+        features = self.pooled(sample)
+        return encode(
+            self.kind, features if self.components is None else self.components.project(features), self.channel
+        )
 
     def decode(self, encoded: Encoded) -> Array:
         """Return the float32 features (V, T, L, C) that are stored."""
         return decode(self.kind, encoded, self.channel)
 
+    def pooled(self, sample: FloatArray) -> FloatArray:
+        """Return the teacher's features (V, T, L, C_teacher) after pooling: what the encoding shall preserve."""
+        return pool_tokens(sample, self.grid, self.pool)
+
+    def restore(self, stored: Array) -> Array:
+        """Return decoded features (..., C) in the teacher's channels (..., C_teacher)."""
+        return stored if self.components is None else self.components.restore(stored)
+
 
 def load_codec(root: Path, manifest: Manifest, tap: TapInfo) -> TapCodec:
     """Return the codec of a tap; raises CacheUnsealed if the cache is not calibrated yet, CacheCorrupt."""
-    channel = load_channel(root, manifest, tap) if manifest.encoding.scaled else None
-    return TapCodec(manifest.encoding.kind, channel)
+    encoding = manifest.encoding
+    return TapCodec(
+        kind=encoding.kind,
+        grid=tap.grid,
+        pool=encoding.pool,
+        components=None if encoding.pca is None else load_components(root, manifest, tap),
+        channel=load_channel(root, manifest, tap) if encoding.scaled else None,
+    )
 
 
 def load_channel(root: Path, manifest: Manifest, tap: TapInfo) -> Array:
     """Return a tap's channel calibration, float32 (T, C); raises CacheCorrupt if it is not what was written."""
-    name = layout.channel_file(tap.name)
-    shape = (len(manifest.curriculum.timesteps), tap.channels)
-    data = read_committed(root, "calibration", name)
-    if data is None and manifest.sealed:
-        raise CacheCorrupt(f"the journal of {root} has no record of the calibration")
-    if data is None:
-        raise CacheUnsealed(f"cache {root} has no channel calibration for tap {tap.name} yet")
-    if len(data) != 4 * shape[0] * shape[1]:
-        raise CacheCorrupt(f"{root / name} has {len(data)} bytes, not those of {shape} values")
-    return np.frombuffer(data, dtype="<f4").reshape(shape).copy()
+    return _load_calibration(root, manifest, tap, ("channel",))["channel"]
+
+
+def load_components(root: Path, manifest: Manifest, tap: TapInfo) -> PrincipalComponents:
+    """Return a tap's principal components; raises CacheCorrupt if they are not what was written."""
+    arrays = _load_calibration(root, manifest, tap, ("amplitude", "mean", "basis"))
+    return PrincipalComponents(arrays["amplitude"], arrays["mean"], arrays["basis"])
+
+
+def _load_calibration(
+    root: Path, manifest: Manifest, tap: TapInfo, parts: tuple[CalibrationPart, ...]
+) -> dict[CalibrationPart, Array]:
+    arrays = {array.part: array for array in layout.calibration_layouts(manifest, tap)}
+    found = {}
+    for part in parts:
+        name, shape = arrays[part].file, arrays[part].shape
+        data = read_committed(root, "calibration", name)
+        if data is None and manifest.sealed:
+            raise CacheCorrupt(f"the journal of {root} has no record of the calibration")
+        if data is None:
+            raise CacheUnsealed(f"cache {root} has no calibration of tap {tap.name} yet")
+        if len(data) != 4 * math.prod(shape):
+            raise CacheCorrupt(f"{root / name} has {len(data)} bytes, not those of {shape} values")
+        found[part] = np.frombuffer(data, dtype="<f4").reshape(shape).copy()
+    return found
 
 
 def commit_calibration(root: Path, documents: Mapping[str, bytes]) -> None:

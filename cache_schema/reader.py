@@ -14,7 +14,7 @@ from cache_schema import layout
 from cache_schema.batch import EncodedBatch
 from cache_schema.buffers import empty
 from cache_schema.chunks import ChunkRequest, ChunkSource
-from cache_schema.codec import load_channel
+from cache_schema.codec import load_channel, load_components
 from cache_schema.damage import damaged
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt, CacheError, CacheRequestError, CacheUnsealed
@@ -33,7 +33,10 @@ _TORCH_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "int8": torch.int8,
+    "float8_e4m3": torch.float8_e4m3fn,
 }
+# NumPy has neither bfloat16 nor float8: their bits travel as unsigned integers.
+_NUMPY_BITS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
 
 
 def open_cache(path: str | os.PathLike[str], allow_partial: bool = False, verify: bool = True) -> "Cache":
@@ -83,6 +86,7 @@ class Cache:
         self.manifest = manifest
         self.verify = verify
         self._channels: dict[str, torch.Tensor] = {}
+        self._components: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._layouts: dict[str, list[ArrayLayout]] = {}
         self._open_nothing()
 
@@ -169,6 +173,27 @@ class Cache:
             parts[array.part] = tensor
         channel = self._channel(info)[steps] if "scale" in parts else None
         return EncodedBatch(parts["payload"], parts.get("scale"), channel, self.manifest.encoding.kind)
+
+    def restore(self, tap: str, features: torch.Tensor) -> torch.Tensor:
+        """Return decoded features (..., C) of a tap in the teacher's channels (..., C_teacher), on the same device.
+
+        Without PCA they are there already. What PCA left out is lost, and pooled tokens stay pooled. Raises
+        CacheRequestError for a tap the cache lacks or another number of channels, CacheCorrupt.
+        """
+        info = self._tap(tap)
+        if features.shape[-1:] != (info.channels,):
+            raise CacheRequestError(f"features are {tuple(features.shape)}, tap {tap} has {info.channels} channels")
+        if self.manifest.encoding.pca is None:
+            return features
+        if tap not in self._components:
+            try:
+                stored = load_components(self.root, self.manifest, info)
+            except CacheCorrupt as error:
+                raise damaged(self.root, f"the components of tap {tap} cannot be used: {error}") from error
+            parts = (torch.from_numpy(array) for array in (stored.amplitude, stored.mean, stored.basis))
+            self._components[tap] = (next(parts), next(parts), next(parts))
+        amplitude, mean, basis = (array.to(features) for array in self._components[tap])
+        return (features @ basis + mean) * amplitude
 
     def images(self, rows: Sequence[int] | Array) -> list[bytes]:
         """Return the encoded student images of the given rows, each by one read of just its bytes."""
@@ -261,8 +286,7 @@ class Cache:
             if not out.flags.writeable:
                 raise CacheRequestError("out is read-only")
             tensor = torch.from_numpy(out)
-            # NumPy has no bfloat16: its bits travel as uint16.
-            tensor = tensor.view(dtype) if (tensor.dtype, dtype) == (torch.uint16, torch.bfloat16) else tensor
+            tensor = tensor.view(dtype) if tensor.dtype == _NUMPY_BITS.get(dtype) else tensor
         else:
             tensor = out
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:

@@ -149,8 +149,8 @@ def _pieces(manifest: Manifest, done: set[tuple[Kind, int]], samples: pa.Table |
     """Yield what the cache should consist of; without a table to bear the manifest out, what the journal speaks of."""
     image_rows = None if samples is None else count_usable(samples)
     yield Piece("layout", 0, None, dict.fromkeys([*layout.zarr_documents(manifest), layout.SAMPLES_NAME]))
-    if manifest.encoding.kind == "int8":
-        yield Piece("calibration", 0, None, {layout.channel_file(tap.name): None for tap in manifest.taps})
+    if manifest.encoding.calibrated:
+        yield Piece("calibration", 0, None, dict.fromkeys(layout.calibration_files(manifest)))
     store = manifest.store
     arrays = [array for tap in manifest.taps for array in layout.feature_layouts(manifest, tap)]
     for shard in _shards(store.feature_shards, "features", done, image_rows):

@@ -3,21 +3,41 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import BinaryIO
 
 from pipeline.teachers.base import TeacherError
 
 _BLOCK = 1 << 20
+_MAX_HEADER = 100_000_000  # the format's own limit
 # Written by the saving library, without influence on any number the model computes.
 _BOOKKEEPING = {"transformers_version", "torch_dtype", "dtype"}
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
+    """SHA-256 of a file, read in blocks; of a safetensors file with its header in canonical order.
+
+    Saving equal weights twice can give different safetensors files: the order of the header's metadata is random.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as stream:
+        if path.suffix == ".safetensors":
+            digest.update(_canonical_header(stream))
         while block := stream.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _canonical_header(stream: BinaryIO) -> bytes:
+    """Read the header of a safetensors file (u64 size, then JSON) and return it with sorted keys.
+
+    Bytes that are no such header are returned as they are: whether the file can be loaded is not decided here.
+    """
+    prefix = stream.read(8)
+    data = stream.read(min(int.from_bytes(prefix, "little"), _MAX_HEADER))
+    try:
+        return json.dumps(json.loads(data), sort_keys=True, separators=(",", ":")).encode()
+    except (ValueError, RecursionError):
+        return prefix + data
 
 
 def component_digest(folder: Path) -> str:

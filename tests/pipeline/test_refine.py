@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from diffusers import FluxKontextPipeline
+from safetensors.torch import save_file
 
 from cache_schema.errors import DitDistillError
 from pipeline.conditions import Conditions, encode_conditions
-from pipeline.refine import RefineConfig, cdr_loss, hold_out, refine
+from pipeline.refine import RefineConfig, cdr_loss, refine
+from pipeline.refine.loss import hold_out
 from pipeline.teachers.base import TeacherError, TextEmbedding
 from pipeline.teachers.flux import FluxTeacher
 from pipeline.teachers.lora import add_lora, save_lora
@@ -102,7 +104,9 @@ def test_refining_lowers_the_held_out_loss_and_leaves_a_record(load_teacher, tin
     assert losses[-1] < losses[0]
     assert json.loads((tmp_path / "refine.json").read_text()) == record
     assert record["lora_digest"] == file_digest(tmp_path / "pytorch_lora_weights.safetensors")
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 40
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
+    assert [line["step"] for line in lines if "validation_loss" in line] == [20, 40]
     assert "held-out CDR loss" in said[0]
 
 
@@ -114,7 +118,7 @@ def test_refining_twice_from_one_seed_gives_the_same_lora(load_teacher, tiny_dat
 
 def test_held_out_images_are_not_trained_on(tiny_dataset):
     train = [s for s in tiny_dataset.samples if s.split == "train"]
-    kept, held = hold_out(train, RefineConfig(validation_images=7))
+    kept, held = hold_out(train, 7)
     assert len(held) == 7
     assert sorted([*kept, *held], key=lambda s: s.id) == sorted(train, key=lambda s: s.id)
 
@@ -140,3 +144,23 @@ def test_a_lora_refined_on_another_teacher_is_refused(load_teacher, make_flux, t
     other = make_flux(tmp_path / "other", seed=1)
     with pytest.raises(TeacherError, match=r"was refined on .*refine again, or name that teacher"):
         FluxTeacher(other, resolution=32, lora=tmp_path / "lora")
+
+
+def test_equal_weights_have_one_digest_however_their_file_orders_its_header(tmp_path):
+    tensors = {"a": torch.arange(4.0), "b": torch.ones(2, 2)}
+    header = {"__metadata__": {"format": "pt", "adapter": "{}"}}
+    save_file(tensors, tmp_path / "one.safetensors", metadata=header["__metadata__"])
+    data = (tmp_path / "one.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    turned = json.dumps(dict(reversed(json.loads(data[8 : 8 + size]).items()))).encode()
+    (tmp_path / "two.safetensors").write_bytes(len(turned).to_bytes(8, "little") + turned + data[8 + size :])
+    (tmp_path / "three.safetensors").write_bytes(data[:-1] + b"x")
+
+    one, two, three = (file_digest(tmp_path / f"{name}.safetensors") for name in ("one", "two", "three"))
+    assert one == two != three
+
+
+@pytest.mark.parametrize("data", [b"", b"abc", b"\xff" * 8, b"\x05" + bytes(7) + b"12{", b"\x02" + bytes(7) + b"{}"])
+def test_a_file_that_is_no_safetensors_has_a_digest_all_the_same(tmp_path, data):
+    (tmp_path / "odd.safetensors").write_bytes(data)
+    assert len(file_digest(tmp_path / "odd.safetensors")) == 64
