@@ -58,7 +58,7 @@ def open_cache(path: str | os.PathLike[str], allow_partial: bool = False, verify
     cache = Cache(root, manifest, verify)
     if not manifest.sealed and not allow_partial:
         raise CacheUnsealed(
-            f"cache {root} is not complete: {cache.missing_samples} of {manifest.dataset.feature_rows} samples have no "
+            f"cache {root} is not sealed: {cache.missing_samples} of {manifest.dataset.feature_rows} samples have no "
             "features yet; run the build again, it resumes, or read what is there with --allow-partial "
             "(in Python: allow_partial=True)"
         )
