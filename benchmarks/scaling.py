@@ -119,7 +119,7 @@ def _peak_mb() -> float:
 
 def _run_step(step: str, folder: Path, samples: int) -> None:
     """In a process of its own: run one step and print what it took as JSON."""
-    import numpy  # noqa: F401, ICN001
+    import numpy  # noqa: F401
     import torch  # noqa: F401
 
     import cache_schema.reader

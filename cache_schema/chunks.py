@@ -10,15 +10,17 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
+from cache_schema import layout
 from cache_schema.compression import decompress
 from cache_schema.damage import damaged, view_and_timestep
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt
-from cache_schema.journal import Kind, read_record
+from cache_schema.journal import Kind, Record, read_record, record_name
 from cache_schema.layout import ArrayLayout
 from cache_schema.manifest import Manifest
 from cache_schema.open_shards import Checksums, ChunkPlaces, OpenFile, OpenShard, OpenShards
-from cache_schema.shard import ShardIndex, chunk_bytes, index_size, parse_index
+from cache_schema.shard import chunk_bytes
+from cache_schema.stores import store_of
 
 # What is read before it is checked: small enough to stay in a core's own cache, large enough for few system calls.
 _BLOCK = 1 << 20
@@ -187,50 +189,53 @@ class ChunkSource:
 
     def __init__(self, root: Path, manifest: Manifest, verify: bool, opened: OpenShards) -> None:
         self.root, self.manifest, self.verify, self.opened = root, manifest, verify, opened
+        self._store = store_of(manifest)
 
     def open_shard(self, array: ArrayLayout, number: int) -> OpenShard:
         """Return a shard of an array, open; raises CacheCorrupt."""
-        known = self.opened.shards.get((array.folder, number))
+        known = self.opened.shards.get((array.name, number))
         if known is not None:
             return known
-        name = array.shard_file(number)
-        file = OpenFile(f"{self.root}/{name}")
-        places = self.opened.places(file, lambda opened: _read_places(opened, array))
+        file = self.opened.file(f"{self.root}/{self._store.array_file(array, number)}")
+        places = self.opened.places(file, array.name, lambda opened: self._read_places(opened, array, number))
         checksums, piece = None, 1
         if self.verify:
-            checksums = self.checksums("features", number, name)
-            if len(checksums) != places.pieces:
-                # Caches that schema version 1 wrote have one checksum for every row.
-                piece = array.outer[1] * array.outer[2]
-            if len(checksums) * piece != places.pieces:
-                raise CacheCorrupt(f"{file.path} has {places.pieces} chunks, its journal record {len(checksums)}")
-            checksums = places.by_chunk(checksums)
+            checksums = self.checksums("features", number, array.name)
+            per_row = array.outer[1] * array.outer[2]
+            rows = layout.rows_of_shard(number, array.samples_per_shard, array.outer[0])
+            # Caches that schema version 1 wrote have one checksum for every row.
+            piece = 1 if len(checksums) == len(rows) * per_row else per_row
         shard = OpenShard(file, places, checksums, piece)
-        return self.opened.shards.put((array.folder, number), shard, places.nbytes)
+        return self.opened.shards.put((array.name, number), shard, places.nbytes)
 
     def checksums(self, kind: Kind, shard: int, name: str) -> memoryview:
-        """Return the CRC-32C of every piece of a file, as the journal has them; raises CacheCorrupt."""
-        known = self.opened.checksums(kind, shard, lambda: _read_checksums(self.root, kind, shard))
+        """Return the CRC-32C of every piece of an array's shard, or of an image tar, as the journal has them."""
+        load = self._read_feature_checksums if kind == "features" else self._read_image_checksums
+        known = self.opened.checksums(kind, shard, lambda: load(self._record(kind, shard)))
         if name not in known:
-            raise CacheCorrupt(f"the journal of {self.root} has no checksums of {name}")
+            raise CacheCorrupt(f"{self.root / record_name(kind, shard)} has no checksums of {name}")
         return known[name]
 
+    def _record(self, kind: Kind, shard: int) -> Record:
+        record = read_record(self.root, kind, shard)
+        if record is None:
+            raise CacheCorrupt(f"{self.root / record_name(kind, shard)} is missing")
+        return record
 
-def read_index(file: OpenFile, array: ArrayLayout) -> ShardIndex:
-    """Read and parse the chunk index at the end of an open shard file; raises CacheCorrupt."""
-    size = index_size(array)
-    if file.size < size:
-        raise CacheCorrupt(f"{file.path} is truncated: {file.size} bytes do not hold the index of its chunks")
-    return parse_index(file.read(file.size - size, size), array, file.size, file.path)
+    def _read_feature_checksums(self, record: Record) -> Checksums:
+        tables = {}
+        for array in layout.all_layouts(self.manifest):
+            table = self._store.chunk_checksums(record, array)
+            if table is None:
+                table = record.files[self._store.array_file(array, record.shard)].piece_checksums()
+                assert table is not None
+            tables[array.name] = np.ascontiguousarray(table, dtype=np.uint32).reshape(-1).data
+        return tables
 
+    def _read_image_checksums(self, record: Record) -> Checksums:
+        pieces = {name: file.piece_checksums() for name, file in record.files.items()}
+        return {name: values.data for name, values in pieces.items() if values is not None}
 
-def _read_places(file: OpenFile, array: ArrayLayout) -> ChunkPlaces:
-    return ChunkPlaces(read_index(file, array), chunk_bytes(array) if array.compression == "none" else None)
-
-
-def _read_checksums(root: Path, kind: Kind, shard: int) -> Checksums:
-    record = read_record(root, kind, shard)
-    if record is None:
-        raise CacheCorrupt(f"the journal of {root} has no record of shard {shard} of its {kind}")
-    pieces = {name: file.piece_checksums() for name, file in record.files.items()}
-    return {name: values.data for name, values in pieces.items() if values is not None}
+    def _read_places(self, file: OpenFile, array: ArrayLayout, shard: int) -> ChunkPlaces:
+        index = self._store.read_index(file, array, shard)
+        return ChunkPlaces(index, chunk_bytes(array) if array.compression == "none" else None)

@@ -1,20 +1,18 @@
 """Everything that turns one tap's teacher features into what a cache stores, and back."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from cache_schema import layout
 from cache_schema.encoding import Array, Encoded, FloatArray, decode, encode
 from cache_schema.errors import CacheCorrupt, CacheMismatch, CacheUnsealed
 from cache_schema.files import digest, digest_file, write_file
 from cache_schema.journal import Record, committed_shards, file_record, read_committed, read_record, write_record
-from cache_schema.layout import CalibrationPart
+from cache_schema.layout import CalibrationLayout, CalibrationPart
 from cache_schema.manifest import EncodingKind, Manifest, TapInfo
 from cache_schema.reduction import PrincipalComponents, pool_tokens
+from cache_schema.stores import store_of
 
 
 @dataclass(frozen=True)
@@ -67,31 +65,30 @@ def load_codec(root: Path, manifest: Manifest, tap: TapInfo) -> TapCodec:
 
 def load_channel(root: Path, manifest: Manifest, tap: TapInfo) -> Array:
     """Return a tap's channel calibration, float32 (T, C); raises CacheCorrupt if it is not what was written."""
-    return _load_calibration(root, manifest, tap, ("channel",))["channel"]
+    return _load_parts(root, manifest, tap, ["channel"])[0]
 
 
 def load_components(root: Path, manifest: Manifest, tap: TapInfo) -> PrincipalComponents:
     """Return a tap's principal components; raises CacheCorrupt if they are not what was written."""
-    arrays = _load_calibration(root, manifest, tap, ("amplitude", "mean", "basis"))
-    return PrincipalComponents(arrays["amplitude"], arrays["mean"], arrays["basis"])
+    amplitude, mean, basis = _load_parts(root, manifest, tap, ["amplitude", "mean", "basis"])
+    return PrincipalComponents(amplitude, mean, basis)
 
 
-def _load_calibration(
-    root: Path, manifest: Manifest, tap: TapInfo, parts: tuple[CalibrationPart, ...]
-) -> dict[CalibrationPart, Array]:
+def _load_parts(root: Path, manifest: Manifest, tap: TapInfo, parts: list[CalibrationPart]) -> list[Array]:
     arrays = {array.part: array for array in layout.calibration_layouts(manifest, tap)}
-    found = {}
-    for part in parts:
-        name, shape = arrays[part].file, arrays[part].shape
-        data = read_committed(root, "calibration", name)
-        if data is None and manifest.sealed:
-            raise CacheCorrupt(f"the journal of {root} has no record of the calibration")
-        if data is None:
-            raise CacheUnsealed(f"cache {root} has no calibration of tap {tap.name} yet")
-        if len(data) != 4 * math.prod(shape):
-            raise CacheCorrupt(f"{root / name} has {len(data)} bytes, not those of {shape} values")
-        found[part] = np.frombuffer(data, dtype="<f4").reshape(shape).copy()
-    return found
+    return [load_calibration(root, manifest, arrays[part]) for part in parts]
+
+
+def load_calibration(root: Path, manifest: Manifest, array: CalibrationLayout) -> Array:
+    """Return one of the statistics of a cache, float32; raises CacheCorrupt if it is not what was written."""
+    store = store_of(manifest)
+    name = store.calibration_file(array)
+    data = read_committed(root, "calibration", name)
+    if data is None and manifest.sealed:
+        raise CacheCorrupt(f"the journal of {root} has no record of the calibration")
+    if data is None:
+        raise CacheUnsealed(f"cache {root} has no calibration {array.name} yet")
+    return store.parse_calibration(array, data, str(root / name))
 
 
 def commit_calibration(root: Path, documents: Mapping[str, bytes]) -> None:

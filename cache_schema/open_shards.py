@@ -49,8 +49,8 @@ class OpenFile:
 
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes from `offset`; raises CacheCorrupt where the file does not have them."""
-        if size > self.size:
-            raise CacheCorrupt(f"{self.path} is truncated")
+        if offset < 0 or size < 0 or offset + size > self.size:
+            raise CacheCorrupt(f"{self.path} is truncated: it has no bytes {offset} to {offset + size}")
         buffer = bytearray(size)
         self.read_into(memoryview(buffer), offset)
         return bytes(buffer)
@@ -73,55 +73,41 @@ class ChunkPlaces:
     """Where the chunks of a shard are, for quick look-ups by chunk number (C order over sample, view, timestep).
 
     Shards as they are written here have every row at the same distance from the one before: three numbers say it all.
-    For others the tables of the index are kept. `pieces` is the number of chunks that are there.
+    For others the tables of the index are kept.
     """
 
-    __slots__ = ("chunk", "lengths", "nbytes", "offsets", "pieces", "row", "rows", "start")
+    __slots__ = ("chunk", "lengths", "nbytes", "offsets", "row", "rows", "start")
 
     def __init__(self, index: ShardIndex, chunk_bytes: int | None) -> None:
         """`chunk_bytes` is the size of every chunk, None where they are compressed."""
-        per_row = index.offsets[0].size
-        offsets, lengths = index.offsets.reshape(-1), index.lengths.reshape(-1)
-        present = offsets >= 0
-        self.pieces = int(present.sum())
+        self.start = self.row = self.rows = self.nbytes = 0
+        self.chunk = chunk_bytes or 0
         self.offsets: memoryview | None = None
         self.lengths: memoryview | None = None
-        self.nbytes = 0
-        self.start = self.row = self.rows = 0
-        self.chunk = chunk_bytes or 0
-        if chunk_bytes is not None and self._is_even(offsets, present, per_row, chunk_bytes):
-            return
-        self.offsets, self.lengths = _values(offsets), _values(lengths)
-        self.nbytes = self.offsets.nbytes + self.lengths.nbytes
+        if chunk_bytes is None or not self._is_even(index, chunk_bytes):
+            self.offsets, self.lengths = _values(index.offsets), _values(index.lengths)
+            self.nbytes = self.offsets.nbytes + self.lengths.nbytes
 
-    def by_chunk(self, checksums: memoryview) -> memoryview:
-        """Return the checksums of the chunks that are there as a table of all chunks, so that they can be looked up."""
-        if self.offsets is None:
-            return checksums
-        present = np.asarray(self.offsets) >= 0
-        if present[: self.pieces].all():
-            return checksums
-        table = np.zeros(len(present), dtype=np.uint32)
-        table[present] = np.asarray(checksums)
-        return table.data
-
-    def _is_even(self, offsets: Array, present: Array, per_row: int, chunk_bytes: int) -> bool:
-        rows = self.pieces // per_row
-        if rows * per_row != self.pieces or not present[: self.pieces].all():
+    def _is_even(self, index: ShardIndex, chunk_bytes: int) -> bool:
+        per_row = index.offsets[0].size
+        offsets = index.offsets.reshape(-1)
+        present = int((offsets >= 0).sum())
+        rows = present // per_row
+        if rows * per_row != present:
             return False
-        table = offsets[: self.pieces].reshape(rows, per_row)
+        # Rows that are missing at the end, as in the last shard, do no harm; a chunk that is missing before shows here.
+        table = offsets[:present].reshape(rows, per_row)
         start = int(table[0, 0]) if rows else 0
         row = int(table[1, 0]) - start if rows > 1 else per_row * chunk_bytes
-        expected = start + row * np.arange(rows)[:, None] + chunk_bytes * np.arange(per_row)
-        if not np.array_equal(table, expected):
+        if not np.array_equal(table, start + row * np.arange(rows)[:, None] + chunk_bytes * np.arange(per_row)):
             return False
         self.start, self.row, self.rows = start, row, rows
-        return True
+        return start >= 0
 
 
 def _values(table: Array) -> memoryview:
     # Single values come out of a memoryview in a third of the time that NumPy takes.
-    return np.ascontiguousarray(table, dtype=np.int64).data
+    return np.ascontiguousarray(table.reshape(-1), dtype=np.int64).data
 
 
 @dataclass(frozen=True)
@@ -186,25 +172,27 @@ class OpenShards:
         self.shards: RecentlyUsed[tuple[str, int], OpenShard] = RecentlyUsed(max_files, max_index_bytes)
         self.files: RecentlyUsed[str, OpenFile] = RecentlyUsed(max_files, 0)
         # Both outlive the files they are about: reading them again costs far more than opening a file.
-        self._places: RecentlyUsed[str, tuple[Signature, ChunkPlaces]] = RecentlyUsed(1 << 20, max_index_bytes)
+        self._places: RecentlyUsed[tuple[str, str], tuple[Signature, ChunkPlaces]] = RecentlyUsed(
+            1 << 20, max_index_bytes
+        )
         self._checksums: RecentlyUsed[tuple[str, int], Checksums] = RecentlyUsed(1 << 20, max_checksum_bytes)
 
     def file(self, path: str) -> OpenFile:
         """Return the file, open. It stays open while the caller keeps it, even when it is forgotten here."""
         return self.files.get(path) or self.files.put(path, OpenFile(path))
 
-    def places(self, file: OpenFile, parse: Callable[[OpenFile], ChunkPlaces]) -> ChunkPlaces:
-        """Return where the chunks of an open file are, parsed at most once while it is remembered."""
-        known = self._places.get(file.path)
+    def places(self, file: OpenFile, array: str, parse: Callable[[OpenFile], ChunkPlaces]) -> ChunkPlaces:
+        """Return where the chunks of an array in an open file are, parsed at most once while it is remembered."""
+        known = self._places.get((file.path, array))
         if known is not None and known[0] == file.signature:
             return known[1]
         places = parse(file)
         # Even places that need no table take some memory to remember.
-        self._places.put(file.path, (file.signature, places), places.nbytes + 512)
+        self._places.put((file.path, array), (file.signature, places), places.nbytes + 512)
         return places
 
     def checksums(self, kind: str, shard: int, load: Callable[[], "Checksums"]) -> "Checksums":
-        """Return the checksums of all files of a shard, loaded at most once while they are remembered."""
+        """Return all checksums of a shard, loaded at most once while they are remembered."""
         known = self._checksums.get((kind, shard))
         if known is None:
             known = load()
@@ -212,5 +200,5 @@ class OpenShards:
         return known
 
 
-# The CRC-32C of every piece of a file, by the file's name.
+# The CRC-32C of every piece: of the arrays of a feature shard, by their names, or of the images of a tar, by its name.
 Checksums = dict[str, memoryview]

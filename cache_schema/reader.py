@@ -1,7 +1,7 @@
 """Reading a cache: whole batches of features in as few system calls as the request allows."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from cache_schema.damage import damaged
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt, CacheError, CacheRequestError, CacheUnsealed
 from cache_schema.image_reader import ImageReader
-from cache_schema.journal import committed_shards, read_committed
+from cache_schema.journal import committed_shards, read_committed, read_record, record_name
 from cache_schema.layout import ArrayLayout
 from cache_schema.manifest import Manifest, TapInfo
 from cache_schema.manifest_file import load_manifest
@@ -123,11 +123,14 @@ class Cache:
 
     @cached_property
     def feature_rows(self) -> Sequence[int]:
-        """The rows that have features, ascending: all of 0 to N - 1 in a sealed cache, fewer in a partial one."""
+        """The rows that have features, ascending: those that a partial cache lacks or the teacher failed on are not."""
         rows, per_shard = self.manifest.dataset.feature_rows, self.manifest.store.samples_per_shard
-        if self._built is None:
+        built: Iterable[int] = range(rows)
+        if self._built is not None:
+            built = (row for shard in sorted(self._built) for row in layout.rows_of_shard(shard, per_shard, rows))
+        elif not self._failed:
             return range(rows)
-        return [row for shard in sorted(self._built) for row in layout.rows_of_shard(shard, per_shard, rows)]
+        return [row for row in built if row not in self._failed]
 
     @property
     def missing_samples(self) -> int:
@@ -138,7 +141,7 @@ class Cache:
 
     def has_features(self, row: int) -> bool:
         """Say whether a row of the samples table has features in this cache."""
-        if not 0 <= row < self.manifest.dataset.feature_rows:
+        if not 0 <= row < self.manifest.dataset.feature_rows or row in self._failed:
             return False
         return self._built is None or row // self.manifest.store.samples_per_shard in self._built
 
@@ -209,6 +212,14 @@ class Cache:
         return None if self.manifest.sealed else committed_shards(self.root, "features")
 
     @cached_property
+    def _failed(self) -> frozenset[int]:
+        """The rows that the teacher failed on."""
+        if self._built is None:
+            return frozenset(self.manifest.failed_rows)
+        records = (read_record(self.root, "features", shard) for shard in self._built)
+        return frozenset(item.row for record in records if record is not None for item in record.failed)
+
+    @cached_property
     def _image_count(self) -> int:
         return count_usable(self.samples)
 
@@ -272,9 +283,15 @@ class Cache:
         return indices.tolist()
 
     def _check_built(self, rows: list[int]) -> None:
-        if self._built is None:
+        if self._built is None and not self._failed:
             return
         for row in rows:
+            if row in self._failed:
+                record = record_name("features", row // self.manifest.store.samples_per_shard)
+                raise CacheRequestError(
+                    f"sample {self.samples['id'][row].as_py()!r} (row {row}) of cache {self.manifest.label} has no "
+                    f"features: the teacher failed on it, {record} says how; leave it out (Cache.has_features)"
+                )
             if not self.has_features(row):
                 raise CacheUnsealed(f"row {row} of {self.root} has no features yet; run the build again, it resumes")
 

@@ -14,6 +14,7 @@ from cache_schema.journal import Kind, committed, file_record, read_record, reco
 from cache_schema.manifest import Manifest
 from cache_schema.manifest_file import MANIFEST_NAME, as_unsealed, load_manifest, render_manifest
 from cache_schema.reader import local_path
+from cache_schema.stores import store_of
 from cache_schema.verify import Problem, pieces_of, verify
 from cache_schema.writer import write_seal
 
@@ -137,7 +138,7 @@ class _Damage:
     def _restorable_metadata(self) -> dict[str, bytes]:
         """Return the arrays' metadata files to write again; none unless that mends all of the layout."""
         wanted = self.files.get(_LAYOUT, set())
-        documents = layout.zarr_documents(self.manifest)
+        documents = store_of(self.manifest).documents()
         try:
             record = read_record(self.root, "layout")
         except (CacheCorrupt, OSError):

@@ -26,7 +26,7 @@ MISSING = 2**64 - 1
 
 
 def layout(compression: str = "none", rows: int = 3) -> ArrayLayout:
-    return ArrayLayout("features/hidden", "payload", "int8", (7, 1, 2), (2, 4), rows, compression)
+    return ArrayLayout("hidden", "payload", "int8", (7, 1, 2), (2, 4), rows, compression)
 
 
 def sign(index: bytes) -> bytes:
@@ -132,17 +132,17 @@ def test_open_files_and_indexes_are_bounded_and_reused(tmp_path: Path) -> None:
         paths.append(str(tmp_path / name))
     kept = shards.file(paths[0])
     for path in paths:
-        shards.places(shards.file(path), parse)
+        shards.places(shards.file(path), "hidden", parse)
     assert len(shards.files) == 2
     assert kept.read(0, 1) == b"a", "a file in use stays open when it is pushed out"
     assert shards.file(paths[3]) is shards.file(paths[3])
     for path in paths[1:]:
-        shards.places(shards.file(path), parse)
+        shards.places(shards.file(path), "hidden", parse)
     assert parsed == paths, "an index outlives its open file"
-    shards.places(shards.file(paths[0]), parse)
+    shards.places(shards.file(paths[0]), "hidden", parse)
     assert parsed == [*paths, paths[0]], "the longest unused index had to go"
     (tmp_path / "d").write_bytes(b"replaced")
-    shards.places(OpenFile(paths[3]), parse)
+    shards.places(OpenFile(paths[3]), "hidden", parse)
     assert parsed[-1] == paths[3], "a replaced file's index is parsed again"
 
 
@@ -178,8 +178,6 @@ def test_places_say_the_same_as_the_index_they_were_made_of(data: st.DataObject)
         offsets[data.draw(st.lists(st.integers(0, len(offsets) - 1)))] = -1
     lengths = np.where(offsets < 0, 0, chunk)
     places = ChunkPlaces(ShardIndex(offsets.reshape(S, V, T), lengths.reshape(S, V, T)), chunk)
-    checksums = places.by_chunk(memoryview(np.arange(places.pieces, dtype=np.uint32)))
-    assert places.pieces == (offsets >= 0).sum()
     assert places.offsets is None or kind != "even"
     for number, offset in enumerate(offsets.tolist()):
         if places.offsets is not None:
@@ -187,5 +185,3 @@ def test_places_say_the_same_as_the_index_they_were_made_of(data: st.DataObject)
         else:
             row, rest = divmod(number, V * T)
             assert (places.start + row * places.row + rest * chunk if row < places.rows else -1) == offset
-        if offset >= 0:
-            assert checksums[number] == (offsets[:number] >= 0).sum()
