@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cache_schema.files import storage_errors
-from cache_schema.journal import Kind, record_name
+from cache_schema.journal import Kind, is_committed, record_name
 
 # Bytes beyond the end of a file can be locked like any others; each kind of piece has a stretch of its own.
 _STRETCH = 1 << 40
@@ -68,11 +68,10 @@ class Claims:
         wait while holding a claim on a piece that is yet to be computed: two builders could wait for each other.
         """
         for shard in shards:
-            record = self._root / record_name(kind, shard)
-            if record.exists() or not self.take(kind, shard, wait=wait):
+            if is_committed(self._root, kind, shard) or not self.take(kind, shard, wait=wait):
                 continue
             # It may have been committed between the look and the claim.
-            if record.exists():
+            if is_committed(self._root, kind, shard):
                 self.drop(kind, shard)
             else:
                 yield shard

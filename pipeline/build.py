@@ -31,6 +31,7 @@ from cache_schema.manifest import (
 )
 from cache_schema.manifest_file import load_manifest
 from cache_schema.plan import plan_manifest
+from cache_schema.repair import repair as mend
 from cache_schema.samples import count_usable, fingerprint_samples, samples_table
 from cache_schema.writer import CacheWriter
 from pipeline.build_config import BuildConfig
@@ -86,8 +87,6 @@ def build(
     manifest = describe_cache(teacher, dataset, config, table)
     # Another cache is not touched; create_cache refuses it.
     if repair and load_manifest(output).cache_id == manifest.cache_id:
-        from cache_schema.repair import repair as mend
-
         for found in mend(output):
             log(str(found))
     writer = create_cache(output, manifest, table)
