@@ -1,6 +1,5 @@
 """The cache build: run the frozen, refined DiT once per image, view and timestep, and write what it saw."""
 
-import io
 import platform
 import sys
 import time
@@ -14,7 +13,6 @@ from typing import Literal
 
 import pyarrow as pa
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,7 +40,7 @@ from pipeline.scan import ScannedSample, scan
 from pipeline.teachers.base import Teacher
 from pipeline.teachers.lora import lora_file
 from pipeline.teachers.weights import file_digest
-from pipeline.views import VIEWS, resize_square
+from pipeline.views import VIEWS, student_image
 
 _CALIBRATION_IMAGES = 64
 _VERSIONED = ("dit-distill", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
@@ -168,21 +166,14 @@ def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samp
     )
 
 
-def student_image(image: Image.Image, config: BuildConfig) -> bytes:
-    """The whole image at the student's resolution, encoded."""
-    buffer = io.BytesIO()
-    options = {"quality": config.image_quality, "subsampling": 0} if config.image_format == "jpeg" else {}
-    resize_square(image, config.image_size).save(buffer, format=config.image_format, **options)
-    return buffer.getvalue()
-
-
 def _write_images(writer: CacheWriter, dataset: Dataset, config: BuildConfig, usable: Sequence[ScannedSample]) -> None:
     missing = writer.missing_image_shards()
     with tqdm(total=sum(len(writer.image_rows(k)) for k in missing), desc="student images", unit="image") as bar:
         for k in missing:
             encoded = []
             for row in writer.image_rows(k):
-                encoded.append(student_image(decode_image(dataset.read(usable[row].sample)), config))
+                image = decode_image(dataset.read(usable[row].sample))
+                encoded.append(student_image(image, config.image_size, config.image_format, config.image_quality))
                 bar.update()
             writer.write_images(k, encoded)
 

@@ -1,4 +1,6 @@
-"""What the teacher looks at: the object-centric view I_O and the context view I, both square."""
+"""What is looked at: by the teacher the object view I_O and the context view I, by the student its image; all square."""
+
+import io
 
 import torch
 from PIL import Image, ImageOps
@@ -33,6 +35,14 @@ def apply_view(image: Image.Image, view: str) -> Image.Image:
     if view == "canonical":
         return image
     raise ValueError(f"unknown view {view!r}: known are {', '.join(VIEWS)}")
+
+
+def student_image(image: Image.Image, size: int, file_format: str, quality: int) -> bytes:
+    """The whole image at the student's resolution (size × size), encoded; quality counts for jpeg alone."""
+    buffer = io.BytesIO()
+    options = {"quality": quality, "subsampling": 0} if file_format == "jpeg" else {}
+    resize_square(image, size).save(buffer, format=file_format, **options)
+    return buffer.getvalue()
 
 
 def to_signed(images: Tensor) -> Tensor:
