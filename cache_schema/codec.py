@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from cache_schema import layout
 from cache_schema.encoding import Array, Encoded, FloatArray, decode, encode
 from cache_schema.errors import CacheCorrupt, CacheUnsealed
 from cache_schema.files import digest, read_bounded
 from cache_schema.journal import read_record
+from cache_schema.layout import CalibrationLayout
 from cache_schema.manifest import EncodingKind, Manifest, TapInfo
+from cache_schema.stores import store_of
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,20 @@ def load_codec(root: Path, manifest: Manifest, tap: TapInfo) -> TapCodec:
 
 def load_channel(root: Path, manifest: Manifest, tap: TapInfo) -> Array:
     """Return a tap's channel calibration, float32 (T, C); raises CacheCorrupt if it is not what was written."""
-    name = layout.channel_file(tap.name)
+    return load_calibration(root, manifest, layout.channel_layout(manifest, tap))
+
+
+def load_calibration(root: Path, manifest: Manifest, array: CalibrationLayout) -> Array:
+    """Return one of the statistics of a cache, float32; raises CacheCorrupt if it is not what was written."""
+    store = store_of(manifest)
+    name = store.calibration_file(array)
     record = read_record(root, "calibration")
-    shape = (len(manifest.curriculum.timesteps), tap.channels)
     if record is None or name not in record.files:
-        raise CacheUnsealed(f"cache {root} has no channel calibration for tap {tap.name} yet")
+        raise CacheUnsealed(f"cache {root} has no calibration {array.name} yet")
     try:
-        data = read_bounded(root / name, 4 * shape[0] * shape[1])
+        data = read_bounded(root / name, store.calibration_size(array))
     except OSError as error:
         raise CacheCorrupt(f"cannot read {root / name}: {error.strerror}") from error
-    if len(data) != 4 * shape[0] * shape[1] or digest(data).crc32c != record.files[name].crc32c:
+    if digest(data).crc32c != record.files[name].crc32c:
         raise CacheCorrupt(f"{root / name} is damaged; run `dit-cache verify`")
-    return np.frombuffer(data, dtype="<f4").reshape(shape).copy()
+    return store.parse_calibration(array, data, str(root / name))

@@ -13,9 +13,11 @@ from cache_schema.manifest import (
     Manifest,
     Provenance,
     StoreInfo,
+    StoreKind,
     TapInfo,
     TeacherInfo,
 )
+from cache_schema.webdataset_store import check_member_sizes
 
 DEFAULT_SHARD_BYTES = 64_000_000
 # Small features would otherwise put a whole data set into one shard, and an interruption would lose all of it.
@@ -55,17 +57,19 @@ def plan_manifest(
     images_per_shard: int | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     provenance: Provenance | None = None,
+    store: StoreKind = "zarr",
 ) -> Manifest:
     """Return the unsealed manifest of a cache, with its id and the sizes of its shards.
 
-    `image_rows` is the number of samples that are not quarantined; it is ignored where `images` is None. Raises
-    pydantic.ValidationError if the parts contradict each other.
+    `image_rows` is the number of samples that are not quarantined; it is ignored where `images` is None. Both stores
+    group samples in the same way, so that one can be converted into the other shard by shard. Raises
+    pydantic.ValidationError if the parts contradict each other, CacheError for samples too large for the store.
     """
     per_shard = samples_per_shard or choose_samples_per_shard(
         taps, encoding, len(views), len(curriculum.timesteps), shard_bytes
     )
     images_each = images_per_shard or DEFAULT_IMAGES_PER_SHARD
-    return Manifest(
+    manifest = Manifest(
         dataset=dataset,
         teacher=teacher,
         curriculum=curriculum,
@@ -74,6 +78,7 @@ def plan_manifest(
         views=views,
         images=images,
         store=StoreInfo(
+            kind=store,
             samples_per_shard=per_shard,
             feature_shards=math.ceil(dataset.feature_rows / per_shard),
             images_per_shard=images_each,
@@ -81,3 +86,6 @@ def plan_manifest(
         ),
         provenance=provenance or Provenance(),
     )
+    if store == "webdataset":
+        check_member_sizes(manifest)
+    return manifest

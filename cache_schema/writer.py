@@ -1,8 +1,7 @@
 """Writing a cache, piece by piece, so that whatever is committed stays and the rest can be done later by anyone."""
 
-import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
@@ -40,9 +39,10 @@ from cache_schema.files import (
 from cache_schema.identity import differing_fields
 from cache_schema.images import render_index, write_tar
 from cache_schema.journal import (
+    FailedRow,
     FidelitySums,
-    FileRecord,
     Kind,
+    QuarantinedSample,
     Record,
     committed_shards,
     file_record,
@@ -59,12 +59,14 @@ from cache_schema.samples import (
     load_samples,
     render_samples,
 )
-from cache_schema.shard import ShardWriter
+from cache_schema.stores import store_of
 
 if TYPE_CHECKING:
     import torch
 
 Features = Union["torch.Tensor", np.ndarray]
+# The stored arrays (V, T, *inner) of a sample by name, or None where the teacher failed on it.
+EncodedRow = Mapping[str, Array] | None
 
 
 def create_cache(path: str | os.PathLike[str], manifest: Manifest, samples: pa.Table) -> "CacheWriter":
@@ -76,7 +78,9 @@ def create_cache(path: str | os.PathLike[str], manifest: Manifest, samples: pa.T
     """
     root = local_path(path)
     planned = revalidate(
-        manifest.model_copy(update={"sealed": False, "fidelity": [], "bytes_features": None, "bytes_images": None})
+        manifest.model_copy(
+            update={"sealed": False, "fidelity": [], "failed_rows": [], "bytes_features": None, "bytes_images": None}
+        )
     )
     check_samples(samples)
     check_against_manifest(samples, planned)
@@ -118,9 +122,11 @@ def _establish_layout(root: Path, manifest: Manifest, samples: pa.Table) -> None
     with directory_lock(root):
         if read_record(root, "layout") is not None:
             return
-        documents = {**layout.zarr_documents(manifest), layout.SAMPLES_NAME: render_samples(samples)}
+        documents = {**store_of(manifest).documents(), layout.SAMPLES_NAME: render_samples(samples)}
         files = {name: file_record(write_file(root / name, data)) for name, data in documents.items()}
-        write_record(root, Record(kind="layout", rows=(0, samples.num_rows), files=files))
+        aside = samples.slice(count_usable(samples)).select(["id", "reason"]).to_pylist()
+        quarantined = [QuarantinedSample(**sample) for sample in aside]
+        write_record(root, Record(kind="layout", rows=(0, samples.num_rows), files=files, quarantined=quarantined))
 
 
 def _first_difference(ours: pa.Table, theirs: pa.Table) -> str:
@@ -141,6 +147,7 @@ class CacheWriter:
         self.root = root
         self.manifest = manifest
         self.samples = samples
+        self._store = store_of(manifest)
         self._codecs: dict[str, TapCodec] = {}
 
     def missing_shards(self) -> list[int]:
@@ -176,45 +183,80 @@ class CacheWriter:
             return
         channels = {}
         for tap, values in self._checked(features):
-            self._check_finite(values, tap, None)
-            channels[tap.name] = calibrate_channels(values)
+            self._check_finite(values, tap)
+            channels[layout.channel_layout(self.manifest, tap)] = calibrate_channels(values)
+        self.store_calibration(channels)
+
+    def store_calibration(self, statistics: Mapping[layout.CalibrationLayout, Array]) -> None:
+        """Store statistics as they are, for every one of `layout.all_calibrations`, unless they are stored already."""
         with directory_lock(self.root):
             if not self.needs_calibration():
                 return
             files = {}
-            for name, channel in channels.items():
-                path = layout.channel_file(name)
-                files[path] = file_record(write_file(self.root / path, channel.astype("<f4").tobytes()))
+            for array, values in statistics.items():
+                path = self._store.calibration_file(array)
+                data = self._store.render_calibration(array, values)
+                files[path] = file_record(write_file(self.root / path, data))
             write_record(self.root, Record(kind="calibration", files=files))
 
-    def write_shard(self, shard: int, features: Mapping[str, Features]) -> None:
+    def write_shard(
+        self, shard: int, features: Mapping[str, Features], failed: Mapping[int, str] | None = None
+    ) -> None:
         """Encode and commit one feature shard: for every tap, values (rows of the shard, V, T, L, C).
 
-        A shard that is committed already is left as it is. Raises InvalidFeatures, naming the sample, for NaN,
-        infinities and values beyond the encoding's range, and CacheStorageError where it cannot be written; in both
-        cases nothing of the shard remains.
+        `failed` maps rows that the teacher failed on to how it did: whatever values are given for these, the cache
+        will say that it has no features of them. A shard that is committed already is left as it is. Raises
+        InvalidFeatures, naming the sample, for NaN, infinities and values beyond the encoding's range in other rows,
+        and CacheStorageError where it cannot be written; in both cases nothing of the shard remains.
         """
-        rows = self.shard_rows(shard)
+        rows, failed = self.shard_rows(shard), failed or {}
+        strange = sorted(row for row in failed if row not in rows)
+        if strange:
+            raise CacheError(f"row {strange[0]} cannot have failed in shard {shard}: it is not one of its rows")
         if shard in committed_shards(self.root, "features"):
             return
         if self.needs_calibration():
-            raise CacheUnsealed("an int8 cache must be calibrated before its first shard is written")
-        files: dict[str, FileRecord] = {}
-        sums: list[FidelitySums] = []
-        with contextlib.ExitStack() as stack:
-            asides: list[AsideFile] = []
-            for tap, values in self._checked(features, len(rows)):
-                self._check_finite(values, tap, rows)
-                writers = []
-                for array in layout.feature_layouts(self.manifest, tap):
-                    asides.append(stack.enter_context(AsideFile(self.root / array.shard_file(shard))))
-                    writers.append(ShardWriter(array, asides[-1]))
-                sums += self._encode_rows(tap, values, rows, writers)
-                for writer in writers:
-                    writer.finish()
-                    files[writer.layout.shard_file(shard)] = file_record(writer.file.finish(), writer.piece_crc32c)
-            record = Record(kind="features", shard=shard, rows=(rows.start, rows.stop), files=files, fidelity=sums)
-            self._commit(record, asides)
+            raise CacheUnsealed(f"an {self.manifest.encoding.kind} cache must be calibrated before its first shard")
+        self._check_shapes(features, len(rows))
+        measured: dict[str, list[tuple[FloatArray, Array]]] = {tap.name: [] for tap in self.manifest.taps}
+
+        def encoded() -> Iterator[EncodedRow]:
+            for index, row in enumerate(rows):
+                if row in failed:
+                    yield None
+                    continue
+                parts: dict[str, Array] = {}
+                for tap in self.manifest.taps:
+                    sample = as_features(features[tap.name][index])
+                    parts |= self._encode_row(tap, sample, self._name(row), measured[tap.name])
+                yield parts
+
+        self.write_encoded_shard(shard, encoded(), lambda: self._fidelity(measured), failed)
+
+    def write_encoded_shard(
+        self,
+        shard: int,
+        encoded: Iterable[EncodedRow],
+        fidelity_sums: Callable[[], list[FidelitySums]],
+        failed: Mapping[int, str],
+    ) -> None:
+        """Commit one feature shard from rows that are encoded already; what they lost is asked for after the last."""
+        rows = self.shard_rows(shard)
+        with self._store.row_writer(self.root, shard, self.samples) as out:
+            for _, parts in zip(rows, encoded, strict=True):
+                if parts is None:
+                    out.add_failed_row()
+                else:
+                    out.add_row(parts)
+            record = Record(
+                kind="features",
+                shard=shard,
+                rows=(rows.start, rows.stop),
+                files=out.finish(),
+                fidelity=fidelity_sums(),
+                failed=[FailedRow(row=row, reason=failed[row]) for row in sorted(failed)],
+            )
+            self._commit(record, out.asides)
 
     def write_images(self, shard: int, images: Sequence[bytes]) -> None:
         """Commit one shard of student images, one encoded image per row of `image_rows(shard)`."""
@@ -255,6 +297,7 @@ class CacheWriter:
                     update={
                         "sealed": True,
                         "fidelity": fidelity.merge([item for record in features for item in record.fidelity]),
+                        "failed_rows": [item.row for record in features for item in record.failed],
                         "bytes_features": _bytes(features + calibration),
                         "bytes_images": _bytes(images),
                         "provenance": provenance or manifest.provenance,
@@ -281,43 +324,49 @@ class CacheWriter:
                 aside.publish()
             write_record(self.root, record)
 
-    def _encode_rows(
-        self, tap: TapInfo, values: FloatArray, rows: range, writers: list[ShardWriter]
-    ) -> list[FidelitySums]:
+    def _encode_row(
+        self, tap: TapInfo, sample: FloatArray, who: str, measured: list[tuple[FloatArray, Array]]
+    ) -> dict[str, Array]:
+        """Return the stored arrays of one tap of a sample (V, T, L, C), by name; the first samples are measured."""
+        self._check_finite([sample], tap, who)
         codec = self._codec(tap)
-        decoded: list[Array] = []
-        for row, sample in zip(rows, values, strict=True):
-            try:
-                encoded = codec.encode(sample)
-            except InvalidFeatures as error:
-                raise InvalidFeatures(f"tap {tap.name} of {self._name(row)}: {error}") from error
-            for writer in writers:
-                part = encoded.payload if writer.layout.part == "payload" else encoded.scale
-                assert part is not None
-                writer.add_row(part)
-            if len(decoded) < fidelity.MEASURED_SAMPLES:
-                decoded.append(codec.decode(encoded))
-        measured = np.stack(decoded)
-        L, C = tap.tokens, tap.channels
-        return [
-            fidelity.measure(
-                tap.name,
-                timestep,
-                values[: len(measured), :, t].reshape(-1, L, C),
-                measured[:, :, t].reshape(-1, L, C),
-            )
-            for t, timestep in enumerate(self.manifest.curriculum.timesteps)
-        ]
+        try:
+            encoded = codec.encode(sample)
+        except InvalidFeatures as error:
+            raise InvalidFeatures(f"tap {tap.name} of {who}: {error}") from error
+        if len(measured) < fidelity.MEASURED_SAMPLES:
+            measured.append((sample, codec.decode(encoded)))
+        parts = {}
+        for array in layout.feature_layouts(self.manifest, tap):
+            part = encoded.payload if array.part == "payload" else encoded.scale
+            assert part is not None
+            parts[array.name] = part
+        return parts
+
+    def _fidelity(self, measured: Mapping[str, Sequence[tuple[FloatArray, Array]]]) -> list[FidelitySums]:
+        """Compare samples with what they decode to, for every tap and timestep; nothing where all rows failed."""
+        sums = []
+        for tap in self.manifest.taps:
+            pairs = measured[tap.name]
+            for t, timestep in enumerate(self.manifest.curriculum.timesteps if pairs else []):
+                original, decoded = (
+                    np.concatenate([pair[which][:, t] for pair in pairs]) for which in (0, 1)
+                )  # each (n * V, L, C)
+                sums.append(fidelity.measure(tap.name, timestep, original, decoded))
+        return sums
 
     def _codec(self, tap: TapInfo) -> TapCodec:
         if tap.name not in self._codecs:
             self._codecs[tap.name] = load_codec(self.root, self.manifest, tap)
         return self._codecs[tap.name]
 
-    def _checked(
-        self, features: Mapping[str, Features], count: int | None = None
-    ) -> Iterator[tuple[TapInfo, FloatArray]]:
+    def _checked(self, features: Mapping[str, Features]) -> Iterator[tuple[TapInfo, FloatArray]]:
         """Yield every tap of the cache with its features, once all names and shapes are known to be right."""
+        self._check_shapes(features, None)
+        for tap in self.manifest.taps:
+            yield tap, as_features(features[tap.name])
+
+    def _check_shapes(self, features: Mapping[str, Features], count: int | None) -> None:
         names = [tap.name for tap in self.manifest.taps]
         if set(features) != set(names):
             raise InvalidFeatures(f"features are given for taps {sorted(features)}, the cache has {sorted(names)}")
@@ -327,17 +376,15 @@ class CacheWriter:
             expected = (shape[0] if count is None else count, views, steps, tap.tokens, tap.channels)
             if shape != expected:
                 raise InvalidFeatures(f"features of tap {tap.name} have shape {shape}, expected {expected}")
-        for tap in self.manifest.taps:
-            yield tap, as_features(features[tap.name])
 
-    def _check_finite(self, values: FloatArray, tap: TapInfo, rows: range | None) -> None:
+    def _check_finite(self, values: Iterable[FloatArray], tap: TapInfo, who: str | None = None) -> None:
         for index, sample in enumerate(values):
             bad = first_not_finite(sample)
             if bad is not None:
-                who = self._name(rows[index]) if rows is not None else f"calibration sample {index}"
                 raise InvalidFeatures(
-                    f"tap {tap.name} of {who} is {sample[bad]} at (view, timestep, token, channel) = {bad}: the "
-                    "teacher failed on it; quarantine the sample or compute it in a wider type"
+                    f"tap {tap.name} of {who or f'calibration sample {index}'} is {sample[bad]} at (view, timestep, "
+                    f"token, channel) = {bad}: the teacher failed on it; quarantine the sample or compute it in a "
+                    "wider type"
                 )
 
     def _check_complete(self) -> None:

@@ -55,6 +55,17 @@ def parse_names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def parse_share(text: str, option: str) -> float:
+    """Parse 1% or 0.01 into a share from 0 to 1; anything else is a usage error that names the option."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise typer.BadParameter(f"{text!r} is not a share like 1% or 0.01", param_hint=option)
+    return share
+
+
 def open_inputs(
     dataset: str, data: Path | None, teacher: str | None, revision: str | None, lora: Path | None, dtype: Dtype,
     device: str, resolution: int | None, guidance: float, limit: int | None,
@@ -64,6 +75,14 @@ def open_inputs(
     from pipeline.datasets import open_dataset
 
     opened = open_dataset(dataset, data, limit)
+    return opened, open_teacher(dataset, teacher, revision, lora, dtype, device, resolution, guidance)
+
+
+def open_teacher(
+    dataset: str, teacher: str | None, revision: str | None, lora: Path | None, dtype: Dtype, device: str,
+    resolution: int | None, guidance: float,
+) -> "Teacher":  # fmt: skip
+    """Load the teacher that the options name, or that of the data set's preset."""
     import torch
 
     from pipeline.teachers import load_teacher
@@ -77,7 +96,7 @@ def open_inputs(
     if target.type == "cuda" and not torch.cuda.is_available():
         raise DitDistillError(f"--device {device}: this machine has no CUDA GPU that PyTorch can use")
     auto = torch.bfloat16 if target.type == "cuda" else torch.float32
-    chosen = load_teacher(
+    return load_teacher(
         teacher or preset_for(dataset).teacher,
         revision=revision,
         lora=lora,
@@ -86,4 +105,3 @@ def open_inputs(
         device=str(target),
         guidance=guidance,
     )
-    return opened, chosen

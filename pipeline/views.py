@@ -1,6 +1,6 @@
-"""What is looked at: by the teacher the object view I_O and the context view I, by the student its image; all square."""
+"""What the teacher looks at: the object-centric view I_O and the context view I, both square."""
 
-import io
+import math
 
 import torch
 from PIL import Image, ImageOps
@@ -21,6 +21,8 @@ def object_view(image: Image.Image, box: Box, resolution: int) -> Image.Image:
 
     Raises ValueError if the box has no pixel inside the image.
     """
+    if not all(map(math.isfinite, box)):
+        raise ValueError(f"box {tuple(box)} is not made of finite numbers")
     x0, y0 = max(0.0, box[0]), max(0.0, box[1])
     x1, y1 = min(float(image.width), box[2]), min(float(image.height), box[3])
     if x1 - x0 < 1 or y1 - y0 < 1:
@@ -35,14 +37,6 @@ def apply_view(image: Image.Image, view: str) -> Image.Image:
     if view == "canonical":
         return image
     raise ValueError(f"unknown view {view!r}: known are {', '.join(VIEWS)}")
-
-
-def student_image(image: Image.Image, size: int, file_format: str, quality: int) -> bytes:
-    """The whole image at the student's resolution (size × size), encoded; quality counts for jpeg alone."""
-    buffer = io.BytesIO()
-    options = {"quality": quality, "subsampling": 0} if file_format == "jpeg" else {}
-    resize_square(image, size).save(buffer, format=file_format, **options)
-    return buffer.getvalue()
 
 
 def to_signed(images: Tensor) -> Tensor:

@@ -15,10 +15,13 @@ import torch
 from cache_schema import open_cache
 from cache_schema.errors import CacheMismatch, DitDistillError
 from cache_schema.verify import verify
-from pipeline.build import BuildConfig, build, teacher_features
+from pipeline.build import build
+from pipeline.build_config import BuildConfig
 from pipeline.conditions import encode_conditions
 from pipeline.curriculum import add_noise, sample_noise
 from pipeline.datasets.demo import DemoConfig, DemoDataset
+from pipeline.features import teacher_features
+from pipeline.tolerance import Tolerance
 
 CONFIG = BuildConfig(
     timesteps=(16, 28),
@@ -141,12 +144,19 @@ def test_bad_images_are_quarantined_with_their_reason_and_leave_no_hole(teacher,
     train = [s.id for s in tiny_dataset.samples if s.split == "train"]
     damage = dict(zip(train, ["missing", "empty", "truncated", "box"], strict=False))
     said = []
-    build(teacher, Damaged(tiny_dataset, damage), CONFIG, tmp_path / "c", log=said.append)
+    build(
+        teacher,
+        Damaged(tiny_dataset, damage),
+        CONFIG,
+        tmp_path / "c",
+        log=said.append,
+        tolerance=Tolerance(max_bad=0.1),
+    )
     cache = open_cache(tmp_path / "c")
     reasons = {r["id"]: r["reason"] for r in cache.samples.to_pylist() if r["state"] == "quarantined"}
     assert set(reasons) == set(damage)
     assert "No such file" in reasons[train[0]]
-    assert "not a complete image" in reasons[train[1]]
+    assert reasons[train[1]] == "the file is empty"
     assert "not a complete image" in reasons[train[2]]
     assert "no pixel inside" in reasons[train[3]]
     assert len(cache) == 22
@@ -162,6 +172,8 @@ sys.path.insert(0, sys.argv[3])
 from test_build import CONFIG
 from pipeline.build import build
 from pipeline.datasets.demo import DemoConfig, DemoDataset
+from pipeline.features import teacher_features
+from pipeline.tolerance import Tolerance
 from pipeline.teachers.flux import FluxTeacher
 dataset = DemoDataset(DemoConfig(groups=2, train_classes=4, test_classes=4, images_per_class=5, unlabeled=6))
 teacher = FluxTeacher(Path(sys.argv[1]), resolution=32)
