@@ -63,6 +63,7 @@ def estimate_size(
     rows: int,
     image_rows: int = 0,
     image_bytes: float = 0.0,
+    samples_per_shard: int | None = None,
 ) -> CacheSize:
     """Return the bytes of a cache of `rows` samples before compression; taps as the teacher computes them.
 
@@ -71,7 +72,7 @@ def estimate_size(
     stored = [stored_tap(tap, encoding) for tap in taps]
     chunks = views * timesteps
     features = rows * chunks * sum(chunk_bytes(tap, encoding) for tap in taps)
-    per_shard = choose_samples_per_shard(stored, encoding, views, timesteps)
+    per_shard = samples_per_shard or choose_samples_per_shard(stored, encoding, views, timesteps)
     files = -(-rows // per_shard) * len(taps) * (2 if encoding.scaled else 1)
     overhead = files * (_INDEX_BYTES * per_shard * chunks + _CHECKSUM_BYTES)
     overhead += sum(

@@ -18,8 +18,15 @@ FEATURES_FOLDER = "features"
 
 Part = Literal["payload", "scale"]
 
-# numpy's name of the type each encoding is stored as. Zarr-python has no bfloat16, so its bits are stored as uint16.
-PAYLOAD_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16", "int8": "int8"}
+# numpy's name of the type each encoding is stored as. Zarr-python has neither bfloat16 nor float8, so their bits are
+# stored as unsigned integers.
+PAYLOAD_DTYPES = {
+    "float32": "float32",
+    "float16": "float16",
+    "bfloat16": "uint16",
+    "int8": "int8",
+    "float8_e4m3": "uint8",
+}
 
 
 @dataclass(frozen=True)
