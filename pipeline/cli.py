@@ -6,6 +6,7 @@ from cache_schema.cli import run
 from pipeline.commands.build import build
 from pipeline.commands.estimate import estimate
 from pipeline.commands.inspect import info, verify
+from pipeline.commands.preview import preview
 from pipeline.commands.refine import refine
 from pipeline.options import DebugOption
 
@@ -23,7 +24,7 @@ def options(debug: DebugOption = False) -> None:
     """Run a frozen diffusion transformer once per image and timestep, and share what it saw."""
 
 
-for command in (estimate, refine, build, info, verify):
+for command in (estimate, refine, build, info, preview, verify):
     app.command()(command)
 
 
