@@ -33,7 +33,8 @@ def _heading(manifest: Manifest) -> str:
     return (
         f"# Teacher cache {manifest.label}\n\n"
         f"Features of {data.feature_rows - len(manifest.failed_rows)} images of `{data.name}` as a diffusion "
-        f"transformer ({teacher.family}, `{teacher.source}`) sees them. Students are distilled from this cache without the teacher."
+        f"transformer ({teacher.family}, `{teacher.source}`) sees them. "
+        "Students are distilled from this cache without the teacher."
     )
 
 

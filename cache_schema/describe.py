@@ -124,6 +124,7 @@ def _provenance_facts(manifest: Manifest) -> list[tuple[str, str]]:
         "took": seconds,
         "versions": versions,
         "command": source.command,
+        "converted": source.converted,
     }
     return [(name, text) for name, text in facts.items() if text]
 
