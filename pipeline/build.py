@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from threading import Event
@@ -27,7 +28,9 @@ from cache_schema.manifest import (
     TapInfo,
     TeacherInfo,
 )
+from cache_schema.manifest_file import load_manifest
 from cache_schema.plan import plan_manifest
+from cache_schema.repair import repair as mend
 from cache_schema.samples import count_usable, fingerprint_samples, samples_table
 from cache_schema.writer import CacheWriter
 from pipeline.build_config import BuildConfig
@@ -60,13 +63,15 @@ def build(
     *,
     tolerance: Tolerance = DEFAULT_TOLERANCE,
     scanned: Sequence[ScannedSample] | None = None,
+    repair: bool = False,
     log: Callable[[str], None] = print,
 ) -> Manifest:
     """Build, or resume, the cache of a data set at `output` and seal it.
 
     A shard that is already there is not computed again, nor one that another builder of the same cache is computing.
-    scanned: what `scan_for` returned, if it was called before. Raises CacheMismatch if another cache is at `output`,
-    TooManyBadSamples if the scan or the teacher finds more bad samples than `tolerance` allows.
+    scanned: what `scan_for` returned, if it was called before. repair: take out what is damaged first, so that exactly
+    that is built again. Raises CacheMismatch if another cache is at `output`, TooManyBadSamples if the scan or the teacher
+    finds more bad samples than `tolerance` allows, LowFidelity if the encoding loses more than `config.min_cosine`.
     """
     started = time.monotonic()
     for tap in config.taps:
@@ -78,12 +83,16 @@ def build(
         log(f"{quarantined} of {len(scanned)} images are quarantined; `dit-cache info` names each and why")
     table = samples_table([s.row() for s in scanned])
     manifest = describe_cache(teacher, dataset, config, table)
+    # Another cache is not touched; create_cache refuses it.
+    if repair and load_manifest(output).cache_id == manifest.cache_id:
+        for found in mend(output):
+            log(str(found))
     writer = create_cache(output, manifest, table)
     missing = len(writer.missing_shards())
     log(f"cache {manifest.cache_id[:12]} at {output}: {missing} feature shards to compute")
-    if missing or writer.missing_image_shards():
+    if missing or writer.missing_image_shards() or writer.needs_calibration():
         _fill(writer, teacher, dataset, config, scanned, BadSamples(tolerance, len(scanned), log))
-    sealed = writer.seal(provenance=_provenance(teacher, time.monotonic() - started))
+    sealed = writer.seal(_provenance(teacher, time.monotonic() - started), min_cosine=config.min_cosine)
     log(f"sealed {output}: {sealed.dataset.feature_rows} images with features, {_megabytes(sealed)}")
     return sealed
 
@@ -99,7 +108,8 @@ def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samp
     sigmas = teacher.sigmas(config.num_steps)
     quality = config.image_quality if config.image_format == "jpeg" else None
     images = ImagesInfo(size=config.image_size, format=config.image_format, quality=quality)
-    return plan_manifest(
+    plan = partial(
+        plan_manifest,
         dataset=DatasetInfo(
             name=dataset.name,
             protocol=dataset.protocol,
@@ -129,12 +139,17 @@ def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samp
             seed=config.seed,
         ),
         taps=[TapInfo(name=s.name, tokens=s.tokens, channels=s.channels, grid=s.grid) for s in shapes],
-        encoding=Encoding(kind=config.encoding, compression=config.compression),
+        encoding=Encoding(kind=config.encoding, pool=config.pool, pca=config.pca, compression=config.compression),
         views=list(config.views),
         images=images if config.with_images else None,
         image_rows=len(splits),
-        samples_per_shard=config.samples_per_shard,
+        store=config.store,
     )
+    if config.samples_per_shard:
+        return plan(samples_per_shard=config.samples_per_shard)
+    # Batches start at a shard's first row: a shard of whole batches keeps the last of them from being nearly empty.
+    by_bytes = plan().store.samples_per_shard
+    return plan(samples_per_shard=max(by_bytes - by_bytes % config.batch, min(by_bytes, config.batch)))
 
 
 def _fill(

@@ -52,14 +52,17 @@ def teacher_features(
         found = teacher.features(noisy, context, sigma, conditions.text.repeat(T), config.taps)
         for tap, tokens in found.items():
             per_view[tap].append(tokens.unflatten(0, (B, T)))  # B, T, L, C
-    return {tap: torch.stack(parts, dim=1) for tap, parts in per_view.items()}
+    # One view is stacked without a copy.
+    return {tap: torch.stack(p, dim=1) if len(p) > 1 else p[0].unsqueeze(1) for tap, p in per_view.items()}
 
 
 def find_failures(features: Mapping[str, Tensor], config: BuildConfig) -> dict[int, str]:
     """Index in the batch → where {tap: (B, V, T, L, C)} has NaN or infinities, for the samples of which it has any."""
     failures: dict[int, str] = {}
     for tap, tokens in features.items():
-        finite = torch.isfinite(tokens).flatten(3).all(dim=3).cpu()  # B, V, T
+        # NaN and infinities show in the extremes, which take a fraction of the time that looking at every value does.
+        flat = tokens.flatten(3)
+        finite = torch.isfinite(flat.amax(3)) & torch.isfinite(flat.amin(3))  # B, V, T
         for i, v, t in (~finite).nonzero().tolist():
             place = f"tap {tap} at timestep {config.timesteps[t]}, view {config.views[v]}"
             failures.setdefault(i, f"the teacher's features are NaN or infinite: {place}")
@@ -108,14 +111,17 @@ class FeatureBuilder:
 
     def run(self) -> None:
         """Compute and commit every missing shard that no other builder computes; then those that others gave up."""
+        self._calibrate()
         if not self._writer.missing_shards():
             return
-        self._calibrate()
         self._bad.check()
         with ThreadPoolExecutor(1) as pool, tqdm(desc="teacher", unit="image", total=self._missing_rows()) as bar:
             self._build(self._claims.missing("features", self._writer.missing_shards()), pool, bar)
+            others = self._writer.missing_shards()
+            if others:
+                self._bad.log(f"waiting for the other builder of this cache, which has {len(others)} shards left")
             # Nothing is claimed while waiting for the next, so that two builders cannot wait for each other.
-            for shard in self._claims.missing("features", self._writer.missing_shards(), wait=True):
+            for shard in self._claims.missing("features", others, wait=True):
                 self._build([shard], pool, bar)
 
     def _missing_rows(self) -> int:
@@ -125,7 +131,9 @@ class FeatureBuilder:
         """Measure the statistics an encoding needs, on images spread evenly over the rows with features."""
         if not self._writer.needs_calibration():
             return
-        self._claims.take("calibration", wait=True)
+        if not self._claims.take("calibration"):
+            self._bad.log("waiting for the other builder of this cache, which is calibrating it")
+            self._claims.take("calibration", wait=True)
         rows = self._writer.manifest.dataset.feature_rows
         spread = sorted({round(i * (rows - 1) / (_CALIBRATION_IMAGES - 1)) for i in range(_CALIBRATION_IMAGES)})
         batches = [spread[i : i + self._config.batch] for i in range(0, len(spread), self._config.batch)]
@@ -218,5 +226,8 @@ class FeatureBuilder:
     def _write(self, number: int, shard: _OpenShard) -> None:
         try:
             self._writer.write_shard(number, shard.features, shard.failed)
+            if self._config.min_cosine is not None:
+                # Rather now than after the last of a hundred hours.
+                self._writer.check_fidelity(self._config.min_cosine)
         finally:
             self._claims.drop("features", number)

@@ -42,7 +42,8 @@ def write_student_images(
     if not missing:
         return
     total = sum(len(writer.image_rows(k)) for k in missing)
-    with tqdm(total=total, desc="student images", unit="image", position=1, leave=False) as bar:
+    # Below the teacher's bar, where there is a terminal to show two.
+    with tqdm(total=total, desc="student images", unit="image", position=1, leave=False, disable=None) as bar:
         for k in claims.missing("images", missing, wait=wait):
             encoded = []
             for row in writer.image_rows(k):

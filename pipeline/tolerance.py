@@ -45,11 +45,14 @@ class BadSamples:
 
     def check(self) -> None:
         """Raise TooManyBadSamples if there are more than is tolerated."""
-        if self.count <= self.tolerance.max_bad * self.total:
+        share = 0.0 if self.tolerance.strict else self.tolerance.max_bad
+        if self.count <= share * self.total:
             return
         more = self.count - len(self._shown)
         listed = "; ".join([*self._shown, *([f"and {more} more"] if more else [])])
+        if not self._shown:
+            listed = "`dit-cache info` lists them"
+        limit = "which --strict forbids" if self.tolerance.strict else f"more than --max-bad {100 * share:g}%"
         raise TooManyBadSamples(
-            f"{self.count} of {self.total} samples are bad, more than --max-bad {100 * self.tolerance.max_bad:g}%: "
-            f"{listed}; mend them, or allow more with --max-bad"
+            f"{self.count} of {self.total} samples are bad, {limit}: {listed}; mend them, or allow more with --max-bad"
         )

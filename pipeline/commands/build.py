@@ -116,7 +116,7 @@ def build(
     bad_share = parse_share(max_bad, "--max-bad")
     chosen_steps = preset.timesteps if timesteps is None else parse_numbers(timesteps, "--timesteps")
     if resume or repair:
-        _continue(place, repair)
+        _check_begun(place, "--repair" if repair else "--resume")
     from pipeline.build import build as run_build
     from pipeline.build import scan_for
     from pipeline.build_config import BuildConfig
@@ -149,16 +149,15 @@ def build(
     # Before the teacher: a broken image should not wait for 24 GB of weights.
     scanned = scan_for(opened, config, tolerance)
     loaded = open_teacher(dataset, teacher, revision, lora, dtype, device, resolution, guidance)
-    run_build(loaded, opened, config, place, tolerance=tolerance, scanned=scanned)
+    run_build(loaded, opened, config, place, tolerance=tolerance, scanned=scanned, repair=repair)
 
 
-def _continue(cache: Path, repair: bool) -> None:
-    """Make sure that there is a cache to continue; with `repair`, take out of it what is damaged."""
+def _check_begun(cache: Path, option: str) -> None:
+    """Raise unless there is a cache to continue, as the option demands."""
     from cache_schema.errors import CacheNotFound
     from cache_schema.manifest_file import load_manifest
 
     try:
         load_manifest(cache)
     except CacheNotFound:
-        option = "--repair" if repair else "--resume"
         raise CacheNotFound(f"{option}: there is no cache at {cache}; leave {option} out to begin one") from None

@@ -1,5 +1,8 @@
 """A tiny FLUX with random weights, made of the real classes and saved as a real diffusers folder."""
 
+import importlib.util
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +17,14 @@ from pipeline.teachers.flux import FluxTeacher
 from pipeline.teachers.pretrain_demo import build_text_encoders
 
 RESOLUTION = 32
+
+# Test folders are no packages (several have modules of the same name), so shared code is loaded by its path.
+_SPEC = importlib.util.spec_from_file_location("build_process", Path(__file__).with_name("build_process.py"))
+assert _SPEC is not None
+assert _SPEC.loader is not None
+build_process = importlib.util.module_from_spec(_SPEC)
+sys.modules["build_process"] = build_process
+_SPEC.loader.exec_module(build_process)
 
 
 def save_tiny_flux(folder: Path, guidance: bool = False, seed: int = 0) -> Path:
@@ -66,6 +77,16 @@ def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def guided_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_flux(tmp_path_factory.mktemp("guided"), guidance=True)
+
+
+@pytest.fixture(scope="session")
+def builds(flux_folder: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Starts `dit-cache build` processes with the tiny FLUX."""
+    here, root = Path(__file__).parent, Path(__file__).parents[2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (here, root))))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield build_process.BuildProcesses(flux_folder, tmp_path_factory.mktemp("logs"))
 
 
 @pytest.fixture
