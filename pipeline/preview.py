@@ -15,7 +15,14 @@ from cache_schema.files import write_file
 from pipeline.preview_page import FeatureRow, SampleBlock, draw_block, draw_page
 from pipeline.token_colours import TokenColours, fit_colours
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+# Suffix → how Pillow is asked for it; words and squares need more than the usual quality.
+_LOSSY = {"quality": 92}
+FORMATS: dict[str, dict[str, Any]] = {
+    ".png": {"format": "PNG", "optimize": True},
+    ".jpg": {"format": "JPEG", "subsampling": 0, **_LOSSY},
+    ".jpeg": {"format": "JPEG", "subsampling": 0, **_LOSSY},
+    ".webp": {"format": "WEBP", **_LOSSY},
+}
 _MAX_HEIGHT = 16_000  # pixels; WebP allows no more, and nobody scrolls that far
 # Enough for stable colours; at FLUX's size 2048 tokens of four timesteps take 200 MB.
 _REFERENCE_SAMPLES, _REFERENCE_TOKENS = 32, 2048
@@ -42,7 +49,7 @@ def preview(cache: Cache, rows: Sequence[int], output: Path) -> Image.Image:
             raise DitDistillError(f"{len(rows)} samples make a picture {height} pixels high; ask for {fit} or fewer")
     page = draw_page(_title(cache), panels, _legend(cache))
     buffer = io.BytesIO()
-    page.save(buffer, format=FORMATS[output.suffix.lower()])
+    page.save(buffer, **FORMATS[output.suffix.lower()])
     write_file(output, buffer.getvalue())
     return page
 
