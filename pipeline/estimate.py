@@ -187,7 +187,7 @@ def _size(plan: CachePlan, encoding: Encoding, demand: Demand) -> dict[str, Any]
         per_image = sum(chunk_bytes(t, encoding) for t in taps) * views * timesteps
         size = estimate_size(
             taps, encoding, views=views, timesteps=timesteps, rows=plan.rows, image_rows=plan.image_rows,
-            image_bytes=plan.image_bytes, samples_per_shard=plan.config.samples_per_shard,
+            image_bytes=plan.image_bytes, store=plan.config.store, samples_per_shard=plan.config.samples_per_shard,
         )  # fmt: skip
     except CacheError:
         names = ("bytes_per_image", "features", "images", "total", "read_per_second")

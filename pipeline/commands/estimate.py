@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands.build import Encoding, ImageFormat
+from pipeline.commands.build import Encoding, ImageFormat, Store
 from pipeline.options import (
     DataOption,
     DatasetOption,
@@ -45,6 +45,7 @@ def estimate(
     ] = 28,
     views: Annotated[str | None, typer.Option(help="canonical, hflip or both; each gets features of its own.")] = None,
     features: Annotated[str | None, typer.Option(help="Splits that get features: train, unlabeled, test.")] = None,
+    store: Annotated[Store, typer.Option(help="Zarr v3 arrays, or WebDataset tar files.")] = Store.zarr,
     encoding: Annotated[Encoding, typer.Option(help="How features are stored; all are shown.")] = Encoding.int8,
     pool: Annotated[int, typer.Option(min=1, max=64, help="Mean over N × N tokens.")] = 1,
     pca: Annotated[int | None, typer.Option(min=1, help="Keep the N strongest principal components.")] = None,
@@ -97,6 +98,7 @@ def estimate(
         num_steps=num_steps,
         views=preset.views if views is None else parse_names(views),
         feature_splits=preset.feature_splits if features is None else parse_names(features),
+        store=store.value,
         encoding=encoding.value,
         pool=pool,
         pca=pca,

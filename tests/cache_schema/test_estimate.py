@@ -18,11 +18,14 @@ def tap(rows: int, columns: int, channels: int) -> TapInfo:
     return TapInfo(name="hidden", tokens=rows * columns, channels=channels, grid=(rows, columns))
 
 
+@pytest.mark.parametrize("store", ["zarr", "webdataset"])
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16", "int8"])
-def test_a_cache_takes_exactly_the_bytes_that_were_estimated(kind: str, cache_of: Callable[..., Path]) -> None:
-    manifest = open_cache(cache_of(kind=kind)).manifest
+def test_a_cache_takes_exactly_the_bytes_that_were_estimated(
+    kind: str, store: str, cache_of: Callable[..., Path]
+) -> None:
+    manifest = open_cache(cache_of(kind=kind, store=store)).manifest
     size = estimate_size(
-        TEACHERS_TAPS, Encoding(kind=kind), views=len(VIEWS), timesteps=len(TIMESTEPS), rows=FEATURE_ROWS,
+        TEACHERS_TAPS, Encoding(kind=kind), views=len(VIEWS), timesteps=len(TIMESTEPS), rows=FEATURE_ROWS, store=store,
         samples_per_shard=manifest.store.samples_per_shard,
     )  # fmt: skip
     assert size.features + size.overhead == manifest.bytes_features
