@@ -8,36 +8,74 @@ from cache_schema.encoding import Array, Encoded, FloatArray, decode, encode
 from cache_schema.errors import CacheCorrupt, CacheUnsealed
 from cache_schema.files import digest, read_bounded
 from cache_schema.journal import read_record
-from cache_schema.layout import CalibrationLayout
+from cache_schema.layout import CalibrationLayout, CalibrationPart
 from cache_schema.manifest import EncodingKind, Manifest, TapInfo
+from cache_schema.reduction import PrincipalComponents, pool_tokens
 from cache_schema.stores import store_of
 
 
 @dataclass(frozen=True)
 class TapCodec:
-    """The encoding of one tap of one cache; `channel` is its calibration, float32 (T, C), for encodings with scales."""
+    """The encoding of one tap of one cache: pooling to `grid`, then PCA, then a number format.
+
+    `channel` is the calibration, float32 (T, C), of number formats with scales; `components` those of PCA.
+    """
 
     kind: EncodingKind
+    grid: tuple[int, int]
+    pool: int
+    components: PrincipalComponents | None
     channel: Array | None
 
     def encode(self, sample: FloatArray) -> Encoded:
-        """Encode a sample's features as the teacher computed them, (V, T, L, C)."""
-        return encode(self.kind, sample, self.channel)
+        """Encode a sample's features as the teacher computed them, (V, T, L * pool², C_teacher).
+
+        Raises InvalidFeatures where a value is beyond the range of the encoding.
+        """
+        features = self.pooled(sample)
+        return encode(
+            self.kind, features if self.components is None else self.components.project(features), self.channel
+        )
 
     def decode(self, encoded: Encoded) -> Array:
         """Return the float32 features (V, T, L, C) that are stored."""
         return decode(self.kind, encoded, self.channel)
 
+    def pooled(self, sample: FloatArray) -> FloatArray:
+        """Return the teacher's features (V, T, L, C_teacher) after pooling: what the encoding shall preserve."""
+        return pool_tokens(sample, self.grid, self.pool)
+
+    def restore(self, stored: Array) -> Array:
+        """Return decoded features (..., C) in the teacher's channels (..., C_teacher)."""
+        return stored if self.components is None else self.components.restore(stored)
+
 
 def load_codec(root: Path, manifest: Manifest, tap: TapInfo) -> TapCodec:
     """Return the codec of a tap; raises CacheUnsealed if the cache is not calibrated yet, CacheCorrupt."""
-    channel = load_channel(root, manifest, tap) if manifest.encoding.scaled else None
-    return TapCodec(manifest.encoding.kind, channel)
+    encoding = manifest.encoding
+    return TapCodec(
+        kind=encoding.kind,
+        grid=tap.grid,
+        pool=encoding.pool,
+        components=None if encoding.pca is None else load_components(root, manifest, tap),
+        channel=load_channel(root, manifest, tap) if encoding.scaled else None,
+    )
 
 
 def load_channel(root: Path, manifest: Manifest, tap: TapInfo) -> Array:
     """Return a tap's channel calibration, float32 (T, C); raises CacheCorrupt if it is not what was written."""
-    return load_calibration(root, manifest, layout.channel_layout(manifest, tap))
+    return _load_parts(root, manifest, tap, ["channel"])[0]
+
+
+def load_components(root: Path, manifest: Manifest, tap: TapInfo) -> PrincipalComponents:
+    """Return a tap's principal components; raises CacheCorrupt if they are not what was written."""
+    amplitude, mean, basis = _load_parts(root, manifest, tap, ["amplitude", "mean", "basis"])
+    return PrincipalComponents(amplitude, mean, basis)
+
+
+def _load_parts(root: Path, manifest: Manifest, tap: TapInfo, parts: list[CalibrationPart]) -> list[Array]:
+    arrays = {array.part: array for array in layout.calibration_layouts(manifest, tap)}
+    return [load_calibration(root, manifest, arrays[part]) for part in parts]
 
 
 def load_calibration(root: Path, manifest: Manifest, array: CalibrationLayout) -> Array:
@@ -45,8 +83,10 @@ def load_calibration(root: Path, manifest: Manifest, array: CalibrationLayout) -
     store = store_of(manifest)
     name = store.calibration_file(array)
     record = read_record(root, "calibration")
-    if record is None or name not in record.files:
+    if record is None:
         raise CacheUnsealed(f"cache {root} has no calibration {array.name} yet")
+    if name not in record.files:
+        raise CacheCorrupt(f"the calibration of cache {root} lacks {name}; run `dit-cache verify`")
     try:
         data = read_bounded(root / name, store.calibration_size(array))
     except OSError as error:

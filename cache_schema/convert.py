@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from cache_schema import layout
 from cache_schema.codec import load_calibration
+from cache_schema.compression import decompress
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt, CacheError, CacheMismatch, CacheUnsealed
 from cache_schema.files import crc32c, digest_file
@@ -24,7 +25,7 @@ from cache_schema.manifest_file import load_manifest, manifest_checksum, revalid
 from cache_schema.open_shards import OpenFile
 from cache_schema.reader import local_path
 from cache_schema.samples import load_samples
-from cache_schema.shard import ShardIndex, chunk_bytes, decompress
+from cache_schema.shard import ShardIndex, chunk_bytes
 from cache_schema.stores import store_of
 from cache_schema.webdataset_store import check_member_sizes
 from cache_schema.writer import CacheWriter, EncodedRow, create_cache
@@ -259,7 +260,7 @@ class _Source:
             if array.compression == "none":
                 target[chunk] = np.frombuffer(data, dtype=np.uint8, count=size)
             else:
-                decompress(data, target[chunk], opened.file.path)
+                decompress(data, target[chunk], array.compression, opened.file.path)
         return values
 
     def _damaged(self, file: OpenFile, row: int, shard: int) -> CacheCorrupt:

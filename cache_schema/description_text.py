@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from cache_schema.card import format_bytes
+from cache_schema.card import format_bytes, format_encoding
 from cache_schema.manifest import Manifest
 
 # Of long lists, this many entries; `--json` has all of them.
@@ -52,7 +52,7 @@ def _content(manifest: Manifest) -> list[Fact]:
         ("refined", f"LoRA {teacher.lora_digest[:12]}" if teacher.lora_digest else "no"),
         ("timesteps", f"{steps} of {curriculum.num_steps}; seed {curriculum.seed}"),
         ("views", ", ".join(manifest.views)),
-        ("encoding", f"{manifest.encoding.kind}, compression {manifest.encoding.compression}"),
+        ("encoding", format_encoding(manifest.encoding)),
         ("images", "none" if images is None else f"{images.size} px {images.format}"),
     ]
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cache_schema import tar
-from cache_schema.errors import CacheError
 from cache_schema.manifest import Encoding, EncodingKind, StoreKind, TapInfo
 from cache_schema.plan import choose_samples_per_shard
+from cache_schema.reduction import stored_tap
 
 VALUE_BYTES: dict[EncodingKind, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3": 1}
 _SCALE_BYTES = 4
@@ -29,26 +29,6 @@ class CacheSize:
         return self.features + self.overhead + self.images
 
 
-def stored_tap(tap: TapInfo, encoding: Encoding) -> TapInfo:
-    """Return the shape in which a teacher's tap is stored, after pooling and PCA.
-
-    Raises CacheError if the pool does not divide the grid or there are fewer channels than components.
-    """
-    rows, columns = tap.grid
-    if rows % encoding.pool or columns % encoding.pool:
-        raise CacheError(f"pool {encoding.pool} does not divide the {rows}x{columns} token grid of tap {tap.name}")
-    if encoding.pca is not None and encoding.pca > tap.channels:
-        raise CacheError(f"pca {encoding.pca} asks for more than the {tap.channels} channels of tap {tap.name}")
-    grid = (rows // encoding.pool, columns // encoding.pool)
-    return TapInfo(
-        name=tap.name,
-        tokens=grid[0] * grid[1],
-        channels=encoding.pca or tap.channels,
-        grid=grid,
-        teacher_channels=None if encoding.pca is None else tap.channels,
-    )
-
-
 def chunk_bytes(tap: TapInfo, encoding: Encoding) -> int:
     """Return the bytes of one sample, view and timestep of a teacher's tap: values and, where there are any, scales."""
     return sum(_part_bytes(stored_tap(tap, encoding), encoding))
@@ -68,7 +48,8 @@ def estimate_size(
 ) -> CacheSize:
     """Return the bytes of a cache of `rows` samples before compression; taps as the teacher computes them.
 
-    `image_rows` student images of `image_bytes` each on average. Raises CacheError as `stored_tap` does.
+    `image_rows` student images of `image_bytes` each on average. Raises InvalidEncoding as
+    `cache_schema.reduction.stored_tap` does.
     """
     stored = [stored_tap(tap, encoding) for tap in taps]
     chunks = views * timesteps

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from cache_schema.manifest import Manifest, TapInfo
+from cache_schema.manifest import Compression, Manifest, TapInfo
 
 SAMPLES_NAME = "samples.parquet"
 CARD_NAME = "README.md"
@@ -17,6 +17,8 @@ IMAGE_INDEX_NAME = "images/index.npy"
 FEATURES_FOLDER = "features"
 
 Part = Literal["payload", "scale"]
+# "channel": amplitudes that scaled number formats are relative to. The others are those of PCA.
+CalibrationPart = Literal["amplitude", "mean", "basis", "channel"]
 
 # numpy's name of the type each encoding is stored as. Zarr-python has neither bfloat16 nor float8, so their bits are
 # stored as unsigned integers.
@@ -42,7 +44,7 @@ class ArrayLayout:
     outer: tuple[int, int, int]
     inner: tuple[int, ...]
     samples_per_shard: int
-    compression: str
+    compression: Compression
 
     @property
     def chunks_per_shard(self) -> tuple[int, int, int]:
@@ -68,7 +70,7 @@ class CalibrationLayout:
     """
 
     name: str
-    part: str
+    part: CalibrationPart
     shape: tuple[int, ...]
     dimensions: tuple[str, ...]
 
@@ -89,15 +91,23 @@ def all_layouts(manifest: Manifest) -> list[ArrayLayout]:
     return [array for tap in manifest.taps for array in feature_layouts(manifest, tap)]
 
 
-def channel_layout(manifest: Manifest, tap: TapInfo) -> CalibrationLayout:
-    """Return the layout of a tap's channel calibration (T, C)."""
-    shape = (len(manifest.curriculum.timesteps), tap.channels)
-    return CalibrationLayout(f"{tap.name}.channel", "channel", shape, ("timestep", "channel"))
-
-
 def calibration_layouts(manifest: Manifest, tap: TapInfo) -> list[CalibrationLayout]:
-    """Return the layouts of the statistics that the encoding needs of one tap."""
-    return [channel_layout(manifest, tap)] if manifest.encoding.scaled else []
+    """Return the layouts of the statistics that the encoding of a tap rests on; none for encodings without.
+
+    Of PCA `amplitude` (C_teacher,), `mean` (C_teacher,) and `basis` (C, C_teacher); of scaled number formats `channel`
+    (T, C).
+    """
+    arrays: list[tuple[CalibrationPart, tuple[int, ...], tuple[str, ...]]] = []
+    if manifest.encoding.pca is not None:
+        assert tap.teacher_channels is not None
+        arrays += [
+            ("amplitude", (tap.teacher_channels,), ("teacher_channel",)),
+            ("mean", (tap.teacher_channels,), ("teacher_channel",)),
+            ("basis", (tap.channels, tap.teacher_channels), ("channel", "teacher_channel")),
+        ]
+    if manifest.encoding.scaled:
+        arrays.append(("channel", (len(manifest.curriculum.timesteps), tap.channels), ("timestep", "channel")))
+    return [CalibrationLayout(f"{tap.name}.{part}", part, shape, names) for part, shape, names in arrays]
 
 
 def all_calibrations(manifest: Manifest) -> list[CalibrationLayout]:

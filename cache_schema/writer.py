@@ -3,28 +3,20 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
 
-import numpy as np
 import pyarrow as pa
 
 from cache_schema import fidelity, layout
+from cache_schema.calibration import Calibrator
 from cache_schema.card import render_card
 from cache_schema.codec import TapCodec, load_codec
-from cache_schema.encoding import (
-    Array,
-    FloatArray,
-    as_features,
-    calibrate_channels,
-    first_not_finite,
-)
+from cache_schema.encoding import Array, as_features
 from cache_schema.errors import (
     CacheCorrupt,
     CacheError,
     CacheMismatch,
     CacheNotFound,
     CacheUnsealed,
-    InvalidFeatures,
 )
 from cache_schema.files import (
     AsideFile,
@@ -52,6 +44,7 @@ from cache_schema.journal import (
 from cache_schema.manifest import Manifest, Provenance, TapInfo
 from cache_schema.manifest_file import MANIFEST_NAME, load_manifest, render_manifest, revalidate
 from cache_schema.reader import local_path
+from cache_schema.row_encoder import Features, RowEncoder, check_finite, check_shapes
 from cache_schema.samples import (
     check_against_manifest,
     check_samples,
@@ -61,12 +54,11 @@ from cache_schema.samples import (
 )
 from cache_schema.stores import store_of
 
-if TYPE_CHECKING:
-    import torch
-
-Features = Union["torch.Tensor", np.ndarray]
 # The stored arrays (V, T, *inner) of a sample by name, or None where the teacher failed on it.
 EncodedRow = Mapping[str, Array] | None
+
+# How many times the allowed loss a build may show in its first shards before it is stopped.
+_HOPELESS = 2.0
 
 
 def create_cache(path: str | os.PathLike[str], manifest: Manifest, samples: pa.Table) -> "CacheWriter":
@@ -149,6 +141,7 @@ class CacheWriter:
         self.samples = samples
         self._store = store_of(manifest)
         self._codecs: dict[str, TapCodec] = {}
+        self._measured: list[FidelitySums] = []
 
     def missing_shards(self) -> list[int]:
         """Return the feature shards that nobody has committed yet, as the journal stands now."""
@@ -174,18 +167,32 @@ class CacheWriter:
         """Say whether `calibrate` must be called before the first `write_shard`."""
         return self.manifest.encoding.calibrated and read_record(self.root, "calibration") is None
 
-    def calibrate(self, features: Mapping[str, Features]) -> None:
-        """Store the channel calibration, from features (n, V, T, L, C) of every tap for a fixed choice of n rows.
+    def calibrate(self, features: Mapping[str, Features] | Iterable[Mapping[str, Features]]) -> None:
+        """Store the statistics that the encoding rests on, from the teacher's features of a fixed choice of rows.
 
-        Does nothing for encodings without calibration, and where one is stored already: the first one counts.
+        `features` are (n, V, T, L, C) of every tap, or batches of them, of which one at a time is held in memory. Does
+        nothing, and takes no batch, for encodings without calibration and where one is stored already: the first one
+        counts. Raises InvalidFeatures, naming the sample by its place, for NaN and infinities.
         """
         if not self.needs_calibration():
             return
-        channels = {}
-        for tap, values in self._checked(features):
-            self._check_finite(values, tap)
-            channels[layout.channel_layout(self.manifest, tap)] = calibrate_channels(values)
-        self.store_calibration(channels)
+        calibrator, seen = Calibrator(self.manifest), 0
+        for batch in [features] if isinstance(features, Mapping) else features:
+            check_shapes(self.manifest, batch)
+            for tap in self.manifest.taps:
+                values = as_features(batch[tap.name])
+                for index, sample in enumerate(values):
+                    check_finite(sample, tap, f"calibration sample {seen + index}")
+                calibrator.add(tap.name, values)
+            seen += len(values)
+        statistics = {tap.name: calibrator.finish(tap.name) for tap in self.manifest.taps}
+        self.store_calibration(
+            {
+                array: statistics[tap.name][array.part]
+                for tap in self.manifest.taps
+                for array in layout.calibration_layouts(self.manifest, tap)
+            }
+        )
 
     def store_calibration(self, statistics: Mapping[layout.CalibrationLayout, Array]) -> None:
         """Store statistics as they are, for every one of `layout.all_calibrations`, unless they are stored already."""
@@ -202,7 +209,7 @@ class CacheWriter:
     def write_shard(
         self, shard: int, features: Mapping[str, Features], failed: Mapping[int, str] | None = None
     ) -> None:
-        """Encode and commit one feature shard: for every tap, values (rows of the shard, V, T, L, C).
+        """Encode and commit one feature shard: for every tap, teacher features (rows of the shard, V, T, L, C).
 
         `failed` maps rows that the teacher failed on to how it did: whatever values are given for these, the cache
         will say that it has no features of them. A shard that is committed already is left as it is. Raises
@@ -216,22 +223,25 @@ class CacheWriter:
         if shard in committed_shards(self.root, "features"):
             return
         if self.needs_calibration():
-            raise CacheUnsealed(f"an {self.manifest.encoding.kind} cache must be calibrated before its first shard")
-        self._check_shapes(features, len(rows))
-        measured: dict[str, list[tuple[FloatArray, Array]]] = {tap.name: [] for tap in self.manifest.taps}
+            raise CacheUnsealed(f"cache {self.root} must be calibrated before its first shard is written")
+        check_shapes(self.manifest, features, len(rows))
+        encoder = RowEncoder(self.manifest, {tap.name: self._codec(tap) for tap in self.manifest.taps})
 
         def encoded() -> Iterator[EncodedRow]:
             for index, row in enumerate(rows):
-                if row in failed:
-                    yield None
-                    continue
-                parts: dict[str, Array] = {}
-                for tap in self.manifest.taps:
-                    sample = as_features(features[tap.name][index])
-                    parts |= self._encode_row(tap, sample, self._name(row), measured[tap.name])
-                yield parts
+                sample = {name: as_features(values[index]) for name, values in features.items()}
+                yield None if row in failed else encoder.encode(sample, self._name(row))
 
-        self.write_encoded_shard(shard, encoded(), lambda: self._fidelity(measured), failed)
+        written = self.write_encoded_shard(shard, encoded(), encoder.fidelity, failed)
+        self._measured = fidelity.combine([*self._measured, *written.fidelity])
+
+    def check_fidelity(self, min_cosine: float) -> None:
+        """Raise LowFidelity if the shards that this writer wrote so far leave no hope for `seal(min_cosine=...)`.
+
+        That is, if a tap and timestep has lost more than twice what is allowed: a few shards are only an estimate.
+        """
+        figures = fidelity.merge(self._measured)
+        fidelity.require_cosine(figures, min_cosine, self.manifest.label, tolerance=_HOPELESS)
 
     def write_encoded_shard(
         self,
@@ -239,8 +249,11 @@ class CacheWriter:
         encoded: Iterable[EncodedRow],
         fidelity_sums: Callable[[], list[FidelitySums]],
         failed: Mapping[int, str],
-    ) -> None:
-        """Commit one feature shard from rows that are encoded already; what they lost is asked for after the last."""
+    ) -> Record:
+        """Commit one feature shard from rows that are encoded already, and return its record.
+
+        What their encoding lost is asked for after the last row.
+        """
         rows = self.shard_rows(shard)
         with self._store.row_writer(self.root, shard, self.samples) as out:
             for _, parts in zip(rows, encoded, strict=True):
@@ -257,6 +270,7 @@ class CacheWriter:
                 failed=[FailedRow(row=row, reason=failed[row]) for row in sorted(failed)],
             )
             self._commit(record, out.asides)
+        return record
 
     def write_images(self, shard: int, images: Sequence[bytes]) -> None:
         """Commit one shard of student images, one encoded image per row of `image_rows(shard)`."""
@@ -277,26 +291,32 @@ class CacheWriter:
             record = Record(kind="images", shard=shard, rows=(rows.start, rows.stop), files=files, offsets=offsets)
             self._commit(record, [aside])
 
-    def seal(self, provenance: Provenance | None = None) -> Manifest:
+    def seal(self, provenance: Provenance | None = None, min_cosine: float | None = None) -> Manifest:
         """Declare the cache complete and return its final manifest; sealing a sealed cache changes nothing.
 
         `provenance` replaces the manifest's own. Raises CacheUnsealed if shards are missing, CacheCorrupt if
-        committed files are gone or of the wrong size.
+        committed files are gone or of the wrong size, and LowFidelity if a tap and timestep has a mean cosine below
+        `min_cosine`: the cache then stays as it is and can still be sealed by asking for less.
         """
         with directory_lock(self.root):
             manifest = load_manifest(self.root)
             if manifest.sealed:
                 self.manifest = manifest
+                if min_cosine is not None:
+                    fidelity.require_cosine(manifest.fidelity, min_cosine, manifest.label)
                 return manifest
             self._check_complete()
             features = list(self._records("features", manifest.store.feature_shards))
+            figures = fidelity.merge([item for record in features for item in record.fidelity])
+            if min_cosine is not None:
+                fidelity.require_cosine(figures, min_cosine, manifest.label)
             images = list(self._records("images", manifest.store.image_shards))
             calibration = [record for record in [read_record(self.root, "calibration")] if record is not None]
             sealed = revalidate(
                 manifest.model_copy(
                     update={
                         "sealed": True,
-                        "fidelity": fidelity.merge([item for record in features for item in record.fidelity]),
+                        "fidelity": figures,
                         "failed_rows": [item.row for record in features for item in record.failed],
                         "bytes_features": _bytes(features + calibration),
                         "bytes_images": _bytes(images),
@@ -324,68 +344,10 @@ class CacheWriter:
                 aside.publish()
             write_record(self.root, record)
 
-    def _encode_row(
-        self, tap: TapInfo, sample: FloatArray, who: str, measured: list[tuple[FloatArray, Array]]
-    ) -> dict[str, Array]:
-        """Return the stored arrays of one tap of a sample (V, T, L, C), by name; the first samples are measured."""
-        self._check_finite([sample], tap, who)
-        codec = self._codec(tap)
-        try:
-            encoded = codec.encode(sample)
-        except InvalidFeatures as error:
-            raise InvalidFeatures(f"tap {tap.name} of {who}: {error}") from error
-        if len(measured) < fidelity.MEASURED_SAMPLES:
-            measured.append((sample, codec.decode(encoded)))
-        parts = {}
-        for array in layout.feature_layouts(self.manifest, tap):
-            part = encoded.payload if array.part == "payload" else encoded.scale
-            assert part is not None
-            parts[array.name] = part
-        return parts
-
-    def _fidelity(self, measured: Mapping[str, Sequence[tuple[FloatArray, Array]]]) -> list[FidelitySums]:
-        """Compare samples with what they decode to, for every tap and timestep; nothing where all rows failed."""
-        sums = []
-        for tap in self.manifest.taps:
-            pairs = measured[tap.name]
-            for t, timestep in enumerate(self.manifest.curriculum.timesteps if pairs else []):
-                original, decoded = (
-                    np.concatenate([pair[which][:, t] for pair in pairs]) for which in (0, 1)
-                )  # each (n * V, L, C)
-                sums.append(fidelity.measure(tap.name, timestep, original, decoded))
-        return sums
-
     def _codec(self, tap: TapInfo) -> TapCodec:
         if tap.name not in self._codecs:
             self._codecs[tap.name] = load_codec(self.root, self.manifest, tap)
         return self._codecs[tap.name]
-
-    def _checked(self, features: Mapping[str, Features]) -> Iterator[tuple[TapInfo, FloatArray]]:
-        """Yield every tap of the cache with its features, once all names and shapes are known to be right."""
-        self._check_shapes(features, None)
-        for tap in self.manifest.taps:
-            yield tap, as_features(features[tap.name])
-
-    def _check_shapes(self, features: Mapping[str, Features], count: int | None) -> None:
-        names = [tap.name for tap in self.manifest.taps]
-        if set(features) != set(names):
-            raise InvalidFeatures(f"features are given for taps {sorted(features)}, the cache has {sorted(names)}")
-        steps, views = len(self.manifest.curriculum.timesteps), len(self.manifest.views)
-        for tap in self.manifest.taps:
-            shape = tuple(features[tap.name].shape)
-            expected = (shape[0] if count is None else count, views, steps, tap.tokens, tap.channels)
-            if shape != expected:
-                raise InvalidFeatures(f"features of tap {tap.name} have shape {shape}, expected {expected}")
-
-    def _check_finite(self, values: Iterable[FloatArray], tap: TapInfo, who: str | None = None) -> None:
-        for index, sample in enumerate(values):
-            bad = first_not_finite(sample)
-            if bad is not None:
-                raise InvalidFeatures(
-                    f"tap {tap.name} of {who or f'calibration sample {index}'} is {sample[bad]} at (view, timestep, "
-                    f"token, channel) = {bad}: the teacher failed on it; quarantine the sample or compute it in a "
-                    "wider type"
-                )
 
     def _check_complete(self) -> None:
         parts = {"feature": self.missing_shards(), "image": self.missing_image_shards()}

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from cache_schema import layout
+from cache_schema.compression import codec_metadata
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt
 from cache_schema.files import AsideFile
@@ -20,7 +21,7 @@ from cache_schema.journal import FileRecord, file_record
 from cache_schema.layout import ArrayLayout, CalibrationLayout
 from cache_schema.manifest import Manifest
 from cache_schema.open_shards import OpenFile
-from cache_schema.shard import ZSTD_LEVEL, ShardIndex, ShardWriter, index_size, parse_index
+from cache_schema.shard import ShardIndex, ShardWriter, index_size, parse_index
 from cache_schema.stores import FeatureStore, RowWriter
 
 
@@ -118,9 +119,7 @@ def _json(document: dict[str, Any]) -> bytes:
 
 def _sharded_metadata(manifest: Manifest, array: ArrayLayout) -> dict[str, Any]:
     shape = [*array.outer, *array.inner]
-    codecs = [_bytes_codec(array.dtype)]
-    if array.compression == "zstd":
-        codecs.append({"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}})
+    codecs = [_bytes_codec(array.dtype), *codec_metadata(array.compression, np.dtype(array.dtype).itemsize)]
     sharding = {
         "chunk_shape": [1, 1, 1, *array.inner],
         "codecs": codecs,

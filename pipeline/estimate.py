@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache_schema.card import format_bytes
-from cache_schema.errors import CacheError, DitDistillError
-from cache_schema.estimate import VALUE_BYTES, chunk_bytes, estimate_size, stored_tap
+from cache_schema.errors import DitDistillError, InvalidEncoding
+from cache_schema.estimate import VALUE_BYTES, chunk_bytes, estimate_size
 from cache_schema.manifest import Encoding, TapInfo
+from cache_schema.reduction import stored_tap
 from pipeline.build_config import BuildConfig
 from pipeline.conditions import UNREADABLE, decode_image
 from pipeline.datasets.base import Dataset, Sample
@@ -108,7 +109,7 @@ def estimate(plan: CachePlan, demand: Demand, output: Path, rate: TeacherRate | 
     Keys: `teacher` (source, family, resolution, origin), `taps`, `views`, `timesteps`, `rows` (features, images),
     `encoding` (as asked), `image` (bytes, basis), `sizes` (per encoding, pool and pca: bytes_per_image, features,
     images, total, read_per_second; null where the shapes do not allow it), `reading` (what the bandwidth is for),
-    `disk` (path, free, needed, fits), `teacher_time` (or null), `warnings`. Raises CacheError where the encoding asked
+    `disk` (path, free, needed, fits), `teacher_time` (or null), `warnings`. Raises InvalidEncoding where the one asked
     for does not fit the taps.
     """
     taps, encoding, outline = plan.taps, plan.encoding, plan.outline
@@ -189,7 +190,7 @@ def _size(plan: CachePlan, encoding: Encoding, demand: Demand) -> dict[str, Any]
             taps, encoding, views=views, timesteps=timesteps, rows=plan.rows, image_rows=plan.image_rows,
             image_bytes=plan.image_bytes, store=plan.config.store, samples_per_shard=plan.config.samples_per_shard,
         )  # fmt: skip
-    except CacheError:
+    except InvalidEncoding:
         names = ("bytes_per_image", "features", "images", "total", "read_per_second")
         return {**entry, **dict.fromkeys(names)}
     # A step reads one view of one tap, and at worst the student's image with it.

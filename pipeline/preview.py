@@ -110,8 +110,8 @@ def _sample(cache: Cache, row: int) -> dict[str, Any]:
 
 
 def _tokens(cache: Cache, row: int, tap: str, view: int) -> np.ndarray:
-    """Decoded tokens of one sample, (T, L, C), timesteps as in the manifest."""
-    return cache.read([row], tap=tap, view=view).decode()[0].numpy()
+    """Tokens of one sample in the teacher's channels, (T, L, C), timesteps as in the manifest."""
+    return cache.restore(tap, cache.read([row], tap=tap, view=view).decode())[0].numpy()
 
 
 def _reference_tokens(cache: Cache, tap: str) -> Iterator[np.ndarray]:

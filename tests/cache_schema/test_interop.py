@@ -5,6 +5,7 @@ import tarfile
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from cache_building import FEATURE_ROWS, tiny_samples
 
 from cache_schema import Cache, open_cache
 from cache_schema.layout import PAYLOAD_DTYPES, all_calibrations, all_layouts
+from cache_schema.manifest import Compression
 
 CacheOf = Callable[..., Path]
 KINDS = list(PAYLOAD_DTYPES)
-COMPRESSIONS = ["none", "zstd"]
+COMPRESSIONS = list(get_args(Compression))
 _BITS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
 
 

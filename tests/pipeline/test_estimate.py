@@ -11,7 +11,7 @@ import pytest
 from diffusers import FluxTransformer2DModel
 from typer.testing import CliRunner
 
-from cache_schema.errors import CacheError, DitDistillError
+from cache_schema.errors import DitDistillError, InvalidEncoding
 from pipeline.build import build
 from pipeline.build_config import BuildConfig
 from pipeline.cli import app
@@ -114,7 +114,7 @@ def test_hours_follow_from_the_rate(tmp_path):
 
 
 def test_an_encoding_that_does_not_fit_the_teacher_is_refused(tmp_path):
-    with pytest.raises(CacheError, match="pca 4000"):
+    with pytest.raises(InvalidEncoding, match="no 4000 principal components"):
         estimate(flux_plan(pca=4000), Demand(), tmp_path, None)
     with pytest.raises(DitDistillError, match="--trainer-timesteps 12 would not be in the cache"):
         estimate(flux_plan(), Demand(timesteps=(12,)), tmp_path, None)
