@@ -18,7 +18,7 @@ from pipeline.token_colours import TokenColours, fit_colours
 # Suffix → how Pillow is asked for it; words and squares need more than the usual quality.
 _LOSSY = {"quality": 92}
 FORMATS: dict[str, dict[str, Any]] = {
-    ".png": {"format": "PNG", "optimize": True},
+    ".png": {"format": "PNG"},
     ".jpg": {"format": "JPEG", "subsampling": 0, **_LOSSY},
     ".jpeg": {"format": "JPEG", "subsampling": 0, **_LOSSY},
     ".webp": {"format": "WEBP", **_LOSSY},
