@@ -13,6 +13,7 @@ from threading import Event
 
 import pyarrow as pa
 import torch
+from tqdm import tqdm
 
 from cache_schema import create_cache
 from cache_schema.claims import Claims
@@ -30,7 +31,6 @@ from cache_schema.manifest import (
 )
 from cache_schema.manifest_file import load_manifest
 from cache_schema.plan import plan_manifest
-from cache_schema.repair import repair as mend
 from cache_schema.samples import count_usable, fingerprint_samples, samples_table
 from cache_schema.writer import CacheWriter
 from pipeline.build_config import BuildConfig
@@ -48,7 +48,7 @@ DEFAULT_TOLERANCE = Tolerance()
 
 
 def scan_for(
-    dataset: Dataset, config: BuildConfig, tolerance: Tolerance, log: Callable[[str], None] = print
+    dataset: Dataset, config: BuildConfig, tolerance: Tolerance, log: Callable[[str], None] = tqdm.write
 ) -> list[ScannedSample]:
     """Scan a data set for a build, which needs no teacher; raises TooManyBadSamples where it would stop."""
     bad = BadSamples(tolerance, len(dataset.samples), log)
@@ -64,14 +64,15 @@ def build(
     tolerance: Tolerance = DEFAULT_TOLERANCE,
     scanned: Sequence[ScannedSample] | None = None,
     repair: bool = False,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = tqdm.write,
 ) -> Manifest:
     """Build, or resume, the cache of a data set at `output` and seal it.
 
     A shard that is already there is not computed again, nor one that another builder of the same cache is computing.
     scanned: what `scan_for` returned, if it was called before. repair: take out what is damaged first, so that exactly
-    that is built again. Raises CacheMismatch if another cache is at `output`, TooManyBadSamples if the scan or the teacher
-    finds more bad samples than `tolerance` allows, LowFidelity if the encoding loses more than `config.min_cosine`.
+    that is built again. Raises CacheMismatch if another cache is at `output`, TooManyBadSamples if the scan or the
+    teacher finds more bad samples than `tolerance` allows, LowFidelity if the encoding loses more than
+    `config.min_cosine` permits.
     """
     started = time.monotonic()
     for tap in config.taps:
@@ -85,6 +86,8 @@ def build(
     manifest = describe_cache(teacher, dataset, config, table)
     # Another cache is not touched; create_cache refuses it.
     if repair and load_manifest(output).cache_id == manifest.cache_id:
+        from cache_schema.repair import repair as mend
+
         for found in mend(output):
             log(str(found))
     writer = create_cache(output, manifest, table)

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from cache_schema.samples import row_rank
-from pipeline.conditions import UNREADABLE, caption_of, decode_image
+from pipeline.conditions import UNREADABLE, caption_of, decode_with_box
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.tolerance import BadSamples
 from pipeline.views import object_view
@@ -22,7 +23,7 @@ _NO_BOX = (0.0, 0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class ScannedSample:
-    """A sample with what its file turned out to be. reason is empty unless the sample is quarantined."""
+    """A sample with what its file turned out to be, upright. reason is empty unless the sample is quarantined."""
 
     sample: Sample
     sha256: str
@@ -67,11 +68,13 @@ def scan_sample(dataset: Dataset, sample: Sample, needs_caption: bool = False) -
     if not data:
         return ScannedSample(sample, digest, 0, 0, _NO_BOX, caption, "the file is empty")
     try:
-        image = decode_image(data)
+        image, box = decode_with_box(data, sample.box)
+    except UnidentifiedImageError:
+        # Its message has an address in memory: another one in every run, and reasons are compared when one resumes.
+        return ScannedSample(sample, digest, 0, 0, _NO_BOX, caption, "not an image of a known format")
     except UNREADABLE as error:
         reason = f"not a complete image: {error}".splitlines()[0]
         return ScannedSample(sample, digest, 0, 0, _NO_BOX, caption, reason)
-    box = sample.box or (0.0, 0.0, float(image.width), float(image.height))
     reason = ""
     try:
         object_view(image, box, 1)

@@ -49,7 +49,7 @@ def write_student_images(
             for row in writer.image_rows(k):
                 if stop.is_set():
                     return
-                encoded.append(student_image(read_image(dataset, usable[row].sample), config))
+                encoded.append(student_image(read_image(dataset, usable[row].sample)[0], config))
                 bar.update()
             writer.write_images(k, encoded)
             claims.drop("images", k)

@@ -17,7 +17,11 @@ from pipeline.options import (
     LimitOption,
     ResolutionOption,
     RevisionOption,
+    SuperclassOption,
     TeacherOption,
+    TrainClassesOption,
+    TrainRatioOption,
+    open_data,
     open_teacher,
     parse_names,
     parse_numbers,
@@ -59,6 +63,9 @@ class Text(StrEnum):
 def build(
     dataset: DatasetOption = "demo",
     data: DataOption = None,
+    train_classes: TrainClassesOption = None,
+    train_ratio: TrainRatioOption = None,
+    superclass: SuperclassOption = None,
     teacher: TeacherOption = None,
     revision: RevisionOption = None,
     lora: Annotated[
@@ -120,7 +127,6 @@ def build(
     from pipeline.build import build as run_build
     from pipeline.build import scan_for
     from pipeline.build_config import BuildConfig
-    from pipeline.datasets import open_dataset
     from pipeline.tolerance import Tolerance
 
     config = BuildConfig(
@@ -144,7 +150,9 @@ def build(
         with_images=images,
         samples_per_shard=samples_per_shard,
     )
-    opened = open_dataset(dataset, data, limit)
+    opened = open_data(
+        dataset, data, limit, train_classes=train_classes, train_ratio=train_ratio, superclass=superclass
+    )
     tolerance = Tolerance(max_bad=bad_share, strict=strict)
     # Before the teacher: a broken image should not wait for 24 GB of weights.
     scanned = scan_for(opened, config, tolerance)

@@ -16,15 +16,20 @@ from pipeline.datasets.demo import DemoConfig, DemoDataset
 from pipeline.teachers.flux import FluxTeacher
 from pipeline.teachers.pretrain_demo import build_text_encoders
 
-RESOLUTION = 32
+# Test folders are no packages, so what several modules share is loaded by its path.
+_SHARED = {
+    "cache_building": Path(__file__).parent.parent / "cache_schema/building.py",
+    "dataset_layouts": Path(__file__).with_name("layouts.py"),
+    "build_process": Path(__file__).with_name("build_process.py"),
+}
+for _name in [name for name in _SHARED if name not in sys.modules]:
+    _spec = importlib.util.spec_from_file_location(_name, _SHARED[_name])
+    assert _spec is not None
+    assert _spec.loader is not None
+    sys.modules[_name] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules[_name])
 
-# Test folders are no packages (several have modules of the same name), so shared code is loaded by its path.
-_SPEC = importlib.util.spec_from_file_location("build_process", Path(__file__).with_name("build_process.py"))
-assert _SPEC is not None
-assert _SPEC.loader is not None
-build_process = importlib.util.module_from_spec(_SPEC)
-sys.modules["build_process"] = build_process
-_SPEC.loader.exec_module(build_process)
+RESOLUTION = 32
 
 
 def save_tiny_flux(folder: Path, guidance: bool = False, seed: int = 0) -> Path:
@@ -82,11 +87,13 @@ def guided_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def builds(flux_folder: Path, tmp_path_factory: pytest.TempPathFactory):
     """Starts `dit-cache build` processes with the tiny FLUX."""
+    from build_process import BuildProcesses
+
     here, root = Path(__file__).parent, Path(__file__).parents[2]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (here, root))))
         patch.setenv("OMP_NUM_THREADS", "1")
-        yield build_process.BuildProcesses(flux_folder, tmp_path_factory.mktemp("logs"))
+        yield BuildProcesses(flux_folder, tmp_path_factory.mktemp("logs"))
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import torch
 from build_process import contents
 
 from cache_schema import open_cache
-from cache_schema.errors import CacheMismatch, DitDistillError
+from cache_schema.errors import CacheMismatch, DitDistillError, LowFidelity
+from cache_schema.manifest_file import load_manifest
 from cache_schema.samples import samples_table
 from cache_schema.verify import verify
 from cache_schema.writer import CacheWriter
@@ -86,13 +87,45 @@ def test_another_setting_is_another_cache_and_does_not_touch_the_first(built, te
     assert contents(built) == before
 
 
-@pytest.mark.parametrize("encoding", ["float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("encoding", ["float16", "bfloat16", "int8", "float8_e4m3"])
 def test_every_encoding_keeps_the_direction_of_the_features(encoding, teacher, tiny_dataset, built, tmp_path):
     build(teacher, tiny_dataset, replace(CONFIG, encoding=encoding), tmp_path / "c", log=str)
     exact, stored = open_cache(built), open_cache(tmp_path / "c")
     a, b = (c.read([0, 5], tap="hidden", timesteps=[16, 28]).decode() for c in (exact, stored))
     assert torch.nn.functional.cosine_similarity(a, b, dim=-1).min() > 0.999
     assert min(f.cosine_min for f in stored.manifest.fidelity) > 0.999
+
+
+def test_a_cache_that_loses_too_much_is_not_sealed_and_can_be_accepted_later(teacher, tiny_dataset, tmp_path):
+    strict = replace(CONFIG, encoding="float8_e4m3", min_cosine=0.99999)
+    with pytest.raises(LowFidelity, match=r"0\.99999"):
+        build(teacher, tiny_dataset, strict, tmp_path / "c", log=str)
+    assert not load_manifest(tmp_path / "c").sealed
+    sealed = build(teacher, tiny_dataset, replace(strict, min_cosine=0.99), tmp_path / "c", log=str)
+    assert all(0.99 < figure.cosine_mean < 0.99999 for figure in sealed.fidelity)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"store": "webdataset", "encoding": "int8"},
+        {"pool": 2, "encoding": "bfloat16"},
+        {"pca": 8, "encoding": "int8", "compression": "blosc:zstd"},
+    ],
+)
+def test_a_cache_can_be_stored_in_every_way(setting, teacher, tiny_dataset, built, tmp_path):
+    manifest = build(teacher, tiny_dataset, replace(CONFIG, **setting), tmp_path / "c", log=str)
+    assert verify(tmp_path / "c") == []
+    stored = open_cache(tmp_path / "c").read([0, 5], tap="hidden", timesteps=[16, 28]).decode()
+    tap = manifest.taps[0]
+    assert stored.shape == (2, 2, tap.tokens, tap.channels)
+    assert manifest.store.kind == setting.get("store", "zarr")
+    assert (tap.tokens, tap.channels) == (4 if "pool" in setting else 16, setting.get("pca", 32))
+    exact = open_cache(built).read([0, 5], tap="hidden", timesteps=[16, 28]).decode()
+    if tap.channels == 32:
+        pooled = exact.unflatten(2, (4, 4)).unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2)).flatten(2, 3)
+        expected = pooled if "pool" in setting else exact
+        assert torch.nn.functional.cosine_similarity(stored, expected, dim=-1).min() > 0.999
 
 
 def test_test_features_are_built_when_asked_for(teacher, tiny_dataset, tmp_path):

@@ -17,7 +17,7 @@ from cache_schema.verify import verify
 
 # 12 samples with features in 6 shards, and as many student images again as there are test images.
 OPTIONS = ("--limit", "6", "--features", "train,unlabeled", "--samples-per-shard", "2", "--image-size", "16",
-           "--resolution", "32", "--encoding", "float32")  # fmt: skip
+           "--resolution", "32")  # fmt: skip
 SHARDS = 6
 
 
