@@ -127,11 +127,14 @@ def test_an_estimate_of_a_data_set_is_what_its_build_then_takes(teacher, flux_fo
         image_size=32,
         image_format="png",
         batch=8,
-        encoding="bfloat16",
+        encoding="float8_e4m3",
+        pool=2,
+        pca=8,
+        store="webdataset",
     )
     outline = outline_teacher(str(flux_folder), resolution=teacher.resolution)
     plan = plan_cache(outline, config, tiny_dataset, None)
-    size = size_of(estimate(plan, Demand(), tmp_path, None), "bfloat16")
+    size = size_of(estimate(plan, Demand(), tmp_path, None), "float8_e4m3", 2, 8)
     sealed = build(teacher, tiny_dataset, config, tmp_path / "cache", log=str)
     assert plan.rows == sealed.dataset.feature_rows
     assert plan.image_rows == len(tiny_dataset.samples)
