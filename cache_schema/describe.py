@@ -7,6 +7,7 @@ from typing import Any
 
 from cache_schema import layout
 from cache_schema.card import format_bytes, format_encoding
+from cache_schema.errors import printable
 from cache_schema.journal import committed_shards, read_record
 from cache_schema.manifest import Manifest
 from cache_schema.manifest_file import load_manifest
@@ -70,7 +71,7 @@ def describe_text(path: str | os.PathLike[str]) -> str:
     facts.append(("the teacher failed on", str(len(description["failed"]))))
     facts += [(f"  row {item['row']}", item["reason"]) for item in description["failed"]]
     width = max(len(name) for name, _ in facts)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in facts)
+    return "\n".join(f"{printable(name):<{width}}  {printable(text)}" for name, text in facts)
 
 
 def _progress(shards: dict[str, int]) -> str:

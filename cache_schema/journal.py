@@ -131,6 +131,8 @@ def read_record(root: Path, kind: Kind, shard: int = 0) -> Record | None:
         data = read_bounded(root / name, MAX_RECORD_BYTES)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise CacheCorrupt(f"cannot read {root / name}: {error.strerror}") from error
     record = parse_record(data, str(root / name))
     if (record.kind, record.shard) != (kind, shard):
         raise CacheCorrupt(f"journal record {root / name} is that of {record.kind} {record.shard}")
@@ -143,6 +145,8 @@ def committed(root: Path) -> Iterator[tuple[Kind, int]]:
         names = [path.name for path in (root / JOURNAL_FOLDER).iterdir()]
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise CacheCorrupt(f"cannot list {root / JOURNAL_FOLDER}: {error.strerror}") from error
     for name in names:
         match = _NAME.fullmatch(name)
         if match is not None:
@@ -168,7 +172,7 @@ def _migrate(document: dict[str, Any]) -> dict[str, Any]:
         if isinstance(file, dict) and "row_crc32c" in file:
             rows = file["row_crc32c"]
             file = {key: value for key, value in file.items() if key != "row_crc32c"}
-            file["piece_crc32c"] = None if rows is None else "".join(str(crc) for crc in rows)
+            file["piece_crc32c"] = "".join(map(str, rows)) if isinstance(rows, list) else rows
         files[name] = file
     return {**document, "files": files}
 

@@ -57,6 +57,8 @@ def load_manifest(root: Path) -> Manifest:
         data = read_bounded(path, MAX_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise CacheNotFound(f"no cache at {root}: it has no {MANIFEST_NAME}") from None
+    except OSError as error:
+        raise CacheCorrupt(f"cannot read {path}: {error.strerror}") from error
     return parse_manifest(data, str(path))
 
 
@@ -113,7 +115,7 @@ def _check_checksum(document: dict[str, Any], where: str) -> None:
     stored = provenance.get("checksum") if isinstance(provenance, dict) else None
     try:
         matches = stored is None or stored == manifest_checksum(document)
-    except ValueError as error:
-        raise CacheCorrupt(f"{where} holds a number that JSON cannot say") from error
+    except (ValueError, RecursionError) as error:
+        raise CacheCorrupt(f"{where} holds what JSON cannot say: {str(error)[:200]}") from error
     if not matches:
         raise CacheCorrupt(f"{where} was altered: it does not match its own checksum")

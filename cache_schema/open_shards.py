@@ -1,6 +1,7 @@
 """Shard files kept open for reading: a bounded number of file descriptors and a bounded amount of index memory."""
 
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -25,6 +26,8 @@ class OpenFile:
         except OSError as error:
             raise CacheCorrupt(f"cannot read {path}: {error.strerror}; `dit-cache verify` lists all damage") from error
         status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise CacheCorrupt(f"{path} is not a plain file")
         self.size = status.st_size
         self.signature: Signature = (status.st_ino, status.st_size, status.st_mtime_ns)
 

@@ -17,7 +17,7 @@ from cache_schema.codec import load_channel, load_components
 from cache_schema.compression import decompress
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt, CacheError, CacheRequestError, CacheUnsealed
-from cache_schema.images import load_index
+from cache_schema.images import check_places, load_index
 from cache_schema.journal import committed_shards, read_record, record_name
 from cache_schema.layout import ArrayLayout
 from cache_schema.manifest import Manifest, TapInfo
@@ -112,6 +112,8 @@ class Cache:
             built = (row for shard in sorted(self._built) for row in layout.rows_of_shard(shard, per_shard, rows))
         elif not self._failed:
             return range(rows)
+        # Rows are about to be listed, so the manifest's word for their number must be borne out.
+        _ = self.samples
         return [row for row in built if row not in self._failed]
 
     def has_features(self, row: int) -> bool:
@@ -271,7 +273,10 @@ class Cache:
     def _output(self, out: Buffer | None, shape: tuple[int, ...]) -> torch.Tensor:
         dtype = _TORCH_DTYPES[self.manifest.encoding.kind]
         if out is None:
-            return torch.empty(shape, dtype=dtype)
+            try:
+                return torch.empty(shape, dtype=dtype)
+            except RuntimeError as error:
+                raise CacheRequestError(f"there is no memory for a batch {shape} of {dtype}; read less") from error
         if isinstance(out, np.ndarray):
             if not out.flags.writeable:
                 raise CacheRequestError("out is read-only")
@@ -336,12 +341,17 @@ class Cache:
             if self.manifest.sealed:
                 table = load_index(self.root / layout.IMAGE_INDEX_NAME, self._image_count)
                 for number in range(self.manifest.store.image_shards):
-                    self._image_offsets[number] = table[number * per_shard : (number + 1) * per_shard]
+                    places = table[number * per_shard : (number + 1) * per_shard]
+                    self._image_offsets[number] = check_places(places, layout.IMAGE_INDEX_NAME)
             else:
                 record = read_record(self.root, "images", shard)
                 if record is None:
                     raise CacheUnsealed(f"image shard {shard} of {self.root} is not built yet")
-                self._image_offsets[shard] = np.array(record.offsets, dtype=np.int64).reshape(-1, 2)
+                places = np.array(record.offsets, dtype=np.int64).reshape(-1, 2)
+                rows = layout.rows_of_shard(shard, per_shard, self._image_count)
+                if len(places) != len(rows):
+                    raise CacheCorrupt(f"{record_name('images', shard)} has {len(places)} images, not {len(rows)}")
+                self._image_offsets[shard] = check_places(places, record_name("images", shard))
         return self._image_offsets[shard]
 
 

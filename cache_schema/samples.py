@@ -1,6 +1,8 @@
 """The samples table: one row per image of every split, in the order that features and images are stored in."""
 
 import hashlib
+import os
+import stat
 from collections.abc import Collection, Iterable, Mapping
 from io import BytesIO
 from pathlib import Path
@@ -13,6 +15,7 @@ import pyarrow.parquet as pq
 from cache_schema.errors import CacheCorrupt, CacheError
 from cache_schema.identity import canonical_json
 from cache_schema.manifest import Manifest
+from cache_schema.parquet import read_trusting_nothing
 
 SPLITS = ("train", "test", "unlabeled")
 STATES = ("ok", "quarantined")
@@ -157,8 +160,30 @@ def render_samples(table: pa.Table) -> bytes:
 def load_samples(path: Path) -> pa.Table:
     """Read a samples table; raises CacheCorrupt unless it is a valid one."""
     try:
-        table = pq.read_table(path, memory_map=False, partitioning=None)
+        # Without O_NONBLOCK, opening a named pipe that someone put here would wait for ever.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise CacheCorrupt(f"{path} is not a samples table: {error.strerror}") from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise CacheCorrupt(f"{path} is not a samples table: it is not a plain file")
+        with open(fd, "rb", closefd=False) as file:
+            return _parse(pa.PythonFile(file, mode="r"), status.st_size, str(path))
+    finally:
+        os.close(fd)
+
+
+def parse_samples(data: bytes, where: str) -> pa.Table:
+    """Turn the bytes of `samples.parquet` into a table; `where` names them. Raises CacheCorrupt unless it is valid."""
+    return _parse(pa.BufferReader(data), len(data), where)
+
+
+def _parse(source: pa.NativeFile, size: int, where: str) -> pa.Table:
+    try:
+        table = read_trusting_nothing(source, size, SAMPLES_SCHEMA)
         check_samples(table)
     except (OSError, pa.ArrowException, CacheError) as error:
-        raise CacheCorrupt(f"{path} is not a samples table: {str(error).splitlines()[0]}") from error
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CacheCorrupt(f"{where} is not a samples table: {first[:300]}") from error
     return table

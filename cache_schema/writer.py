@@ -29,7 +29,7 @@ from cache_schema.files import (
     write_new_file,
 )
 from cache_schema.identity import differing_fields
-from cache_schema.images import render_index, write_tar
+from cache_schema.images import MAX_IMAGE_BYTES, render_index, write_tar
 from cache_schema.journal import (
     FailedRow,
     FidelitySums,
@@ -83,6 +83,7 @@ def create_cache(path: str | os.PathLike[str], manifest: Manifest, samples: pa.T
             f"differ in {', '.join(differing_fields(existing, planned))}; choose another directory"
         )
     if not existing.sealed:
+        _refuse_links(root)
         sweep_aside_files(root)
         _establish_layout(root, existing, samples)
     stored = load_samples(root / layout.SAMPLES_NAME)
@@ -90,7 +91,19 @@ def create_cache(path: str | os.PathLike[str], manifest: Manifest, samples: pa.T
         raise CacheMismatch(
             f"cache {root} was begun with other samples: {_first_difference(stored, samples)}; choose another directory"
         )
+    try:
+        check_against_manifest(stored, existing)
+    except CacheError as error:
+        raise CacheCorrupt(f"{root / MANIFEST_NAME} is not that of this cache: {error}") from error
     return CacheWriter(root, existing, stored)
+
+
+def _refuse_links(root: Path) -> None:
+    """Raise CacheCorrupt if anything in an unfinished cache is a link: writing would go where it leads."""
+    for directory, folders, names in os.walk(root):
+        for path in (Path(directory, name) for name in [*folders, *names]):
+            if path.is_symlink():
+                raise CacheCorrupt(f"{path} is a link, so this cache is not continued; put what it names in its place")
 
 
 def _establish_manifest(root: Path, planned: Manifest) -> Manifest:
@@ -284,6 +297,8 @@ class CacheWriter:
         for row, image in zip(rows, images, strict=True):
             if not image:
                 raise CacheError(f"the image of {self._name(row)} is empty")
+            if len(image) > MAX_IMAGE_BYTES:
+                raise CacheError(f"the image of {self._name(row)} is larger than {MAX_IMAGE_BYTES} bytes")
         name = layout.image_file(shard)
         with AsideFile(self.root / name) as aside:
             offsets, checksums = write_tar(aside, rows, images, settings.format)
