@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 
 from cache_schema import tar
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt
-from cache_schema.files import AsideFile, crc32c, read_bounded
+from cache_schema.files import AsideFile, crc32c
 from cache_schema.manifest import Manifest
 
 # Far more than the largest student image; a hostile index must not have a whole sparse tar read at once.
@@ -58,20 +57,16 @@ def render_index(offsets: Sequence[tuple[int, int]]) -> bytes:
     return buffer.getvalue()
 
 
-def load_index(path: Path, rows: int) -> Array:
-    """Read `images/index.npy` of a cache with `rows` images, int64 (rows, 2); raises CacheCorrupt if it is not one."""
-    try:
-        data = read_bounded(path, 16 * rows + 4096)
-    except OSError as error:
-        raise CacheCorrupt(f"cannot read {path}: {error.strerror}") from error
-    return parse_index(data, rows, str(path))
+def index_size(rows: int) -> int:
+    """Return the size in bytes of `images/index.npy` of a cache with `rows` images."""
+    return len(_index_header(rows)) + 16 * rows
 
 
 def parse_index(data: bytes, rows: int, where: str) -> Array:
     """Parse `images/index.npy` of a cache with `rows` images, int64 (rows, 2); raises CacheCorrupt if it is not one."""
     # The header is known to the byte, so nothing in it needs to be interpreted, least of all a pickled object.
     header = _index_header(rows)
-    if len(data) != len(header) + 16 * rows or not data.startswith(header):
+    if len(data) != index_size(rows) or not data.startswith(header):
         raise CacheCorrupt(f"{where} is not the index of this cache's images: no .npy file of {(rows, 2)} int64")
     return np.frombuffer(data, dtype="<i8", offset=len(header)).reshape(rows, 2)
 

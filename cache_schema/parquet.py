@@ -22,17 +22,18 @@ _BATCH_ROWS = 4096
 _ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED", "PLAIN_DICTIONARY", "RLE_DICTIONARY"}
 
 
-def read_trusting_nothing(source: pa.NativeFile, size: int, schema: pa.Schema) -> pa.Table:
-    """Read the table of a file of `size` bytes that must have the given schema.
+def read_trusting_nothing(data: bytes, schema: pa.Schema) -> pa.Table:
+    """Read the table in the bytes of a Parquet file, which must have the given columns.
 
-    The memory this takes is at most a multiple of the size. Raises CacheCorrupt for a table that cannot be in so small
-    a file or has other columns, pyarrow's exceptions and OSError for what is no Parquet file.
+    The memory this takes is at most a multiple of their number. Raises CacheCorrupt for a table that cannot be in so
+    few bytes or has other columns, pyarrow's exceptions and OSError for what is no Parquet file.
     """
+    size = len(data)
     limit = _FREE_BYTES + _MAX_EXPANSION * size
-    _check_footer_size(source, size)
+    _check_footer_size(data)
     text = [field.name for field in schema if pa.types.is_string(field.type)]
     file = pq.ParquetFile(
-        source,
+        pa.BufferReader(data),
         # Equal texts stay one text until it is known how much they come to.
         read_dictionary=text,
         memory_map=False,
@@ -54,17 +55,13 @@ def read_trusting_nothing(source: pa.NativeFile, size: int, schema: pa.Schema) -
     return table
 
 
-def _check_footer_size(source: pa.NativeFile, size: int) -> None:
-    if size < _TAIL + len(_MAGIC):
-        raise CacheCorrupt(f"{size} bytes are too few for a Parquet file")
-    source.seek(size - _TAIL)
-    tail = source.read(_TAIL)
-    if tail[4:] != _MAGIC:
+def _check_footer_size(data: bytes) -> None:
+    size = len(data)
+    if size < _TAIL + len(_MAGIC) or data[-len(_MAGIC) :] != _MAGIC:
         raise CacheCorrupt("it does not end as a Parquet file does")
-    footer = int.from_bytes(tail[:4], "little")
+    footer = int.from_bytes(data[-_TAIL : -len(_MAGIC)], "little")
     if footer > min(size, _FOOTER_BYTES + size // _FOOTER_SHARE):
         raise CacheCorrupt(f"its metadata is said to take {footer} of its {size} bytes")
-    source.seek(0)
 
 
 def _check_schema(file: pq.ParquetFile, schema: pa.Schema) -> None:

@@ -1,8 +1,6 @@
 """The samples table: one row per image of every split, in the order that features and images are stored in."""
 
 import hashlib
-import os
-import stat
 from collections.abc import Collection, Iterable, Mapping
 from io import BytesIO
 from pathlib import Path
@@ -13,12 +11,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cache_schema.errors import CacheCorrupt, CacheError
+from cache_schema.files import read_bounded
 from cache_schema.identity import canonical_json
 from cache_schema.manifest import Manifest
 from cache_schema.parquet import read_trusting_nothing
 
 SPLITS = ("train", "test", "unlabeled")
 STATES = ("ok", "quarantined")
+# Some million images with captions of their own.
+MAX_SAMPLES_BYTES = 1 << 30
 
 SAMPLES_SCHEMA = pa.schema(
     [
@@ -121,8 +122,8 @@ def check_samples(table: pa.Table) -> None:
             raise CacheError(
                 f"the samples table has the {column} {sorted(unknown)[0]!r}; allowed: {', '.join(allowed)}"
             )
-    states = table["state"].to_pylist()
-    if "quarantined" in states and "ok" in states[states.index("quarantined") :]:
+    usable = count_usable(table)
+    if usable != count_usable(table.slice(0, usable)):
         raise CacheError("quarantined samples must come last in the samples table")
 
 
@@ -148,40 +149,30 @@ def check_against_manifest(table: pa.Table, manifest: Manifest) -> None:
 
 
 def render_samples(table: pa.Table) -> bytes:
-    """Return the bytes of `samples.parquet`, the same for equal tables."""
+    """Return the bytes of `samples.parquet`, the same for equal tables; CacheError for one that is too large."""
     buffer = BytesIO()
     # How a table is cut into pieces in memory must not show in the file, nor that it was read from one: the inner
     # field of the boxes then has another name.
     canonical = pa.Table.from_arrays(table.combine_chunks().columns, schema=SAMPLES_SCHEMA)
     pq.write_table(canonical, buffer, compression="zstd", row_group_size=65536, version="2.6")
+    if buffer.tell() > MAX_SAMPLES_BYTES:
+        raise CacheError(f"the samples table takes {buffer.tell()} bytes, a cache may have {MAX_SAMPLES_BYTES}")
     return buffer.getvalue()
 
 
 def load_samples(path: Path) -> pa.Table:
     """Read a samples table; raises CacheCorrupt unless it is a valid one."""
     try:
-        # Without O_NONBLOCK, opening a named pipe that someone put here would wait for ever.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        data = read_bounded(path, MAX_SAMPLES_BYTES)
     except OSError as error:
         raise CacheCorrupt(f"{path} is not a samples table: {error.strerror}") from error
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise CacheCorrupt(f"{path} is not a samples table: it is not a plain file")
-        with open(fd, "rb", closefd=False) as file:
-            return _parse(pa.PythonFile(file, mode="r"), status.st_size, str(path))
-    finally:
-        os.close(fd)
+    return parse_samples(data, str(path))
 
 
 def parse_samples(data: bytes, where: str) -> pa.Table:
     """Turn the bytes of `samples.parquet` into a table; `where` names them. Raises CacheCorrupt unless it is valid."""
-    return _parse(pa.BufferReader(data), len(data), where)
-
-
-def _parse(source: pa.NativeFile, size: int, where: str) -> pa.Table:
     try:
-        table = read_trusting_nothing(source, size, SAMPLES_SCHEMA)
+        table = read_trusting_nothing(data, SAMPLES_SCHEMA)
         check_samples(table)
     except (OSError, pa.ArrowException, CacheError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)

@@ -63,6 +63,8 @@ def check_members(file: ReadablePlaces, members: Iterable[tuple[str, int]]) -> N
     """
     place = 0
     for name, size in members:
+        if not 0 <= size <= MAX_MEMBER_BYTES:
+            raise CacheCorrupt(f"{file.path} cannot have a member {name} of {size} bytes")
         contents = place + BLOCK
         if file.read(place, BLOCK) != member_header(name, size):
             raise CacheCorrupt(f"{file.path} does not have the member {name} of {size} bytes at byte {place}")

@@ -52,7 +52,7 @@ def attack(cache_of: Callable[..., Path], victim: object, tmp_path: Path) -> Cal
     operation is returned; none may do anything but succeed, report problems or raise a CacheError.
     """
 
-    def run(plant: Callable[[Path], object], operations: object = None, partial: bool = False, **options: object):  # noqa: ANN202
+    def run(plant: Callable[[Path], object], operations: object = None, partial: bool = False, **options: object):
         building, hostile = sys.modules["cache_building"], sys.modules["cache_hostile"]
         twin = cache_of(**options)
         home = tmp_path / f"home-{len(list(tmp_path.iterdir()))}"

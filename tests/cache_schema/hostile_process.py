@@ -19,7 +19,7 @@ import torch  # noqa: F401 -- so that the memory it takes counts as the baseline
 
 import pipeline.cli
 import pipeline.commands.convert
-import pipeline.commands.inspect  # noqa: F401
+import pipeline.commands.inspect
 from cache_schema import CacheError, create_cache, open_cache
 from cache_schema import cli as command_line
 from cache_schema.convert import convert

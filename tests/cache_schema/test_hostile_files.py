@@ -1,4 +1,4 @@
-"""Things that are no plain files, files too large to be true, and links: never followed by a write, never waited for."""
+"""Things that are no plain files, files too large to be true, and links: not waited for, and not written through."""
 
 import os
 import shutil
