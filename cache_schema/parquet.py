@@ -31,18 +31,13 @@ def read_trusting_nothing(data: bytes, schema: pa.Schema) -> pa.Table:
     size = len(data)
     limit = _FREE_BYTES + _MAX_EXPANSION * size
     _check_footer_size(data)
+    bounds = {"thrift_string_size_limit": size, "thrift_container_size_limit": _MAX_FOOTER_ITEMS}
+    metadata = pq.ParquetFile(pa.BufferReader(data), **bounds).metadata
+    _check_schema(metadata.schema.to_arrow_schema(), schema)
+    _check_metadata(metadata, size, limit)
+    # Equal texts stay one text until it is known how much they come to.
     text = [field.name for field in schema if pa.types.is_string(field.type)]
-    file = pq.ParquetFile(
-        pa.BufferReader(data),
-        # Equal texts stay one text until it is known how much they come to.
-        read_dictionary=text,
-        memory_map=False,
-        pre_buffer=False,
-        thrift_string_size_limit=size,
-        thrift_container_size_limit=_MAX_FOOTER_ITEMS,
-    )
-    _check_schema(file, schema)
-    _check_metadata(file.metadata, size, limit)
+    file = pq.ParquetFile(pa.BufferReader(data), metadata=metadata, read_dictionary=text, **bounds)
     batches, total = [], 0
     for batch in file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False):
         total += _expanded_bytes(batch)
@@ -50,8 +45,8 @@ def read_trusting_nothing(data: bytes, schema: pa.Schema) -> pa.Table:
             raise CacheCorrupt(f"it expands to more than {limit} bytes, which a file of {size} bytes may not")
         batches.append(_with_plain_text(batch, schema))
     table = pa.Table.from_batches(batches, schema=schema if not batches else batches[0].schema)
-    if table.num_rows != file.metadata.num_rows:
-        raise CacheCorrupt(f"it has {table.num_rows} rows and says {file.metadata.num_rows}")
+    if table.num_rows != metadata.num_rows:
+        raise CacheCorrupt(f"it has {table.num_rows} rows and says {metadata.num_rows}")
     return table
 
 
@@ -64,12 +59,13 @@ def _check_footer_size(data: bytes) -> None:
         raise CacheCorrupt(f"its metadata is said to take {footer} of its {size} bytes")
 
 
-def _check_schema(file: pq.ParquetFile, schema: pa.Schema) -> None:
-    found = file.schema_arrow
-    wrong = [name for name in schema.names if found.get_field_index(name) < 0]
-    if wrong or found.names != schema.names:
-        columns = ", ".join(wrong) or f"{len(found.names)} columns instead of {len(schema.names)}"
-        raise CacheCorrupt(f"the samples table does not have the columns of the schema: {columns}")
+def _check_schema(found: pa.Schema, schema: pa.Schema) -> None:
+    if found.equals(schema):
+        return
+    types = {field.name: field.type for field in found}
+    wrong = [field.name for field in schema if types.get(field.name) != field.type]
+    columns = ", ".join(wrong) or f"{len(found.names)} columns in another order or with others between them"
+    raise CacheCorrupt(f"it does not have the columns of the schema: {columns}")
 
 
 def _check_metadata(metadata: pq.FileMetaData, size: int, limit: int) -> None:

@@ -15,7 +15,7 @@ from cache_schema import layout
 from cache_schema.damage import how_to_mend
 from cache_schema.errors import CacheCorrupt, CacheError, printable
 from cache_schema.files import FileDigest, crc32c, digest_file, is_aside, read_bounded
-from cache_schema.images import check_places, check_tar
+from cache_schema.images import check_places, check_tar, render_index
 from cache_schema.journal import JOURNAL_FOLDER, FileRecord, Kind, Record, committed, read_record, record_name
 from cache_schema.layout import ArrayLayout
 from cache_schema.manifest import Manifest
@@ -262,8 +262,25 @@ def _check_contents(path: Path, store: FeatureStore, piece: Piece, record: Recor
                 raise CacheCorrupt("this is not the metadata that the manifest implies")
         elif name == layout.SAMPLES_NAME:
             check_against_manifest(load_samples(path), store.manifest)
+        elif piece.kind == "calibration":
+            files = {store.calibration_file(known): known for known in layout.all_calibrations(store.manifest)}
+            data = read_bounded(path, store.calibration_size(files[name]))
+            store.parse_calibration(files[name], data, str(path))
+        elif name == layout.IMAGE_INDEX_NAME:
+            _check_index(path.parent.parent, path)
     except CacheError as error:
         yield Problem(name, piece.problem_shard, piece.rows, str(error))
+
+
+def _check_index(root: Path, path: Path) -> None:
+    try:
+        records = [read_record(root, *piece) for piece in sorted(committed(root)) if piece[0] == "images"]
+    except CacheCorrupt:
+        # That is reported by itself.
+        return
+    expected = render_index([place for record in records if record is not None for place in record.offsets])
+    if read_bounded(path, len(expected)) != expected:
+        raise CacheCorrupt("this is not where the journal says that the images are")
 
 
 def _locate_damage(
