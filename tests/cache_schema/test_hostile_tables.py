@@ -53,15 +53,13 @@ def repeated(rows: int, caption: str) -> pa.Table:
 def bombs() -> dict[str, bytes]:
     text = "A" * 1_000_000
     table, _ = tiny_samples()
-    many = pa.table({f"column {i}": [1] for i in range(20_000)})
+    many = pa.table({f"column {i}": [1] for i in range(3_000)})
     return {
-        # 20 GB of captions, then 110 MB.
+        # 20 GB of captions, then 90 MB.
         "one caption many times": written(repeated(20_000, text)),
-        "large pages": written(
-            with_column(table, "caption", ["A" * 10_000_000] * table.num_rows), use_dictionary=False
-        ),
+        "large pages": written(with_column(table, "caption", ["A" * 8_000_000] * table.num_rows), use_dictionary=False),
         "prefixes": written(
-            with_column(table, "caption", ["A" * 10_000_000] * table.num_rows),
+            with_column(table, "caption", ["A" * 8_000_000] * table.num_rows),
             use_dictionary=False,
             column_encoding={"caption": "DELTA_BYTE_ARRAY"},
         ),
