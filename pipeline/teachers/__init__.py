@@ -2,8 +2,9 @@
 
 import json
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.teachers.base import Teacher, TeacherError
 
@@ -27,18 +28,17 @@ PRESETS = {
     "demo": TeacherPreset(str(_DEMO_WEIGHTS), 48),
     "flux-dev": TeacherPreset("black-forest-labs/FLUX.1-dev", 512),
     "flux-kontext": TeacherPreset("black-forest-labs/FLUX.1-Kontext-dev", 512),
+    "flux2-klein": TeacherPreset("black-forest-labs/FLUX.2-klein-4B", 512),
+    "flux2-klein-base": TeacherPreset("black-forest-labs/FLUX.2-klein-base-4B", 512),
 }
 _DEFAULT_RESOLUTION = 512
 
-
-def _flux(folder: Path, **options: Any) -> Teacher:
-    from pipeline.teachers.flux import FluxTeacher
-
-    return FluxTeacher(folder, **options)
-
-
-# Transformer class named in model_index.json → the adapter that drives it.
-_FAMILIES = {"FluxTransformer2DModel": _flux}
+# Pipeline class named in model_index.json → the adapter that drives its transformer, imported when it is asked for.
+_FAMILIES = {
+    "FluxPipeline": "pipeline.teachers.flux:FluxTeacher",
+    "FluxKontextPipeline": "pipeline.teachers.flux:FluxTeacher",
+    "Flux2KleinPipeline": "pipeline.teachers.flux2:Flux2KleinTeacher",
+}
 
 
 def _quiet_libraries() -> None:
@@ -70,18 +70,9 @@ def load_teacher(
     _quiet_libraries()
     preset = PRESETS.get(spec)
     folder = locate(preset.source if preset else spec, revision)
-    index_file = folder / "model_index.json"
-    try:
-        transformer_class = json.loads(index_file.read_text(encoding="utf-8"))["transformer"][1]
-    except (ValueError, KeyError, IndexError, TypeError):
-        raise TeacherError(
-            f"teacher {spec}: {index_file} names no transformer; it is not a diffusion transformer"
-        ) from None
-    if transformer_class not in _FAMILIES:
-        raise TeacherError(
-            f"teacher {spec}: no adapter for {transformer_class}; known are {', '.join(sorted(_FAMILIES))}"
-        )
-    return _FAMILIES[transformer_class](
+    module, _, name = _adapter_of(folder, spec).partition(":")
+    adapter = getattr(import_module(module), name)
+    return adapter(
         folder,
         source=spec,
         revision=revision,
@@ -91,3 +82,21 @@ def load_teacher(
         guidance=guidance,
         lora=lora,
     )
+
+
+def _adapter_of(folder: Path, spec: str) -> str:
+    """The entry of `_FAMILIES` for a diffusers folder."""
+    index_file = folder / "model_index.json"
+    try:
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        pipeline_class, transformer_class = index["_class_name"], index["transformer"][1]
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise TeacherError(
+            f"teacher {spec}: {index_file} names no transformer; it is not a diffusion transformer"
+        ) from None
+    if pipeline_class not in _FAMILIES:
+        raise TeacherError(
+            f"teacher {spec}: no adapter for {pipeline_class} with {transformer_class}; "
+            f"known are {', '.join(sorted(_FAMILIES))}"
+        )
+    return _FAMILIES[pipeline_class]
