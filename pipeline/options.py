@@ -42,8 +42,8 @@ TeacherOption = Annotated[
     typer.Option(
         "--teacher",
         # Written out, as the table of presets comes with torch and --help is to answer at once; a test compares.
-        help="Preset (demo, flux-dev, flux-kontext, flux2-klein, flux2-klein-base), diffusers folder, "
-        "or hub repository.",
+        help="Preset (demo, flux-dev, flux-kontext, flux2-klein, flux2-klein-base, sd35-medium, sd35-large), "
+        "diffusers folder, or hub repository.",
     ),
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Revision of the hub repository.")]

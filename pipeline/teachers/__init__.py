@@ -30,6 +30,8 @@ PRESETS = {
     "flux-kontext": TeacherPreset("black-forest-labs/FLUX.1-Kontext-dev", 512),
     "flux2-klein": TeacherPreset("black-forest-labs/FLUX.2-klein-4B", 512),
     "flux2-klein-base": TeacherPreset("black-forest-labs/FLUX.2-klein-base-4B", 512),
+    "sd35-medium": TeacherPreset("stabilityai/stable-diffusion-3.5-medium", 512),
+    "sd35-large": TeacherPreset("stabilityai/stable-diffusion-3.5-large", 512),
 }
 _DEFAULT_RESOLUTION = 512
 
@@ -38,6 +40,7 @@ _FAMILIES = {
     "FluxPipeline": "pipeline.teachers.flux:FluxTeacher",
     "FluxKontextPipeline": "pipeline.teachers.flux:FluxTeacher",
     "Flux2KleinPipeline": "pipeline.teachers.flux2:Flux2KleinTeacher",
+    "StableDiffusion3Pipeline": "pipeline.teachers.sd3:StableDiffusion3Teacher",
 }
 
 

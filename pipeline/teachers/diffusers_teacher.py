@@ -161,17 +161,18 @@ class DiffusersTeacher(ABC):
         )
 
     def _load_pipeline(self) -> Any:
-        try:
-            pipe = self.pipeline.from_pretrained(self.folder, dtype=self.dtype)
-        except (OSError, ValueError) as error:
-            raise TeacherError(
-                f"teacher {self.source}: not a complete {self.pipeline_class} folder ({str(error).splitlines()[0]})"
-            ) from None
-        needed = [name for name in self.components if name not in self.optional_components]
-        missing = [name for name in needed if getattr(pipe, name) is None]
+        absent = [name for name in self.components if not (self.folder / name).is_dir()]
+        missing = [name for name in absent if name not in self.optional_components]
         if missing:
             raise TeacherError(
                 f"teacher {self.source}: {self.pipeline_class} does not work without {' and '.join(missing)}"
             )
+        try:
+            # diffusers wants to be told what is left out on purpose.
+            pipe = self.pipeline.from_pretrained(self.folder, dtype=self.dtype, **dict.fromkeys(absent))
+        except (OSError, ValueError) as error:
+            raise TeacherError(
+                f"teacher {self.source}: not a complete {self.pipeline_class} folder ({str(error).splitlines()[0]})"
+            ) from None
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(self.device)

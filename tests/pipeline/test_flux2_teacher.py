@@ -144,13 +144,24 @@ def test_another_pipeline_of_the_same_transformer_is_refused_with_the_known_ones
         load_teacher(str(tmp_path), dtype=torch.float32, device="cpu")
     line = str(caught.value)
     assert f"no adapter for {pipeline_class} with Flux2Transformer2DModel" in line
-    assert "known are Flux2KleinPipeline, FluxKontextPipeline, FluxPipeline" in line
+    assert "known are Flux2KleinPipeline, FluxKontextPipeline, FluxPipeline, StableDiffusion3Pipeline" in line
     assert "\n" not in line
 
 
-def test_an_incomplete_folder_is_refused_in_one_line(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("removed", "said"),
+    [
+        ("text_encoder", "Flux2KleinPipeline does not work without text_encoder"),
+        ("vae/config.json", "not a complete Flux2KleinPipeline folder"),
+        ("transformer/diffusion_pytorch_model.safetensors", "not a complete Flux2KleinPipeline folder"),
+    ],
+)
+def test_an_incomplete_folder_is_refused_in_one_line(folder, tmp_path, removed, said):
     broken = shutil.copytree(folder, tmp_path / "broken")
-    shutil.rmtree(broken / "text_encoder")
-    with pytest.raises(TeacherError, match="not a complete Flux2KleinPipeline folder") as caught:
+    if (broken / removed).is_dir():
+        shutil.rmtree(broken / removed)
+    else:
+        (broken / removed).unlink()
+    with pytest.raises(TeacherError, match=said) as caught:
         load_teacher(str(broken), dtype=torch.float32, device="cpu")
     assert "\n" not in str(caught.value)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_teachers import save_tiny_klein
+from tiny_teachers import save_tiny_klein, save_tiny_sd3
 
 from cache_schema import open_cache
 from cache_schema.verify import verify
@@ -19,7 +19,7 @@ from pipeline.teachers import load_teacher
 from pipeline.teachers.base import TeacherError
 from pipeline.teachers.lora import add_lora
 
-FAMILIES: dict[str, Callable[[Path], Path]] = {"flux2": save_tiny_klein}
+FAMILIES: dict[str, Callable[[Path], Path]] = {"flux2": save_tiny_klein, "sd3": save_tiny_sd3}
 RESOLUTION = 64
 
 
@@ -28,8 +28,8 @@ def folder(request, tmp_path_factory) -> Path:
     return FAMILIES[request.param](tmp_path_factory.mktemp(request.param))
 
 
-def load(folder: Path, **options: Any):
-    return load_teacher(str(folder), resolution=RESOLUTION, dtype=torch.float32, device="cpu", **options)
+def load(folder: Path, dtype: torch.dtype = torch.float32, **options: Any):
+    return load_teacher(str(folder), resolution=RESOLUTION, dtype=dtype, device="cpu", **options)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,8 @@ def all_blocks(teacher):
 def object_half(teacher, tokens):
     """The object's places in the image tokens of a family."""
     rows, columns = teacher.grid
+    if teacher.family == "sd3":  # the right half of a wide picture
+        return tokens.reshape(len(tokens), rows, 2 * columns, -1)[:, :, columns:].flatten(1, 2)
     return tokens[:, : rows * columns]
 
 
@@ -105,6 +107,18 @@ def test_a_batch_gives_what_its_images_give_alone(teacher):
         )
         for tap, tokens in alone.items():
             torch.testing.assert_close(together[tap][row], tokens, atol=1e-5, rtol=1e-5)
+
+
+def test_half_precision_tells_the_same_story(folder, teacher, tiny_dataset):
+    half = load(folder, torch.bfloat16)
+    sigma = torch.tensor([0.3, 0.7])
+    found = []
+    for each in (teacher, half):
+        c = encode_conditions(each, tiny_dataset, tiny_dataset.samples[:2], "canonical")
+        found.append(each.features(c.object, c.context, sigma, c.text, ["hidden", "velocity"]))
+    for tap, exact in found[0].items():
+        assert found[1][tap].dtype == torch.bfloat16
+        assert torch.cosine_similarity(exact, found[1][tap].float(), dim=-1).mean() > 0.99
 
 
 def test_text_context_and_place_all_reach_the_object_tokens(teacher):
@@ -177,7 +191,10 @@ def test_the_saved_lora_means_the_same_to_diffusers_and_to_the_build(folder, tin
 
 
 def test_stage_one_and_the_build_run_end_to_end(folder, teacher, tiny_dataset, tmp_path):
-    config = RefineConfig(steps=12, batch=4, lr=1e-2, rank=4, validation_images=4, pictures_every=12, picture_images=1)
+    config = RefineConfig(
+        steps=12, batch=4, lr=1e-2, rank=4, validation_images=4, pictures_every=12, picture_images=1,
+        gradient_checkpointing=True,
+    )  # fmt: skip
     record = refine(load(folder), tiny_dataset, config, tmp_path / "lora", log=str)
     losses = [entry["validation_loss"] for entry in record["validation"]]
     assert losses[-1] < losses[0]

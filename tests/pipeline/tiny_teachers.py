@@ -4,12 +4,17 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
 )
-from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from pipeline.teachers.pretrain_demo import TEXT_TOKENS, build_text_encoders, byte_level_clip_tokenizer
 
 # As Qwen3's own template behaves with enable_thinking=False: an empty thought opens the answer.
 CHAT_TEMPLATE = (
@@ -71,5 +76,46 @@ def save_tiny_klein(folder: Path, seed: int = 0) -> Path:
         text_encoder=qwen,
         tokenizer=tokenizer,
         transformer=transformer,
+    ).save_pretrained(folder)
+    return folder
+
+
+def build_projecting_clip(width: int, tokenizer) -> CLIPTextModelWithProjection:
+    end = tokenizer.eos_token_id
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=TEXT_TOKENS, projection_dim=width,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end,
+        )
+    )  # fmt: skip
+
+
+def save_tiny_sd3(folder: Path, seed: int = 0, with_t5: bool = True, dynamic_shifting: bool = False) -> Path:
+    torch.manual_seed(seed)
+    clips = [byte_level_clip_tokenizer() for _ in range(2)]
+    _, _, t5, t5_tokenizer = build_text_encoders()
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, layers_per_block=1, norm_num_groups=4,
+        mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
+        scaling_factor=1.5, shift_factor=0.06,
+    )  # fmt: skip
+    transformer = SD3Transformer2DModel(
+        sample_size=16, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=96, caption_projection_dim=32, pooled_projection_dim=48, pos_embed_max_size=12,
+        dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+    spread(transformer, 0.15)
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic_shifting),
+        vae=vae,
+        text_encoder=build_projecting_clip(16, clips[0]),
+        tokenizer=clips[0],
+        text_encoder_2=build_projecting_clip(32, clips[1]),
+        tokenizer_2=clips[1],
+        text_encoder_3=t5 if with_t5 else None,
+        tokenizer_3=t5_tokenizer if with_t5 else None,
     ).save_pretrained(folder)
     return folder
