@@ -131,6 +131,8 @@ def read_record(root: Path, kind: Kind, shard: int = 0) -> Record | None:
         data = read_bounded(root / name, MAX_RECORD_BYTES)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise CacheCorrupt(f"journal record {root / name} cannot be read ({error.strerror})") from error
     record = parse_record(data, str(root / name))
     if (record.kind, record.shard) != (kind, shard):
         raise CacheCorrupt(f"journal record {root / name} is that of {record.kind} {record.shard}")

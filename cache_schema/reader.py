@@ -44,7 +44,7 @@ def open_cache(path: str | os.PathLike[str], allow_partial: bool = False, verify
 
     With `verify`, every chunk and image is checked against its checksum in the journal as it is read: damage on a disk
     that is shared for months is then an error and not a slightly wrong feature. Reading from the page cache, the
-    fastest there is, takes about half as long again with it; from a disk or a network it costs next to nothing. In
+    fastest there is, takes about a third longer with it; from a disk or a network it costs next to nothing. In
     caches that schema version 1 wrote, checksums are of whole rows: there, what is read of a part of a row (some of the
     timesteps, one of several views) is not checked.
 

@@ -74,6 +74,17 @@ def parse_names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def parse_share(text: str, option: str) -> float:
+    """Parse 1% or 0.01 into a share from 0 to 1; anything else is a usage error that names the option."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise typer.BadParameter(f"{text!r} is not a share like 1% or 0.01", param_hint=option)
+    return share
+
+
 def parse_classes(text: str) -> tuple[str, ...]:
     """Class names from a list a,b,c or from a file with one per line."""
     from pipeline.datasets.text_table import decoded_lines
@@ -92,8 +103,19 @@ def open_inputs(
 ) -> "tuple[Dataset, Teacher]":  # fmt: skip
     """Open the data set and load the teacher that the options name."""
     # The data set first: a wrong path should not wait for 24 GB of weights.
+    opened = open_data(
+        dataset, data, limit, train_classes=train_classes, train_ratio=train_ratio, superclass=superclass
+    )
+    return opened, open_teacher(dataset, teacher, revision, lora, dtype, device, resolution, guidance)
+
+
+def open_data(
+    dataset: str, data: Path | None, limit: int | None, *, train_classes: str | None = None,
+    train_ratio: float | None = None, superclass: str | None = None,
+) -> "Dataset":  # fmt: skip
+    """Open the data set that the options name."""
     try:
-        opened = open_dataset(
+        return open_dataset(
             dataset,
             data,
             limit,
@@ -103,6 +125,13 @@ def open_inputs(
         )
     except DatasetOptionError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def open_teacher(
+    dataset: str, teacher: str | None, revision: str | None, lora: Path | None, dtype: Dtype, device: str,
+    resolution: int | None, guidance: float,
+) -> "Teacher":  # fmt: skip
+    """Load the teacher that the options name, or that of the data set's preset."""
     import torch
 
     from pipeline.teachers import load_teacher
@@ -119,7 +148,7 @@ def open_inputs(
         # One process per GPU, where accelerate or torchrun started several.
         target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     auto = torch.bfloat16 if target.type == "cuda" else torch.float32
-    chosen = load_teacher(
+    return load_teacher(
         teacher or preset_for(dataset).teacher,
         revision=revision,
         lora=lora,
@@ -128,4 +157,3 @@ def open_inputs(
         device=str(target),
         guidance=guidance,
     )
-    return opened, chosen

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from pipeline.teachers.architecture import Architecture
 from pipeline.teachers.base import TapShape, TeacherError, TextEmbedding
 from pipeline.teachers.capture import capture
 from pipeline.teachers.lora import attach_lora, check_made_for, save_lora
@@ -55,10 +55,8 @@ class DiffusersTeacher(ABC):
             if isinstance(module, Module):
                 module.eval().requires_grad_(False)
         self.guidance = guidance if self.transformer.config.get("guidance_embeds") else None
-        unit = self.pipe.vae_scale_factor * 2
-        if resolution < unit or resolution % unit:
-            raise TeacherError(f"resolution {resolution} must be a multiple of {unit} for the teacher {self.source}")
-        self.grid = (resolution // unit, resolution // unit)
+        self.architecture = self._read_architecture()
+        self.grid = self.architecture.grid(resolution, self.source)
         self.lora = Path(lora) if lora else None
         if self.lora:
             check_made_for(self.lora, self.digests()["transformer"], self.source)
@@ -73,8 +71,8 @@ class DiffusersTeacher(ABC):
         """Captions as the pipeline embeds them."""
 
     @abstractmethod
-    def _blocks(self) -> list[tuple[str, Module]]:
-        """(tap, block) in the order in which blocks run."""
+    def _read_architecture(self) -> Architecture:
+        """The shapes that follow from the loaded configurations."""
 
     @abstractmethod
     def _forward(self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding) -> Tensor:
@@ -111,9 +109,9 @@ class DiffusersTeacher(ABC):
     def features(
         self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding, taps: Sequence[str]
     ) -> dict[str, Tensor]:
-        depths = {tap: self._depth(tap) for tap in taps if tap != "velocity"}
+        depths = {tap: self.architecture.block(tap, self.source) for tap in taps if tap != "velocity"}
+        blocks = [*self.transformer.transformer_blocks, *getattr(self.transformer, "single_transformer_blocks", ())]
         features: dict[str, Tensor] = {}
-        blocks = [block for _, block in self._blocks()]
         with capture(blocks, depths, leave_early="velocity" not in taps) as found:
             features["velocity"] = -self._forward(noisy, context, sigma, text)
         for tap, output in found.items():
@@ -121,18 +119,10 @@ class DiffusersTeacher(ABC):
         return {tap: features[tap] for tap in taps}
 
     def taps(self) -> list[str]:
-        return [*(name for name, _ in self._blocks()[:-1]), "hidden", "velocity"]  # hidden is the last block's output
+        return [*self.architecture.taps()[:-1], "hidden", "velocity"]  # hidden is the last block's output
 
     def tap_shape(self, tap: str) -> TapShape:
-        if tap == "velocity":
-            channels = self._latent_channels()
-        else:
-            self._depth(tap)
-            channels = self.transformer.inner_dim
-        return TapShape(tap, self.grid[0] * self.grid[1], channels, self.grid)
-
-    def _latent_channels(self) -> int:
-        return self.transformer.config.in_channels
+        return self.architecture.tap_shape(tap, self.resolution, self.source)
 
     def _normalise(self, tokens: Tensor) -> Tensor:
         """Packed latents as the VAE gives them → as the DiT expects them."""
@@ -146,19 +136,6 @@ class DiffusersTeacher(ABC):
         scheduler = self.pipe.scheduler
         scheduler.set_timesteps(device="cpu", **schedule)
         return [float(sigma) for sigma in scheduler.sigmas[:-1]]
-
-    def _depth(self, tap: str) -> int:
-        """Index of the block whose output a tap reads; raises TeacherError for an unknown tap."""
-        names = [name for name, _ in self._blocks()]
-        if tap == "hidden":
-            return len(names) - 1
-        if tap in names:
-            return names.index(tap)
-        groups = [list(group) for _, group in groupby(names, key=lambda name: name.partition(".")[0])]
-        known = ["velocity", "hidden", *(f"{group[0]}–{group[-1]}" for group in groups)]
-        raise TeacherError(
-            f"the teacher {self.source} has no tap {tap!r}; it has {', '.join(known[:-1])} and {known[-1]}"
-        )
 
     def _load_pipeline(self) -> Any:
         absent = [name for name in self.components if not (self.folder / name).is_dir()]

@@ -12,8 +12,8 @@ import torch
 from diffusers import FluxKontextPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
-from torch.nn import Module
 
+from pipeline.teachers.architecture import Architecture, flux_architecture
 from pipeline.teachers.base import TextEmbedding
 from pipeline.teachers.diffusers_teacher import DiffusersTeacher
 
@@ -70,11 +70,8 @@ class FluxTeacher(DiffusersTeacher):
         )
         return TextEmbedding(tokens.to(self.dtype), pooled.to(self.dtype))
 
-    def _blocks(self) -> list[tuple[str, Module]]:
-        doubles, singles = self.transformer.transformer_blocks, self.transformer.single_transformer_blocks
-        return [(f"double.{n}", block) for n, block in enumerate(doubles)] + [
-            (f"single.{n}", block) for n, block in enumerate(singles)
-        ]
+    def _read_architecture(self) -> Architecture:
+        return flux_architecture(self.transformer.config, self.vae.config)
 
     def _forward(self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding) -> Tensor:
         tokens = noisy if context is None else torch.cat([noisy, context], dim=1)  # B, L or 2L, C

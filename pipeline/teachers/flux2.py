@@ -14,8 +14,8 @@ import torch
 from diffusers import Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
-from torch.nn import Module
 
+from pipeline.teachers.architecture import Architecture, flux2_architecture
 from pipeline.teachers.base import TextEmbedding
 from pipeline.teachers.diffusers_teacher import DiffusersTeacher
 
@@ -64,11 +64,8 @@ class Flux2KleinTeacher(DiffusersTeacher):
         )
         return TextEmbedding(tokens.to(self.dtype), tokens.new_zeros(len(tokens), 0))
 
-    def _blocks(self) -> list[tuple[str, Module]]:
-        doubles, singles = self.transformer.transformer_blocks, self.transformer.single_transformer_blocks
-        return [(f"double.{n}", block) for n, block in enumerate(doubles)] + [
-            (f"single.{n}", block) for n, block in enumerate(singles)
-        ]
+    def _read_architecture(self) -> Architecture:
+        return flux2_architecture(self.transformer.config, self.vae.config)
 
     def _forward(self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding) -> Tensor:
         tokens = noisy if context is None else torch.cat([noisy, context], dim=1)  # B, L or 2L, C

@@ -16,9 +16,9 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
-from torch.nn import Module
 
-from pipeline.teachers.base import TeacherError, TextEmbedding
+from pipeline.teachers.architecture import Architecture, sd3_architecture
+from pipeline.teachers.base import TextEmbedding
 from pipeline.teachers.diffusers_teacher import DiffusersTeacher
 from pipeline.teachers.packing import pack_latents, unpack_latents
 
@@ -50,13 +50,6 @@ class StableDiffusion3Teacher(DiffusersTeacher):
 
     def __init__(self, folder: Path, **options: Any):
         super().__init__(folder, **options)
-        table = self.transformer.config.pos_embed_max_size
-        if table and 2 * self.grid[1] > table:
-            most = table // 2 * self.resolution // self.grid[1]
-            raise TeacherError(
-                f"resolution {self.resolution}: two views side by side are {2 * self.grid[1]} tokens wide, and the "
-                f"positional table of the teacher {self.source} ends at {table}; use at most --resolution {most}"
-            )
         t5 = self.pipe.tokenizer_3
         self.text_tokens = min(_MAX_TEXT_TOKENS, t5.model_max_length) if t5 else _MAX_TEXT_TOKENS
 
@@ -86,11 +79,8 @@ class StableDiffusion3Teacher(DiffusersTeacher):
         )
         return TextEmbedding(tokens.to(self.dtype), pooled.to(self.dtype))
 
-    def _latent_channels(self) -> int:
-        return 4 * self.transformer.config.in_channels
-
-    def _blocks(self) -> list[tuple[str, Module]]:
-        return [(f"block.{n}", block) for n, block in enumerate(self.transformer.transformer_blocks)]
+    def _read_architecture(self) -> Architecture:
+        return sd3_architecture(self.transformer.config, self.vae.config)
 
     def _forward(self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding) -> Tensor:
         canvas = unpack_latents(noisy, *self.grid)  # B, C, H, W

@@ -1,7 +1,9 @@
 """Every family keeps the protocol: taps, early exit, LoRA, batches, Stage I and the cache build."""
 
 import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ from tiny_teachers import save_tiny_klein, save_tiny_sd3
 
 from cache_schema import open_cache
 from cache_schema.verify import verify
-from pipeline.build import BuildConfig, build, teacher_features
+from pipeline.build import build
+from pipeline.build_config import BuildConfig
 from pipeline.conditions import encode_conditions
 from pipeline.curriculum import add_noise
+from pipeline.features import teacher_features
 from pipeline.refine import RefineConfig, cdr_loss, refine
-from pipeline.teachers import load_teacher
+from pipeline.teachers import load_teacher, outline_teacher
 from pipeline.teachers.base import TeacherError
 from pipeline.teachers.lora import add_lora
 
@@ -214,3 +218,28 @@ def test_stage_one_and_the_build_run_end_to_end(folder, teacher, tiny_dataset, t
     for tap in settings.taps:
         stored = cache.read([0], tap=tap).decode()
         torch.testing.assert_close(stored, expected[tap][:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_an_outline_without_weights_has_the_shapes_of_the_loaded_teacher(folder, teacher, tmp_path):
+    for name in ("model_index.json", "transformer/config.json", "vae/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(folder / name, tmp_path / name)
+    outline = outline_teacher(str(tmp_path), resolution=RESOLUTION)
+    assert outline.architecture == teacher.architecture
+    assert [outline.tap_shape(tap) for tap in teacher.taps()] == [teacher.tap_shape(tap) for tap in teacher.taps()]
+
+
+@pytest.mark.parametrize(
+    ("preset", "tokens", "hidden", "velocity", "last"),
+    [
+        ("flux2-klein", 1024, 3072, 128, "single.19"),
+        ("flux2-klein-base", 1024, 3072, 128, "single.19"),
+        ("sd35-medium", 1024, 1536, 64, "block.23"),
+        ("sd35-large", 1024, 2432, 64, "block.37"),
+    ],
+)
+def test_a_preset_can_be_estimated_without_a_download(preset, tokens, hidden, velocity, last):
+    outline = outline_teacher(preset)
+    assert outline.tap_shape("velocity").channels == velocity
+    assert outline.tap_shape(last) == replace(outline.tap_shape("hidden"), name=last)
+    assert (outline.tap_shape("hidden").tokens, outline.tap_shape("hidden").channels) == (tokens, hidden)
