@@ -13,9 +13,9 @@ _COLOURS = _words(
     "buffy burgundy cerulean chestnut chocolate cinnamon cobalt copper cream creamy crimson cyan dark dusky ebony "
     "emerald fawn ferruginous fulvous glaucous gold golden gray grayish green greenish grey greyish indigo ivory "
     "khaki lavender lemon light lilac maroon mauve metallic navy ochre olive olivaceous orange pale peach pearl pink "
-    "pinkish purple red reddish rose rosy ruby ruddy rufous russet rust rusty sable salmon sandy sapphire scarlet sepia "
-    "silver silvery slate slaty snowy sooty tan tawny teal turquoise ultramarine vermilion violet white whitish yellow "
-    "yellowish"
+    "pinkish purple red reddish rose rosy ruby ruddy rufous russet rust rusty sable salmon sandy sapphire scarlet "
+    "sepia silver silvery slate slaty snowy sooty tan tawny teal turquoise ultramarine vermilion violet white whitish "
+    "yellow yellowish"
 )
 _SIZES_AND_SHAPES = _words(
     "big bulky compact curved deep dwarf flat giant great greater heavy high huge large least lesser little long low "
@@ -39,9 +39,9 @@ _PATTERNS = _words(
     "streaked stripe tailless tufted varied variegated wavy wire wiry"
 )
 _PLACES_AND_TIMES = _words(
-    "america american bank barn cliff common desert east eastern evening field forest garden ground house island lake "
-    "land marsh meadow mountain north northern ocean pine pond prairie river rock sand sea seaside shore south southern "
-    "summer surf swamp tree water west western winter wood world"
+    "america american bank barn cliff common desert east eastern evening field forest garden ground house island "
+    "lake land marsh meadow mountain north northern ocean pine pond prairie river rock sand sea seaside shore south "
+    "southern summer surf swamp tree water west western winter wood world"
 )
 _SEX_AND_AGE = _words("adult breeding female immature juvenile male mature morph nonbreeding old phase young")
 # What a vehicle's body looks like is a description of it, as a bird's colours are.

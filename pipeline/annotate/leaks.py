@@ -36,7 +36,7 @@ _LONGEST_JOIN = 4
 
 @dataclass(frozen=True)
 class _Word:
-    """A word of a text: its place, its folded spelling, and whether nothing but a hyphen parts it from the one before."""
+    """A word of a text: its place, its folded spelling, and what parts it from the one before: a hyphen, or blanks."""
 
     start: int
     end: int
@@ -183,9 +183,7 @@ class LeakCheck:
     def _is_ordinary(self, word_forms: frozenset[str]) -> bool:
         return bool(word_forms & (DESCRIPTIVE | self._super))
 
-    def _without(
-        self, caption: str, words: Sequence[_Word], runs: Sequence[tuple[int, int]], replacement: str
-    ) -> str:
+    def _without(self, caption: str, words: Sequence[_Word], runs: Sequence[tuple[int, int]], replacement: str) -> str:
         parts, done = [], 0
         for first, last in runs:
             before = caption[done : words[first].start]
