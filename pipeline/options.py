@@ -12,6 +12,8 @@ from pipeline.datasets import DatasetOptionError, dataset_names, open_dataset
 from pipeline.presets import preset_for
 
 if TYPE_CHECKING:
+    import torch
+
     from pipeline.datasets.base import Dataset
     from pipeline.teachers.base import Teacher
 
@@ -36,6 +38,14 @@ TrainRatioOption = Annotated[
 ]
 SuperclassOption = Annotated[
     str | None, typer.Option(help="Data set folder: the word for what the images show; default object.")
+]
+AnnotationsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--annotations",
+        help="Boxes and captions to use: the file of dit-cache annotate, or any .parquet, .csv or .jsonl with id or "
+        "file_name, box, caption.",
+    ),
 ]
 TeacherOption = Annotated[
     str | None,
@@ -80,13 +90,11 @@ def parse_classes(text: str) -> tuple[str, ...]:
     return parse_names(text)
 
 
-def open_inputs(
-    dataset: str, data: Path | None, teacher: str | None, revision: str | None, lora: Path | None, dtype: Dtype,
-    device: str, resolution: int | None, guidance: float, limit: int | None, *,
-    train_classes: str | None = None, train_ratio: float | None = None, superclass: str | None = None,
-) -> "tuple[Dataset, Teacher]":  # fmt: skip
-    """Open the data set and load the teacher that the options name."""
-    # The data set first: a wrong path should not wait for 24 GB of weights.
+def open_data(
+    dataset: str, data: Path | None, limit: int | None, *, train_classes: str | None = None,
+    train_ratio: float | None = None, superclass: str | None = None, annotations: Path | None = None,
+) -> "Dataset":  # fmt: skip
+    """Open the data set that the options name, with the boxes and captions of an annotation file if one is given."""
     try:
         opened = open_dataset(
             dataset,
@@ -98,9 +106,20 @@ def open_inputs(
         )
     except DatasetOptionError as error:
         raise typer.BadParameter(str(error)) from None
-    import torch
+    if annotations is None:
+        return opened
+    from pipeline.datasets.annotated import AnnotatedDataset
 
-    from pipeline.teachers import load_teacher
+    annotated = AnnotatedDataset(opened, annotations, partial=limit is not None)
+    typer.echo(
+        f"{annotations}: boxes for {annotated.boxes}, captions for {annotated.captions} of {len(opened.samples)} images"
+    )
+    return annotated
+
+
+def choose_device(device: str) -> "torch.device":
+    """The device that --device names; raises DitDistillError if there is none such."""
+    import torch
 
     try:
         target = torch.device(
@@ -113,13 +132,39 @@ def open_inputs(
     if target.type == "cuda" and target.index is None:
         # One process per GPU, where accelerate or torchrun started several.
         target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    auto = torch.bfloat16 if target.type == "cuda" else torch.float32
+    return target
+
+
+def choose_dtype(dtype: Dtype, device: "torch.device") -> "torch.dtype":
+    """The precision that --dtype names on this device."""
+    import torch
+
+    if dtype is Dtype.auto:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, dtype.value)
+
+
+def open_inputs(
+    dataset: str, data: Path | None, teacher: str | None, revision: str | None, lora: Path | None, dtype: Dtype,
+    device: str, resolution: int | None, guidance: float, limit: int | None, *,
+    train_classes: str | None = None, train_ratio: float | None = None, superclass: str | None = None,
+    annotations: Path | None = None,
+) -> "tuple[Dataset, Teacher]":  # fmt: skip
+    """Open the data set and load the teacher that the options name."""
+    # The data set first: a wrong path should not wait for 24 GB of weights.
+    opened = open_data(
+        dataset, data, limit,
+        train_classes=train_classes, train_ratio=train_ratio, superclass=superclass, annotations=annotations,
+    )  # fmt: skip
+    from pipeline.teachers import load_teacher
+
+    target = choose_device(device)
     chosen = load_teacher(
         teacher or preset_for(dataset).teacher,
         revision=revision,
         lora=lora,
         resolution=resolution,
-        dtype=auto if dtype is Dtype.auto else getattr(torch, dtype.value),
+        dtype=choose_dtype(dtype, target),
         device=str(target),
         guidance=guidance,
     )

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pipeline.options import (
+    AnnotationsOption,
     DataOption,
     DatasetOption,
     DebugOption,
@@ -56,6 +57,7 @@ def build(
     train_classes: TrainClassesOption = None,
     train_ratio: TrainRatioOption = None,
     superclass: SuperclassOption = None,
+    annotations: AnnotationsOption = None,
     teacher: TeacherOption = None,
     revision: RevisionOption = None,
     lora: Annotated[
@@ -98,7 +100,7 @@ def build(
     chosen_steps = preset.timesteps if timesteps is None else parse_numbers(timesteps, "--timesteps")
     opened, loaded = open_inputs(
         dataset, data, teacher, revision, lora, dtype, device, resolution, guidance, limit,
-        train_classes=train_classes, train_ratio=train_ratio, superclass=superclass,
+        train_classes=train_classes, train_ratio=train_ratio, superclass=superclass, annotations=annotations,
     )  # fmt: skip
     from pipeline.build import BuildConfig
     from pipeline.build import build as run_build
