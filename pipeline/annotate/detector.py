@@ -11,6 +11,7 @@ from pipeline.views import Box
 
 OPTION = "--detector"
 DEFAULT = "IDEA-Research/grounding-dino-base"
+_MOST_ELONGATED = 50
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class Detector:
         found: list[Detection | None] = [None] * len(images)
         sizes: dict[tuple[int, int], list[int]] = {}
         for i, image in enumerate(images):
+            # Scaled to the detector's size, nothing would be left of the shorter side.
+            if max(image.size) > _MOST_ELONGATED * min(image.size):
+                continue
             sizes.setdefault(image.size, []).append(i)
         # Images of unequal size would be padded, and an image's box would depend on its neighbours.
         for rows in sizes.values():

@@ -28,6 +28,8 @@ _TOKEN = re.compile(r"[^\W_]+(?:['’ʼ][^\W_]+)*(?:(?<=s)['’](?=[\s.,;:!?]|$)
 _HYPHENS = frozenset("-‐‑‒–_")
 # Numbering that official class lists put before a name: CUB's 001., ImageNet's n02085620-.
 _NUMBERING = re.compile(r"^(?:\d+\.|n\d{8}[-_ ])")
+# NABirds tells sex and age in brackets: "Common Eider (Adult male)". Nobody would say that in a sentence.
+_BRACKETS = re.compile(r"\([^()]*\)")
 _COMMON_SHARE = 0.25
 _FEWEST_NAMES = 8  # below this, a quarter of the names is a word that two classes share
 _IRREGULAR = {"geese": "goose", "mice": "mouse"}
@@ -55,7 +57,9 @@ class ClassWords:
 
 def fold(token: str) -> str:
     """A word without case, accents, apostrophes and possessive s."""
-    plain = "".join(c for c in unicodedata.normalize("NFKD", token) if not unicodedata.combining(c)).casefold()
+    # Upper case first: some letters, such as the Turkish dotless i, meet their plain form only there.
+    decomposed = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", token).upper().casefold())
+    plain = "".join(c for c in decomposed if not unicodedata.combining(c))
     plain = re.sub(r"['’ʼ]s$", "", plain)
     return "".join(c for c in plain if c.isalnum())
 
@@ -91,10 +95,10 @@ class LeakCheck:
         self._common = frozenset(word for word, n in counts.items() if n > few)
         # A name with a distinctive word is forbidden to all classes; indexed, because there may be thousands.
         self._by_first: dict[str, list[tuple[frozenset[str], ...]]] = {}
-        for words in self._names.values():
-            if any(self.is_distinctive(word) for word in words):
-                for form in forms(words[0]):
-                    self._by_first.setdefault(form, []).append(_spellings(words))
+        for spoken in {words for name in self._names for words in _spoken(name)}:
+            if any(self.is_distinctive(word) for word in spoken):
+                for form in forms(spoken[0]):
+                    self._by_first.setdefault(form, []).append(_spellings(spoken))
         # Names that end in a noun of their own (… Warbler) leave a hole in a sentence; others (… Sedan) do not.
         heads = ([w for w in words if not w.isdigit()][-1:] for words in self._names.values())
         self._heads = frozenset().union(*(forms(w) for head in heads for w in head if self.is_distinctive(w)))
@@ -115,9 +119,8 @@ class LeakCheck:
                 for last in range(first + 2, len(words) + 1):
                     if last - first == len(words) or any(self.is_distinctive(w) for w in words[first:last]):
                         spellings.add("".join(words[first:last]))
-            own = _spellings(words)
-            only_super = all(form & self._super for form in own)
-            names = () if only_super else (own,)
+            own = [_spellings(spoken) for spoken in sorted(_spoken(class_name))]
+            names = tuple(name for name in own if not all(form & self._super for form in name))
             self._classes[class_name] = ClassWords(frozenset().union(*map(forms, spellings)), names)
         return self._classes[class_name]
 
@@ -191,7 +194,8 @@ class LeakCheck:
             preceding = words[first - 1].folded if first and words[first].adjacent else ""
             ending = {"".join(w.folded for w in words[k:last]) for k in range(first, last)}
             has_noun = any(forms(word) & self._heads for word in ending)
-            needs_noun = has_noun or not following or following in GRAMMAR
+            bracketed = before.rstrip().endswith("(")
+            needs_noun = not bracketed and (has_noun or not following or following in GRAMMAR)
             beside = bool((forms(following) | forms(preceding)) & self._super)
             noun = replacement if needs_noun and not beside else ""
             parts += [_with_article(before, noun or following), noun or " "]
@@ -212,6 +216,11 @@ def _tokenise(text: str) -> list[_Word]:
         words.append(_Word(match.start(), match.end(), folded, hyphenated, hyphenated or gap.isspace()))
         end = match.end()
     return words
+
+
+def _spoken(class_name: str) -> set[tuple[str, ...]]:
+    """The class name in words, with and without what it has in brackets."""
+    return {words for words in (name_words(class_name), name_words(_BRACKETS.sub(" ", class_name))) if words}
 
 
 def _spellings(words: Sequence[str]) -> tuple[frozenset[str], ...]:

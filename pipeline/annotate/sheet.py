@@ -14,7 +14,7 @@ from pipeline.refine.pictures import save_picture
 
 _COLUMNS = 6
 _PICTURE, _GAP = (240, 200), 12
-_LINE, _LINES, _CHARACTERS = 15, 8, 38
+_LINE, _LINES, _CHARACTERS = 15, 10, 38
 _COLOURS = {"detector": (230, 30, 30), "none-found": (240, 150, 0), "full": (120, 120, 120)}
 _OTHER = (20, 110, 230)  # boxes that came with the data
 # Pillow's own font has no others; typographic signs have plain equivalents.
@@ -25,48 +25,51 @@ def draw_sheet(dataset: Dataset, rows: Sequence[Mapping[str, Any]], images: int,
     """Write a PNG of up to `images` evenly spread rows of an annotation of this data set; `rows` in its order."""
     count = min(images, len(rows))
     places = [round(k * (len(rows) - 1) / max(1, count - 1)) for k in range(count)]
-    columns = min(_COLUMNS, count)
-    step = (_PICTURE[0] + _GAP, _PICTURE[1] + (_LINES + 1) * _LINE + 2 * _GAP)
-    sheet = Image.new("RGB", (columns * step[0] + _GAP, -(-count // columns) * step[1] + _GAP), "white")
-    for k, place in enumerate(places):
-        cell = _draw_cell(dataset, dataset.samples[place], rows[place], (step[0] - _GAP, step[1] - _GAP))
-        sheet.paste(cell, (_GAP + k % columns * step[0], _GAP + k // columns * step[1]))
+    cells = [_draw_cell(dataset, dataset.samples[place], rows[place]) for place in places]
+    lines = [cells[k : k + _COLUMNS] for k in range(0, count, _COLUMNS)]
+    heights = [max(cell.height for cell in line) + _GAP for line in lines]
+    sheet = Image.new("RGB", (min(_COLUMNS, count) * (_PICTURE[0] + _GAP) + _GAP, sum(heights) + _GAP), "white")
+    for k, line in enumerate(lines):
+        for column, cell in enumerate(line):
+            sheet.paste(cell, (_GAP + column * (_PICTURE[0] + _GAP), _GAP + sum(heights[:k])))
     save_picture(sheet, path)
 
 
-def _draw_cell(dataset: Dataset, sample: Sample, row: Mapping[str, Any], size: tuple[int, int]) -> Image.Image:
-    cell = Image.new("RGB", size, "white")
-    pen, font = ImageDraw.Draw(cell), ImageFont.load_default(12)
+def _draw_cell(dataset: Dataset, sample: Sample, row: Mapping[str, Any]) -> Image.Image:
+    picture = Image.new("RGB", _PICTURE, "white")
+    text = row["reason"] or row["caption"] or "(no caption)"
     if row["box"] is None:
-        pen.rectangle((0, 0, _PICTURE[0] - 1, _PICTURE[1] - 1), outline="grey")
-        text = row["reason"]
+        ImageDraw.Draw(picture).rectangle((0, 0, _PICTURE[0] - 1, _PICTURE[1] - 1), outline="grey")
     else:
         try:
-            _draw_image(cell, dataset.read(sample), row)
+            _draw_image(picture, dataset.read(sample), row)
         except UNREADABLE as error:
-            row = {**row, "reason": f"cannot be read any more: {error}"}
-        text = row["reason"] or row["caption"] or "(no caption)"
+            text = f"cannot be read any more: {error}"
     score = "" if row["box_score"] is None else f" {row['box_score']:.2f}"
     leak = f", {row['leak']}" if row["leak"] not in ("", "clean") else ""
-    lines = [sample.id[-_CHARACTERS:], f"{row['box_source']}{score}{leak}", *textwrap.wrap(text, _CHARACTERS)]
-    if len(lines) > _LINES:
-        lines = [*lines[: _LINES - 1], lines[_LINES - 1][: _CHARACTERS - 4] + " ..."]
+    wrapped = textwrap.wrap(plain(text), _CHARACTERS)
+    if len(wrapped) > _LINES:
+        wrapped = [*wrapped[: _LINES - 1], wrapped[_LINES - 1][: _CHARACTERS - 4] + " ..."]
+    lines = [plain(sample.id)[-_CHARACTERS:], f"{row['box_source']}{score}{leak}", *wrapped]
+    cell = Image.new("RGB", (_PICTURE[0], _PICTURE[1] + 4 + len(lines) * _LINE), "white")
+    cell.paste(picture, (0, 0))
+    pen, font = ImageDraw.Draw(cell), ImageFont.load_default(12)
     for k, line in enumerate(lines):
-        pen.text((0, _PICTURE[1] + 4 + k * _LINE), plain(line), fill="black" if k > 1 else (90, 90, 90), font=font)
+        pen.text((0, _PICTURE[1] + 4 + k * _LINE), line, fill="black" if k > 1 else (90, 90, 90), font=font)
     return cell
 
 
-def _draw_image(cell: Image.Image, encoded: bytes, row: Mapping[str, Any]) -> None:
+def _draw_image(picture: Image.Image, encoded: bytes, row: Mapping[str, Any]) -> None:
     image, box = decode_with_box(encoded, tuple(row["box"]))
     scale = min(_PICTURE[0] / image.width, _PICTURE[1] / image.height)
     small = image.resize(
         (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BICUBIC
     )
     left, top = (_PICTURE[0] - small.width) // 2, (_PICTURE[1] - small.height) // 2
-    cell.paste(small, (left, top))
+    picture.paste(small, (left, top))
     x0, y0, x1, y1 = (round(v * scale) for v in box)
     corners = (left + x0, top + y0, left + max(x0 + 1, min(x1, small.width) - 1), top + max(y0 + 1, y1 - 1))
-    pen = ImageDraw.Draw(cell)
+    pen = ImageDraw.Draw(picture)
     # White around the colour, so that it shows on any background.
     pen.rectangle(corners, outline="white", width=4)
     pen.rectangle(corners, outline=_COLOURS.get(row["box_source"], _OTHER), width=2)
