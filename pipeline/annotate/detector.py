@@ -1,5 +1,6 @@
 """Where the object is: zero-shot detection with the super-class as the only label."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,13 +26,14 @@ class Detection:
 def pad_and_clip(box: Box, size: tuple[int, int], padding: float) -> Box | None:
     """A box grown by `padding` of its width and height on each side, clipped to an image of size (width, height).
 
-    None where less than a pixel of it is inside the image.
+    None where less than a pixel of it is inside the image, or a coordinate is not finite.
     """
+    if not all(map(math.isfinite, box)):
+        return None
     x0, y0, x1, y1 = box
     dx, dy = padding * (x1 - x0), padding * (y1 - y0)
     width, height = size
     clipped = (max(0.0, x0 - dx), max(0.0, y0 - dy), min(float(width), x1 + dx), min(float(height), y1 + dy))
-    # Written so that NaN is outside too.
     return clipped if clipped[2] - clipped[0] >= 1 and clipped[3] - clipped[1] >= 1 else None
 
 
