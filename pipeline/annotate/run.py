@@ -53,13 +53,16 @@ def annotate(
         return rows
     work = WorkFolder(output, settings)
     boxes = _run_stage(work, "boxes", config, range(len(dataset.samples)), BoxStage(dataset, config, models.detector))
-    release_memory()
+    if models.detector:
+        release_memory()
     readable = [i for i in range(len(dataset.samples)) if not boxes[i]["reason"]]
     captions = _run_stage(work, "captions", config, readable, CaptionStage(dataset, config, models.captioner, boxes))
-    release_memory()
+    if models.captioner:
+        release_memory()
     rows = [{"id": s.id, **boxes[i], **captions.get(i, NO_CAPTION)} for i, s in enumerate(dataset.samples)]
     write_annotations(output, rows, _describe_run(settings, models, rows))
     work.remove()
+    rows, _ = read_annotations(output)
     _report(rows, output, log)
     return rows
 

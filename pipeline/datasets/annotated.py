@@ -110,7 +110,7 @@ class AnnotatedDataset:
                     f"{row.where}: {sample.source} is not the image that was annotated (another SHA-256); annotate "
                     "again, or leave the sha256 out"
                 )
-            del self._unchecked[sample.id]
+            self._unchecked.pop(sample.id, None)  # once is enough; another thread may have been first
         return data
 
 
