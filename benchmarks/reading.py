@@ -1,111 +1,234 @@
-"""How fast the trainer can read: our reader against zarr-python and a bare pread loop, on the same files, in one run.
+"""How fast the trainer can read, side by side with a bare pread loop and with the tools a user might pick instead.
 
-`python -m benchmarks.reading`. Synthetic features (T=4, 256 tokens, 768 channels, int8), random batches of 32 from the
-page cache, one process; the median of several rounds, in turns, so that a noisy machine disturbs all alike.
+`python -m benchmarks.reading`. Random batches of 32 samples from the page cache, one process per contender, in turns;
+medians. A batch is read when its bytes lie in one array (B, T, L, C), so samples that a tool delivers one by one are
+copied into one; what it takes to have them one by one is the last column. Before anything is timed, every contender's
+values are compared with features encoded anew.
 """
 
 import argparse
-import json
+import functools
+import itertools
 import os
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import zarr
 
-from cache_schema import Curriculum, DatasetInfo, Encoding, TapInfo, TeacherInfo, create_cache, open_cache
-from cache_schema.plan import plan_manifest
-from cache_schema.samples import fingerprint_samples, samples_table
+from benchmarks.alternatives import READERS, WRITERS, Batch, Read, Reader, as_array
+from benchmarks.measure import Work, in_turns_apart, medians, save, table, version
+from benchmarks.synthetic import BFLOAT16, INT8, TAP, Workload, encoded_features, mapped_payloads, write_cache
+from cache_schema import open_cache
+from cache_schema.encoding import Array
 
-RESULTS = Path(__file__).parent / "results"
-TOKENS, CHANNELS, TIMESTEPS, BATCH = 256, 768, (10, 16, 22, 28), 32
-
-
-def write_cache(folder: Path, samples: int) -> None:
-    """A sealed int8 cache of random features."""
-    table = samples_table(
-        {
-            "id": f"{i:05d}",
-            "split": "train",
-            "label": i % 7,
-            "source": f"{i}.jpg",
-            "sha256": f"{i:064x}",
-            "width": 8,
-            "height": 8,
-        }
-        for i in range(samples)
-    )
-    manifest = plan_manifest(
-        dataset=DatasetInfo(name="random", protocol="none", fingerprint=fingerprint_samples(table), superclass="thing",
-                            counts={"train": samples}, feature_splits=["train"], feature_rows=samples),
-        teacher=TeacherInfo(family="none", source="random", pipeline_class="none", digests={}, dtype="float32",
-                            resolution=256, text="none"),
-        curriculum=Curriculum(num_steps=28, timesteps=list(TIMESTEPS), sigmas=[0.8, 0.6, 0.4, 0.1], seed=0),
-        taps=[TapInfo(name="hidden", tokens=TOKENS, channels=CHANNELS, grid=(16, 16))],
-        encoding=Encoding(kind="int8"), views=["canonical"], images=None, image_rows=samples,
-    )  # fmt: skip
-    writer = create_cache(folder, manifest, table)
-    rng = np.random.default_rng(0)
-    shape = (1, len(TIMESTEPS), TOKENS, CHANNELS)
-    writer.calibrate({"hidden": rng.standard_normal((4, *shape), dtype=np.float32)})
-    for k in writer.missing_shards():
-        rows = len(writer.shard_rows(k))
-        writer.write_shard(k, {"hidden": rng.standard_normal((rows, *shape), dtype=np.float32)})
-    writer.seal()
+WORKLOADS = {"int8": INT8, "bfloat16": BFLOAT16}
+BOUND = "`os.preadv` into a reused buffer (bound)"
+SUBSET = "`cache.read`, one of four timesteps"
 
 
-def contenders(folder: Path) -> dict[str, Callable[[np.ndarray], object]]:
-    """Name → a function that reads one batch of rows, all timesteps."""
+def preadv(folder: Path, workload: Workload) -> Read:
+    """Read the bytes of the same shard files with nothing around the system call."""
+    store = open_cache(folder).manifest.store
+    files = [os.open(folder / f"features/{TAP}/c/{k}/0/0/0/0", os.O_RDONLY) for k in range(store.feature_shards)]
+    size, buffers = workload.sample_bytes, _Buffers(workload)
+
+    def read(rows: Array) -> Batch:
+        out = buffers.array(len(rows))
+        target = memoryview(out.reshape(-1).view(np.uint8))
+        for i, row in enumerate(rows.tolist()):
+            shard, local = divmod(row, store.samples_per_shard)
+            os.preadv(files[shard], [target[i * size : (i + 1) * size]], local * size)
+        return rows, out
+
+    return read
+
+
+def reused(folder: Path, workload: Workload, **options: Any) -> Read:
+    """Read with our reader into memory that is used again, as a loader with pinned memory does."""
+    cache, buffers = open_cache(folder, **options), _Buffers(workload)
+
+    def read(rows: Array) -> Batch:
+        cache.read(rows, tap=TAP, out=buffers.array(len(rows)))
+        return rows, buffers.array(len(rows))
+
+    return read
+
+
+def fresh(folder: Path, workload: Workload) -> Read:
+    """Read with our reader into new memory for every batch."""
     cache = open_cache(folder)
-    buffer = torch.empty((BATCH, len(TIMESTEPS), TOKENS, CHANNELS), dtype=torch.int8)
-    array = zarr.open_array(folder / "features/hidden", mode="r")
-    size = len(TIMESTEPS) * TOKENS * CHANNELS
-    per_shard = cache.manifest.store.samples_per_shard
-    shards = [folder / f"features/hidden/c/{k}/0/0/0/0" for k in range(cache.manifest.store.feature_shards)]
-    files = [os.open(path, os.O_RDONLY) for path in shards]
-    raw = memoryview(bytearray(BATCH * size))
 
-    def bare(rows: np.ndarray) -> None:
-        for i, row in enumerate(rows):
-            os.preadv(files[row // per_shard], [raw[i * size : (i + 1) * size]], (row % per_shard) * size)
+    def read(rows: Array) -> Batch:
+        payload = cache.read(rows, tap=TAP).payload
+        return rows, (payload.view(torch.int16) if payload.dtype == torch.bfloat16 else payload).numpy()
 
-    return {
-        "os.preadv into a reused buffer (bound)": bare,
-        "cache.read into a reused buffer": lambda rows: cache.read(rows.tolist(), tap="hidden", out=buffer),
-        "cache.read, one of four timesteps": lambda rows: cache.read(rows.tolist(), tap="hidden", timesteps=[28]),
-        "zarr-python, z[i] per sample": lambda rows: [array[int(row)] for row in rows],
-    }
+    return read
+
+
+def one_timestep(folder: Path, workload: Workload) -> Read:
+    """Read the last of the timesteps alone, into memory that is used again."""
+    cache, steps = open_cache(folder), workload.timesteps[-1:]
+    buffers = _Buffers(Workload(workload.kind, workload.tokens, workload.channels, steps))
+
+    def read(rows: Array) -> Batch:
+        cache.read(rows, tap=TAP, timesteps=steps, out=buffers.array(len(rows)))
+        return rows, buffers.array(len(rows))
+
+    return read
+
+
+def memory_map(folder: Path, workload: Workload) -> Read:
+    """Map the shard files with NumPy and hand out one view per sample."""
+    payloads = mapped_payloads(folder, workload)
+    return lambda rows: (rows, [payloads[row] for row in rows])
+
+
+OURS = [
+    Reader(BOUND, "", "cache", preadv),
+    Reader("`cache.read` into a reused buffer", "dit-distill", "cache", reused),
+    Reader("`cache.read`, fresh memory for every batch", "dit-distill", "cache", fresh),
+    Reader(SUBSET, "dit-distill", "cache", one_timestep),
+    Reader("NumPy memory map, gathered", "numpy", "cache", memory_map, lazy=True),
+]
+
+
+class _Buffers:
+    """One batch buffer per batch size, used again and again; its memory is touched once, in advance."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload = workload
+        self._arrays: dict[int, Array] = {}
+
+    def array(self, count: int) -> Array:
+        if count not in self._arrays:
+            self._arrays[count] = np.zeros((count, *self._workload.shape), self._workload.dtype)
+        return self._arrays[count]
+
+
+def write_stores(place: Path, workload: Workload, samples: int) -> None:
+    """Write the same samples with every installed tool, each into a folder named after its distribution."""
+    cache = write_cache(place / "cache", workload, samples)
+    payloads = mapped_payloads(cache, workload)
+    for writer in WRITERS:
+        if version(writer.distribution):
+            writer.write(place / writer.distribution, workload, payloads)
+
+
+def prepare(reader: Reader, place: Path, workload: Workload, samples: int, batch: int) -> Mapping[str, Work]:
+    """Open a reader, check that it delivers what was written, and return its ways of working."""
+    read = reader.open(place / reader.store, workload)
+    buffers = _Buffers(workload)
+    generator = np.random.default_rng(1)
+
+    def some_rows() -> Array:
+        return generator.permutation(samples)[:batch]
+
+    def into_one_array() -> tuple[Array, Array]:
+        rows, delivered = read(some_rows())
+        if isinstance(delivered, np.ndarray):
+            return rows, delivered
+        out = buffers.array(batch)
+        for i, sample in enumerate(delivered):
+            np.copyto(out[i], as_array(sample, workload))
+        return rows, out
+
+    rows, values = into_one_array()
+    steps = slice(-1, None) if reader.name == SUBSET else slice(None)
+    for row, value in itertools.islice(zip(rows.tolist(), values, strict=True), 3):
+        expected = encoded_features(place / "cache", workload, row)[steps]
+        if not np.array_equal(value.view(expected.dtype), expected):
+            raise ValueError(f"{reader.name} does not deliver what was written in row {row}")
+    one_by_one = not reader.lazy and not isinstance(read(some_rows())[1], np.ndarray)
+    ways: dict[str, Work] = {"batch": lambda: len(into_one_array()[0])}
+    return {**ways, "one by one": lambda: len(read(some_rows())[0])} if one_by_one else ways
+
+
+def bytes_from_files(place: Path, workload: Workload, samples: int, batch: int) -> dict[str, float]:
+    """Return, for whole samples and for one timestep, the bytes read by system calls per byte asked for."""
+    rows = np.random.default_rng(2).permutation(samples)[:batch]
+    shares = {}
+    for name, open_reader, parts in (("whole samples", reused, 1), ("one timestep", one_timestep, 4)):
+        read = open_reader(place / "cache", workload)
+        read(rows)
+        before = _bytes_read()
+        read(rows)
+        shares[name] = (_bytes_read() - before) / (batch * workload.sample_bytes / parts)
+    return shares
+
+
+def _bytes_read() -> int:
+    line = next(line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("rchar:"))
+    return int(line.split(":")[1])
+
+
+def measure(workload: Workload, samples: int, rounds: int, batch: int, least_seconds: float) -> dict[str, Any]:
+    """Measure every installed reader on one workload; return its figures."""
+    readers = [*OURS, *READERS]
+    present = [reader for reader in readers if not reader.distribution or version(reader.distribution)]
+    with tempfile.TemporaryDirectory(prefix="reading-") as name:
+        place = Path(name)
+        write_stores(place, workload, samples)
+        contenders = {
+            reader.name: functools.partial(prepare, reader, place, workload, samples, batch) for reader in present
+        }
+        speeds = in_turns_apart(contenders, rounds, least_seconds)
+        shares = bytes_from_files(place, workload, samples, batch)
+    rows = [
+        {
+            "reader": reader.name,
+            "version": version(reader.distribution) if reader.distribution else None,
+            "installed": reader in present,
+            "bytes_per_sample": workload.sample_bytes // (len(workload.timesteps) if reader.name == SUBSET else 1),
+            "samples_per_second": medians(speeds[reader.name]) if reader in present else None,
+        }
+        for reader in readers
+    ]
+    return {"workload": str(workload), "samples": samples, "batch": batch, "rounds": rounds,
+            "bytes_read_per_byte_asked": shares, "readers": rows}  # fmt: skip
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """Return the Markdown of one workload: a caption, the table, and what a subset costs."""
+    bound = result["readers"][0]
+    per_second = bound["samples_per_second"]["batch"] * bound["bytes_per_sample"]
+    rows: list[list[object]] = []
+    for row in result["readers"]:
+        speeds = row["samples_per_second"]
+        if speeds is None:
+            rows.append([row["reader"], "not installed", None, None, None, None])
+            continue
+        rate = speeds["batch"] * row["bytes_per_sample"]
+        rows.append([row["reader"], row["version"], float(speeds["batch"]), rate / 1e9, f"{rate / per_second:.2f}",
+                     speeds.get("one by one")])  # fmt: skip
+    header = ["reader", "version", "samples/s", "GB/s", "of the bound", "one by one, samples/s"]
+    shares = "; ".join(f"{name} {share:.3f}" for name, share in result["bytes_read_per_byte_asked"].items())
+    return (
+        f"{result['workload']}; {result['samples']} samples, batches of {result['batch']}, medians of "
+        f"{result['rounds']} rounds.\n\n{table(header, rows)}\n\n"
+        f"Bytes read from files by `cache.read` per byte asked for: {shares}."
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=512)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reading", description=__doc__)
+    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="of int8 and bfloat16")
+    parser.add_argument("--samples", type=int, default=384)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--least-seconds", type=float, default=0.2, help="how long a contender's turn lasts at least")
+    parser.add_argument("--small", action="store_true", help="a tiny workload, to see that everything works")
     args = parser.parse_args(argv)
-    rng = np.random.default_rng(1)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "cache"
-        write_cache(folder, args.samples)
-        readers = contenders(folder)
-        speeds: dict[str, list[float]] = {name: [] for name in readers}
-        for _ in range(args.rounds):
-            batches = [rng.permutation(args.samples)[:BATCH] for _ in range(8)]
-            for name, read in readers.items():
-                started = time.perf_counter()
-                for rows in batches:
-                    read(rows)
-                speeds[name].append(len(batches) * BATCH / (time.perf_counter() - started))
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    bound = next(iter(medians.values()))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "reading.json").write_text(json.dumps({"samples_per_second": medians}, indent=1) + "\n")
-    print("| reader | samples/s | of the bound |\n| --- | ---: | ---: |")
-    for name, speed in medians.items():
-        print(f"| {name} | {speed:,.0f} | {speed / bound:.2f} |")
+    results = []
+    for name in args.workloads.split(","):
+        workload = Workload(name, tokens=8, channels=16) if args.small else WORKLOADS[name]
+        results.append(measure(workload, args.samples, args.rounds, args.batch, args.least_seconds))
+        print(render(results[-1]), flush=True)
+        print()
+    if not args.small:
+        save("reading", {"results": results})
 
 
 if __name__ == "__main__":

@@ -79,6 +79,17 @@ def parse_names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def parse_share(text: str, option: str) -> float:
+    """Parse 1% or 0.01 into a share from 0 to 1; anything else is a usage error that names the option."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise typer.BadParameter(f"{text!r} is not a share like 1% or 0.01", param_hint=option)
+    return share
+
+
 def parse_classes(text: str) -> tuple[str, ...]:
     """Class names from a list a,b,c or from a file with one per line."""
     from pipeline.datasets.text_table import decoded_lines
@@ -88,6 +99,21 @@ def parse_classes(text: str) -> tuple[str, ...]:
     if "/" in text or (len(text) < 256 and file.is_file()):
         return tuple(line.strip() for line in decoded_lines(file) if line.strip())
     return parse_names(text)
+
+
+def open_inputs(
+    dataset: str, data: Path | None, teacher: str | None, revision: str | None, lora: Path | None, dtype: Dtype,
+    device: str, resolution: int | None, guidance: float, limit: int | None, *,
+    train_classes: str | None = None, train_ratio: float | None = None, superclass: str | None = None,
+    annotations: Path | None = None,
+) -> "tuple[Dataset, Teacher]":  # fmt: skip
+    """Open the data set and load the teacher that the options name."""
+    # The data set first: a wrong path should not wait for 24 GB of weights.
+    opened = open_data(
+        dataset, data, limit,
+        train_classes=train_classes, train_ratio=train_ratio, superclass=superclass, annotations=annotations,
+    )  # fmt: skip
+    return opened, open_teacher(dataset, teacher, revision, lora, dtype, device, resolution, guidance)
 
 
 def open_data(
@@ -144,22 +170,15 @@ def choose_dtype(dtype: Dtype, device: "torch.device") -> "torch.dtype":
     return getattr(torch, dtype.value)
 
 
-def open_inputs(
-    dataset: str, data: Path | None, teacher: str | None, revision: str | None, lora: Path | None, dtype: Dtype,
-    device: str, resolution: int | None, guidance: float, limit: int | None, *,
-    train_classes: str | None = None, train_ratio: float | None = None, superclass: str | None = None,
-    annotations: Path | None = None,
-) -> "tuple[Dataset, Teacher]":  # fmt: skip
-    """Open the data set and load the teacher that the options name."""
-    # The data set first: a wrong path should not wait for 24 GB of weights.
-    opened = open_data(
-        dataset, data, limit,
-        train_classes=train_classes, train_ratio=train_ratio, superclass=superclass, annotations=annotations,
-    )  # fmt: skip
+def open_teacher(
+    dataset: str, teacher: str | None, revision: str | None, lora: Path | None, dtype: Dtype, device: str,
+    resolution: int | None, guidance: float,
+) -> "Teacher":  # fmt: skip
+    """Load the teacher that the options name, or that of the data set's preset."""
     from pipeline.teachers import load_teacher
 
     target = choose_device(device)
-    chosen = load_teacher(
+    return load_teacher(
         teacher or preset_for(dataset).teacher,
         revision=revision,
         lora=lora,
@@ -168,4 +187,3 @@ def open_inputs(
         device=str(target),
         guidance=guidance,
     )
-    return opened, chosen

@@ -5,28 +5,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.teachers.base import Teacher, TeacherError
+from pipeline.teachers.architecture import FLUX_1, Architecture, read_architecture
+from pipeline.teachers.base import TapShape, Teacher, TeacherError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PRESETS", "Teacher", "TeacherError", "load_teacher"]
+__all__ = ["PRESETS", "Teacher", "TeacherError", "TeacherOutline", "load_teacher", "outline_teacher"]
 
 _DEMO_WEIGHTS = Path(__file__).parent / "demo_weights"
 
 
 @dataclass(frozen=True)
 class TeacherPreset:
-    """Where a named teacher is found and the resolution (pixels) of its views."""
+    """Where a named teacher is found, the resolution (pixels) of its views, and its published architecture.
+
+    architecture: None where the configuration is at hand.
+    """
 
     source: str
     resolution: int
+    architecture: Architecture | None = None
 
 
 PRESETS = {
     "demo": TeacherPreset(str(_DEMO_WEIGHTS), 48),
-    "flux-dev": TeacherPreset("black-forest-labs/FLUX.1-dev", 512),
-    "flux-kontext": TeacherPreset("black-forest-labs/FLUX.1-Kontext-dev", 512),
+    "flux-dev": TeacherPreset("black-forest-labs/FLUX.1-dev", 512, FLUX_1),
+    "flux-kontext": TeacherPreset("black-forest-labs/FLUX.1-Kontext-dev", 512, FLUX_1),
 }
 _DEFAULT_RESOLUTION = 512
 
@@ -39,6 +44,33 @@ def _flux(folder: Path, **options: Any) -> Teacher:
 
 # Transformer class named in model_index.json → the adapter that drives it.
 _FAMILIES = {"FluxTransformer2DModel": _flux}
+
+
+@dataclass(frozen=True)
+class TeacherOutline:
+    """What is known of a teacher before it is loaded. origin: where that was read, in words."""
+
+    source: str
+    resolution: int
+    origin: str
+    architecture: Architecture
+
+    def tap_shape(self, tap: str) -> TapShape:
+        """Shape of a tap; raises TeacherError as the loaded teacher would."""
+        return self.architecture.tap_shape(tap, self.resolution, self.source)
+
+
+def outline_teacher(spec: str, *, revision: str | None = None, resolution: int | None = None) -> TeacherOutline:
+    """Outline a teacher by preset name, diffusers folder or hub repository, without reading weights.
+
+    Raises TeacherError if its configuration cannot be found or is of no known family.
+    """
+    preset = PRESETS.get(spec)
+    side = resolution or (preset.resolution if preset else _DEFAULT_RESOLUTION)
+    if preset and preset.architecture:
+        return TeacherOutline(spec, side, "published architecture", preset.architecture)
+    found = read_architecture(preset.source if preset else spec, revision)
+    return TeacherOutline(spec, side, "configuration files", found)
 
 
 def _quiet_libraries() -> None:

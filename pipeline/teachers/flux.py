@@ -1,6 +1,5 @@
 """FLUX.1 (dev, Kontext, and any diffusers folder of that family) as a teacher."""
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,8 @@ from diffusers import FluxKontextPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from torch import Tensor
 
-from pipeline.teachers.base import TapShape, TeacherError, TextEmbedding
+from pipeline.teachers.architecture import FluxArchitecture
+from pipeline.teachers.base import TapShape, TextEmbedding
 from pipeline.teachers.lora import attach_lora, check_made_for, save_lora
 from pipeline.teachers.weights import component_digest
 from pipeline.views import from_signed, to_signed
@@ -81,11 +81,8 @@ class FluxTeacher:
         for encoder in (self.pipe.text_encoder, self.pipe.text_encoder_2):
             encoder.eval().requires_grad_(False)
         self.guidance = guidance if self.transformer.config.guidance_embeds else None
-        unit = self.pipe.vae_scale_factor * 2
-        if resolution < unit or resolution % unit:
-            raise TeacherError(f"resolution {resolution} must be a multiple of {unit} for the teacher {self.source}")
-        side = resolution // unit
-        self.grid = (side, side)
+        self.architecture = FluxArchitecture.from_configs(self.transformer.config, self.vae.config)
+        self.grid = self.architecture.grid(resolution, self.source)
         self.text_tokens = min(_MAX_TEXT_TOKENS, self.pipe.tokenizer_2.model_max_length)
         object_ids, context_ids = image_ids(*self.grid), image_ids(*self.grid, stream=1)
         self._object_ids = object_ids.to(self.device, dtype)
@@ -171,10 +168,7 @@ class FluxTeacher:
         return [*blocks[:-1], "hidden", "velocity"]  # hidden is the last block's output
 
     def tap_shape(self, tap: str) -> TapShape:
-        channels = self.transformer.config.in_channels if tap == "velocity" else self.transformer.inner_dim
-        if tap != "velocity":
-            self._block(tap)
-        return TapShape(tap, self.grid[0] * self.grid[1], channels, self.grid)
+        return self.architecture.tap_shape(tap, self.resolution, self.source)
 
     def _forward(self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding) -> Tensor:
         """One step of FluxKontextPipeline: ε − z for the object tokens."""
@@ -196,19 +190,8 @@ class FluxTeacher:
 
     def _block(self, tap: str) -> tuple[int, Any]:
         """(depth, module) whose output a tap reads; depth counts blocks from the input."""
-        doubles, singles = self.transformer.transformer_blocks, self.transformer.single_transformer_blocks
-        blocks = [*doubles, *singles]
-        match = re.fullmatch(r"(double|single)\.(\d+)", tap)
-        if tap == "hidden":
-            return len(blocks) - 1, blocks[-1]
-        if match:
-            group, index = (doubles, 0) if match[1] == "double" else (singles, len(doubles))
-            if int(match[2]) < len(group):
-                return index + int(match[2]), group[int(match[2])]
-        raise TeacherError(
-            f"the teacher {self.source} has no tap {tap!r}; it has velocity, hidden, "
-            f"double.0–double.{len(doubles) - 1} and single.0–single.{len(singles) - 1}"
-        )
+        depth = self.architecture.block(tap, self.source)
+        return depth, [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks][depth]
 
     @contextmanager
     def _capture(self, taps: Sequence[str], found: dict[str, Tensor], leave_early: bool) -> Iterator[None]:

@@ -154,15 +154,11 @@ def test_any_file_is_read_or_refused_in_one_line(tmp_path_factory, lines, suffix
 
 
 def test_what_annotate_wrote_is_what_a_build_uses(birds, tmp_path, flux_folder):
-    own = write_lines(
-        tmp_path / "own.jsonl",
-        [
-            '{"id": "crow/crow0.png", "box": [1, 2, 8, 9], "caption": "black, glossy"}',
-            '{"file_name": "wren0.png", "caption": "small, brown"}',
-        ],
-    )
-    config = AnnotateConfig(boxes="dataset", captions="dataset")
+    rows = [{"id": s.id, "caption": f"like {s.id}"} for s in birds.samples]
+    rows[0]["box"] = [1, 2, 8, 9]
+    own = write_lines(tmp_path / "own.jsonl", [json.dumps(row) for row in rows])
     output = tmp_path / "annotations.parquet"
+    config = AnnotateConfig(boxes="dataset", captions="dataset")
     annotate(AnnotatedDataset(birds, own), config, output, log=str)
     done = dit_cache(
         "build", "--dataset", "folder", "--data", tmp_path / "birds", "--superclass", "bird", "--annotations", output,
@@ -170,12 +166,12 @@ def test_what_annotate_wrote_is_what_a_build_uses(birds, tmp_path, flux_folder):
         "--output", tmp_path / "cache", "--device", "cpu", "--features", "train,test",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert f"{output}: boxes for 6, captions for 2 of 6 images" in done.output
-    rows = {
-        r["id"]: (r["box"], r["box_source"], r["caption"]) for r in open_cache(tmp_path / "cache").samples.to_pylist()
-    }
-    assert rows["crow/crow0.png"] == ([1, 2, 8, 9], "annotations", "black, glossy")
-    assert rows["wren/wren0.png"] == ([0, 0, 24, 16], "full", "small, brown")
+    assert f"{output}: boxes for 6, captions for 6 of 6 images" in done.output
+    built = {row["id"]: row for row in open_cache(tmp_path / "cache").samples.to_pylist()}
+    assert {i: row["caption"] for i, row in built.items()} == {row["id"]: row["caption"] for row in rows}
+    first, second = (built[row["id"]] for row in rows[:2])
+    assert (first["box"], first["box_source"]) == ([1, 2, 8, 9], "annotations")
+    assert (second["box"], second["box_source"]) == ([0, 0, 24, 16], "full")
 
 
 @pytest.mark.parametrize("command", ["annotate", "build", "refine", "probe"])

@@ -50,7 +50,7 @@ def test_a_folder_is_built_with_the_chosen_training_classes(tmp_path, flux_folde
     done = dit_cache(
         "build", "--dataset", "folder", "--data", tmp_path / "data", "--train-classes", names, "--superclass", "insect",
         "--teacher", flux_folder, "--resolution", 32, "--image-size", 16, "--encoding", "float32",
-        "--output", tmp_path / "cache", "--device", "cpu",
+        "--output", tmp_path / "cache", "--device", "cpu", "--max-bad", "25%",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     cache = open_cache(tmp_path / "cache")

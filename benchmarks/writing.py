@@ -1,0 +1,169 @@
+"""How fast a cache is written, side by side with a plain sequential write of the same bytes and with other tools.
+
+`python -m benchmarks.writing`. Ready float32 features in memory go through `CacheWriter.write_shard`: checked, encoded,
+checksummed, written, flushed, recorded. The bound writes the encoded bytes into as many files of the same size and
+flushes each once. The other tools are given the encoded samples; they flush nothing, so their files are flushed after
+them and that counts. New files every time, on one disk, in turns, medians.
+"""
+
+import argparse
+import cProfile
+import functools
+import os
+import pstats
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.alternatives import WRITERS, Writer
+from benchmarks.measure import in_turns, save, table, version
+from benchmarks.synthetic import INT8, TAP, Workload, begin_cache, features, mapped_payloads
+from cache_schema import CacheWriter
+from cache_schema.encoding import Array
+
+FLOAT32 = Workload("float32", tokens=INT8.tokens, channels=INT8.channels)
+WORKLOADS = {"float32": FLOAT32, "int8": INT8}
+BOUND = "plain sequential write, an fsync per file (bound)"
+OURS = "`CacheWriter.write_shard` of ready features"
+
+# Where the time of a shard goes: what is done → the functions, by file and name, that do it and nothing else.
+PARTS = {
+    "check for NaN": [("encoding.py", "first_not_finite")],
+    "encode": [("codec.py", "encode")],
+    "fidelity": [("codec.py", "decode"), ("fidelity.py", "measure")],
+    "checksum": [("files.py", "crc32c")],
+    "write": [("~", "<built-in method posix.write>")],
+    "fsync": [("~", "<built-in method posix.fsync>")],
+}
+
+
+def write_plain(folder: Path, samples: Sequence[Array], per_file: int) -> None:
+    """Write samples one after the other, `per_file` in each file, and flush every file once."""
+    folder.mkdir()
+    for start in range(0, len(samples), per_file):
+        with (folder / str(start)).open("wb", buffering=0) as file:
+            for sample in samples[start : start + per_file]:
+                file.write(sample.data)
+            os.fsync(file.fileno())
+
+
+def write_shards(writer: CacheWriter, values: Sequence[Array]) -> None:
+    """Write the shards of a cache that has none yet."""
+    for shard, ready in enumerate(values):
+        writer.write_shard(shard, {TAP: ready})
+
+
+def write_and_flush(tool: Writer, folder: Path, workload: Workload, samples: Sequence[Array]) -> None:
+    """Write samples with another tool and flush every file it made once."""
+    tool.write(folder, workload, samples)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+
+
+class _Places:
+    """Fresh folders, each thrown away before the next one is asked for; begun caches are made before they are timed."""
+
+    def __init__(self, root: Path, workload: Workload, samples: int, rounds: int) -> None:
+        self.root, self._count, self._last = root, 0, root / "nothing"
+        self._caches = [begin_cache(root / f"cache-{i}", workload, samples) for i in range(rounds)]
+
+    def folder(self) -> Path:
+        self._count += 1
+        return self.root / f"tool-{self._count}"
+
+    def cache(self) -> CacheWriter:
+        return self._caches.pop()
+
+
+def measure(workload: Workload, shards: int, rounds: int) -> dict[str, Any]:
+    """Measure all writers on one workload; return its figures."""
+    with tempfile.TemporaryDirectory(prefix="writing-") as name:
+        root = Path(name)
+        model = begin_cache(root / "model", workload, 1 << 20)
+        per_shard = model.manifest.store.samples_per_shard
+        samples = shards * per_shard
+        values = [features(workload, range(k * per_shard, (k + 1) * per_shard)) for k in range(shards)]
+        first = begin_cache(root / "first", workload, samples)
+        split = _profile(lambda: write_shards(first, values))
+        first.seal()
+        payloads = [payload.copy() for payload in mapped_payloads(root / "first", workload)]
+        # One more than the rounds: the first one warms up.
+        places = _Places(root, workload, samples, rounds + 1)
+        tools = [tool for tool in WRITERS if version(tool.distribution)]
+        contenders: dict[str, Callable[[], object]] = {
+            BOUND: lambda: write_plain(places.folder(), payloads, per_shard),
+            OURS: lambda: write_shards(places.cache(), values),
+        }
+        for tool in tools:
+            contenders[tool.name] = functools.partial(_call, tool, places, workload, payloads)
+        seconds = in_turns(contenders, rounds)
+    written = samples * workload.sample_bytes
+    rows = [
+        {"writer": name, "version": version(distribution) if distribution else None,
+         "bytes_per_second": written / statistics.median(seconds[name]) if name in seconds else None}
+        for name, distribution in [(BOUND, ""), (OURS, "dit-distill"), *((t.name, t.distribution) for t in WRITERS)]
+    ]  # fmt: skip
+    return {"workload": str(workload), "samples": samples, "files": shards, "rounds": rounds, "writers": rows,
+            "seconds_of_write_shard": split}  # fmt: skip
+
+
+def _call(tool: Writer, places: _Places, workload: Workload, payloads: Sequence[Array]) -> None:
+    write_and_flush(tool, places.folder(), workload, payloads)
+
+
+def _profile(work: Callable[[], object]) -> dict[str, float]:
+    """Return the seconds that `work` spends in each of PARTS, and in all."""
+    profile = cProfile.Profile()
+    profile.runcall(work)
+    found = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    total = max(entry[3] for entry in found.values())
+    seconds = {
+        part: sum(entry[3] for (file, _, name), entry in found.items() if (Path(file).name, name) in functions)
+        for part, functions in PARTS.items()
+    }
+    return {**seconds, "everything else": total - sum(seconds.values()), "in all": total}
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """Return the Markdown of one workload: a caption, the table, and where the time of a shard goes."""
+    bound = result["writers"][0]["bytes_per_second"]
+    rows: list[list[object]] = []
+    for row in result["writers"]:
+        speed = row["bytes_per_second"]
+        if speed is None:
+            rows.append([row["writer"], "not installed", None, None])
+        else:
+            rows.append([row["writer"], row["version"], speed / 1e6, f"{speed / bound:.2f}"])
+    split = result["seconds_of_write_shard"]
+    shares = [[part, seconds, f"{100 * seconds / split['in all']:.0f} %"] for part, seconds in split.items()]
+    return (
+        f"{result['workload']}; {result['samples']} samples in {result['files']} files, medians of {result['rounds']} "
+        f"rounds.\n\n{table(['writer', 'version', 'MB/s, encoded', 'of the bound'], rows)}\n\n"
+        f"{table(['part of `write_shard`', 'seconds', 'share'], shares)}"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.writing", description=__doc__)
+    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="of float32 and int8")
+    parser.add_argument("--shards", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--small", action="store_true", help="a tiny workload, to see that everything works")
+    args = parser.parse_args(argv)
+    results = []
+    for name in args.workloads.split(","):
+        workload = Workload(name, tokens=8, channels=16) if args.small else WORKLOADS[name]
+        results.append(measure(workload, args.shards, args.rounds))
+        print(render(results[-1]), flush=True)
+        print()
+    if not args.small:
+        save("writing", {"results": results})
+
+
+if __name__ == "__main__":
+    main()
