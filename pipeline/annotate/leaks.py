@@ -5,10 +5,10 @@ A caption that names the class hands the teacher the label. The rule, for an ima
 1. The full name of any class of the data set is a leak (for classes other than C only where the name has a distinctive
    word: "red bird" may be said of every bird, even where it happens to be the name of one).
 2. A distinctive word of C's own name is a leak. Distinctive is what is no word of the super-class, not in
-   `DESCRIPTIVE` (colours, sizes, parts, patterns, places, grammar), not in more than a quarter of the data set's class
-   names (such a word tells the classes apart as little as the super-class does), and neither a single letter nor a
-   number below 100. Of `Red_winged_Blackbird` only "blackbird" is left; of `Audi TTS Coupe 2012` "audi", "tts" and,
-   unless every fourth class is a 2012 one, "2012".
+   `DESCRIPTIVE` (colours, sizes, parts, patterns, places, grammar), not in more than half of the data set's class
+   names (such a word is as general as the super-class), and neither a single letter nor a number below 100. Of
+   `Red_winged_Blackbird` only "blackbird" is left; of `Audi TTS Coupe 2012` "audi" and "tts", because most cars of
+   that data set are of 2012.
 3. Case, accents, plurals, possessives and hyphens make no difference. Words written apart count where they are joined
    by a hyphen ("black-bird") or where one of them describes nothing ("humming bird"), so that "a black bird" stays
    allowed for a blackbird; name words written together count too ("landrover").
@@ -30,8 +30,8 @@ _HYPHENS = frozenset("-‐‑‒–_")
 _NUMBERING = re.compile(r"^(?:\d+\.|n\d{8}[-_ ])")
 # NABirds tells sex and age in brackets: "Common Eider (Adult male)". Nobody would say that in a sentence.
 _BRACKETS = re.compile(r"\([^()]*\)")
-_COMMON_SHARE = 0.25
-_FEWEST_NAMES = 8  # below this, a quarter of the names is a word that two classes share
+_COMMON_SHARE = 0.5
+_FEWEST_NAMES = 8  # of fewer, half may be two or three close relatives
 _IRREGULAR = {"geese": "goose", "mice": "mouse"}
 _LONGEST_JOIN = 4
 
