@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
+EXAMPLES ?= 2000
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -15,7 +16,7 @@ RUN ?= runs/$(DATASET)
 data_option = $(if $(DATA),--data "$(DATA)")
 teacher_option = $(if $(TEACHER),--teacher "$(TEACHER)")
 
-.PHONY: help setup demo demo-teacher cache train eval test lint format bench clean
+.PHONY: help setup demo demo-teacher cache train eval test fuzz lint format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -57,6 +58,9 @@ demo-teacher: $(READY) ## Train the demo teacher again from nothing (about 40 mi
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest
+
+fuzz: $(READY) ## Run the property tests with EXAMPLES=2000 examples each (hours; for the night)
+	HYPOTHESIS_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -m property --timeout 0
 
 lint: $(READY) ## Style, types and the house rules
 	$(BIN)/ruff check .

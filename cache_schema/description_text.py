@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cache_schema.card import format_bytes, format_encoding
+from cache_schema.errors import printable
 from cache_schema.manifest import Manifest
 
 # Of long lists, this many entries; `--json` has all of them.
@@ -150,6 +151,7 @@ def _some(items: Sequence[str]) -> str:
 
 
 def _aligned(facts: Sequence[Fact]) -> str:
+    facts = [(printable(name), printable(text)) for name, text in facts]
     width = max((len(name) for name, _ in facts), default=0)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in facts)
 
@@ -157,7 +159,7 @@ def _aligned(facts: Sequence[Fact]) -> str:
 def _table(header: Sequence[str], *rows: Sequence[str]) -> str:
     """Columns as wide as they need; those whose heading begins with `>` are set to the right."""
     right = [title.startswith(">") for title in header]
-    lines = [[title.removeprefix(">") for title in header], *rows]
+    lines = [[title.removeprefix(">") for title in header], *([printable(cell) for cell in row] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
         "  ".join(
