@@ -3,6 +3,7 @@
 import typer
 
 from cache_schema.cli import run
+from pipeline.commands.annotate import annotate
 from pipeline.commands.build import build
 from pipeline.commands.convert import convert
 from pipeline.commands.estimate import estimate
@@ -26,7 +27,7 @@ def options(debug: DebugOption = False) -> None:
     """Run a frozen diffusion transformer once per image and timestep, and share what it saw."""
 
 
-for command in (estimate, probe, refine, build, convert, info, preview, verify):
+for command in (annotate, estimate, probe, refine, build, convert, info, preview, verify):
     app.command()(command)
 
 
