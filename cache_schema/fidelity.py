@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from cache_schema.encoding import Array, FloatArray
-from cache_schema.errors import LowFidelity
+from cache_schema.errors import CacheCorrupt, LowFidelity
 from cache_schema.journal import FidelitySums
 from cache_schema.manifest import Fidelity
 
@@ -67,18 +67,26 @@ def _combine_group(tap: str, timestep: int, group: list[FidelitySums]) -> Fideli
 
 
 def merge(sums: list[FidelitySums]) -> list[Fidelity]:
-    """Return the figures of all shards together, one per (tap, timestep), in the order of first appearance."""
-    return [
-        Fidelity(
-            tap=item.tap,
-            timestep=item.timestep,
-            cosine_mean=item.cosine_sum / item.tokens,
-            cosine_min=item.cosine_min,
-            relative_error=math.sqrt(item.squared_error / item.energy) if item.energy > 0 else 0.0,
-            channel_error=math.sqrt(item.channel_error),
-        )
-        for item in combine(sums)
-    ]
+    """Return the figures of all shards together, one per (tap, timestep), in the order of first appearance.
+
+    Raises CacheCorrupt where the sums, each valid, are none that any features have together.
+    """
+    try:
+        return [_figures(item) for item in combine(sums)]
+    except (OverflowError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CacheCorrupt(f"what the journal says about fidelity cannot have been measured: {reason}") from error
+
+
+def _figures(item: FidelitySums) -> Fidelity:
+    return Fidelity(
+        tap=item.tap,
+        timestep=item.timestep,
+        cosine_mean=item.cosine_sum / item.tokens,
+        cosine_min=item.cosine_min,
+        relative_error=math.sqrt(item.squared_error / item.energy) if item.energy > 0 else 0.0,
+        channel_error=math.sqrt(item.channel_error),
+    )
 
 
 def require_cosine(figures: list[Fidelity], min_cosine: float, cache: str, tolerance: float = 1.0) -> None:
