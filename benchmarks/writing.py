@@ -11,11 +11,14 @@ import cProfile
 import functools
 import os
 import pstats
+import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.alternatives import WRITERS, Writer
 from benchmarks.measure import in_turns, save, table, version
@@ -66,18 +69,22 @@ def write_and_flush(tool: Writer, folder: Path, workload: Workload, samples: Seq
 
 
 class _Places:
-    """Fresh folders, each thrown away before the next one is asked for; begun caches are made before they are timed."""
+    """A folder and a begun cache that are new for every call, made outside of what is timed."""
 
-    def __init__(self, root: Path, workload: Workload, samples: int, rounds: int) -> None:
-        self.root, self._count, self._last = root, 0, root / "nothing"
-        self._caches = [begin_cache(root / f"cache-{i}", workload, samples) for i in range(rounds)]
+    def __init__(self, root: Path, workload: Workload, samples: int) -> None:
+        self._root, self._workload, self._samples = root, workload, samples
+        self.folder = root / "tool"
+        self._ballast = np.zeros(2 * workload.sample_bytes, np.uint8)
 
-    def folder(self) -> Path:
-        self._count += 1
-        return self.root / f"tool-{self._count}"
-
-    def cache(self) -> CacheWriter:
-        return self._caches.pop()
+    def renew(self) -> None:
+        """Throw away what the call before has written, so that every call finds the same disk and free memory."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self._root / "cache", ignore_errors=True)
+        self.cache = begin_cache(self._root / "cache", self._workload, self._samples)
+        # A virtual machine's host gives page-cache memory only when it is first written, which took twelve times as
+        # long as the write itself: a file that is thrown away again leaves memory that the host has given already.
+        write_plain(self.folder, [self._ballast] * self._samples, self._samples)
+        shutil.rmtree(self.folder)
 
 
 def measure(workload: Workload, shards: int, rounds: int) -> dict[str, Any]:
@@ -89,19 +96,20 @@ def measure(workload: Workload, shards: int, rounds: int) -> dict[str, Any]:
         samples = shards * per_shard
         values = [features(workload, range(k * per_shard, (k + 1) * per_shard)) for k in range(shards)]
         first = begin_cache(root / "first", workload, samples)
-        split = _profile(lambda: write_shards(first, values))
+        write_shards(first, values)
         first.seal()
         payloads = [payload.copy() for payload in mapped_payloads(root / "first", workload)]
-        # One more than the rounds: the first one warms up.
-        places = _Places(root, workload, samples, rounds + 1)
+        places = _Places(root, workload, samples)
         tools = [tool for tool in WRITERS if version(tool.distribution)]
         contenders: dict[str, Callable[[], object]] = {
-            BOUND: lambda: write_plain(places.folder(), payloads, per_shard),
-            OURS: lambda: write_shards(places.cache(), values),
+            BOUND: lambda: write_plain(places.folder, payloads, per_shard),
+            OURS: lambda: write_shards(places.cache, values),
         }
         for tool in tools:
-            contenders[tool.name] = functools.partial(_call, tool, places, workload, payloads)
-        seconds = in_turns(contenders, rounds)
+            contenders[tool.name] = functools.partial(write_and_flush, tool, places.folder, workload, payloads)
+        seconds = in_turns(contenders, rounds, before=places.renew)
+        places.renew()
+        split = _profile(lambda: write_shards(places.cache, values))
     written = samples * workload.sample_bytes
     rows = [
         {"writer": name, "version": version(distribution) if distribution else None,
@@ -110,10 +118,6 @@ def measure(workload: Workload, shards: int, rounds: int) -> dict[str, Any]:
     ]  # fmt: skip
     return {"workload": str(workload), "samples": samples, "files": shards, "rounds": rounds, "writers": rows,
             "seconds_of_write_shard": split}  # fmt: skip
-
-
-def _call(tool: Writer, places: _Places, workload: Workload, payloads: Sequence[Array]) -> None:
-    write_and_flush(tool, places.folder(), workload, payloads)
 
 
 def _profile(work: Callable[[], object]) -> dict[str, float]:
