@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.alternatives import WRITERS, Writer
 from benchmarks.measure import in_turns, save, table, version
-from benchmarks.synthetic import INT8, TAP, Workload, begin_cache, features, mapped_payloads
+from benchmarks.synthetic import INT8, TAP, Workload, begin_cache, features, mapped_payloads, plan
 from cache_schema import CacheWriter
 from cache_schema.encoding import Array
 
@@ -91,8 +91,7 @@ def measure(workload: Workload, shards: int, rounds: int) -> dict[str, Any]:
     """Measure all writers on one workload; return its figures."""
     with tempfile.TemporaryDirectory(prefix="writing-") as name:
         root = Path(name)
-        model = begin_cache(root / "model", workload, 1 << 20)
-        per_shard = model.manifest.store.samples_per_shard
+        per_shard = plan(workload, 1)[0].store.samples_per_shard
         samples = shards * per_shard
         values = [features(workload, range(k * per_shard, (k + 1) * per_shard)) for k in range(shards)]
         first = begin_cache(root / "first", workload, samples)

@@ -17,7 +17,9 @@ from cache_schema.errors import (
     CacheStorageError,
     CacheUnsealed,
     DitDistillError,
+    InvalidEncoding,
     InvalidFeatures,
+    LowFidelity,
     UnsupportedSchema,
 )
 
@@ -81,7 +83,9 @@ __all__ = [
     "Encoding",
     "Fidelity",
     "ImagesInfo",
+    "InvalidEncoding",
     "InvalidFeatures",
+    "LowFidelity",
     "Manifest",
     "Provenance",
     "StoreInfo",

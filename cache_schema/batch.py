@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from cache_schema.float8 import float8_to_float32
 from cache_schema.manifest import EncodingKind
 
 
@@ -11,9 +12,9 @@ from cache_schema.manifest import EncodingKind
 class EncodedBatch:
     """Encoded features of B samples at T timesteps, as torch tensors.
 
-    `payload` (B, T, L, C) is float32, float16, bfloat16 or int8, as `encoding` says. int8 comes with `scale`
-    (B, T, L) and `channel` (T, C), both float32. Move it to the device as it is and decode it there: fewer bytes cross
-    the bus.
+    `payload` (B, T, L, C) is float32, float16, bfloat16, int8 or float8_e4m3fn, as `encoding` says. The last two come
+    with `scale` (B, T, L) and `channel` (T, C), both float32. Move it to the device as it is and decode it there: fewer
+    bytes cross the bus.
     """
 
     payload: torch.Tensor
@@ -33,13 +34,17 @@ class EncodedBatch:
         *,
         non_blocking: bool = False,
     ) -> torch.Tensor:
-        """Return the features (B, T, L, C) on `device` as `dtype`; the result shares no memory with the batch."""
+        """Return the features (B, T, L, C) on `device` as `dtype`; the result shares no memory with the batch.
+
+        In a cache with PCA these are the coordinates; `Cache.restore` returns to the teacher's channels.
+        """
         encoded = self.to(device, non_blocking=non_blocking)
         if encoded.scale is None or encoded.channel is None:
             # A copy even where nothing changes, so that the buffer can be read into again.
             return encoded.payload.to(dtype, copy=encoded.payload is self.payload)
         # In float32 whatever the result's type: three roundings to bfloat16 would cost more than the encoding did.
-        values = encoded.payload.to(torch.float32)
+        float8 = encoded.payload.dtype == torch.float8_e4m3fn
+        values = float8_to_float32(encoded.payload) if float8 else encoded.payload.to(torch.float32)
         values *= encoded.scale[..., None]
         values *= encoded.channel[:, None, :]
         return values.to(dtype)

@@ -1,6 +1,6 @@
 """The card of a cache: its README.md, for people, written from the manifest and from nothing that changes."""
 
-from cache_schema.manifest import Manifest
+from cache_schema.manifest import Encoding, Manifest
 
 
 def format_bytes(count: int | None) -> str:
@@ -13,6 +13,13 @@ def format_bytes(count: int | None) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.1f} TB"
+
+
+def format_encoding(encoding: Encoding) -> str:
+    """Return how features are encoded, in the order in which it is done."""
+    steps = [] if encoding.pool == 1 else [f"mean over {encoding.pool}x{encoding.pool} tokens"]
+    steps += [] if encoding.pca is None else [f"{encoding.pca} principal components"]
+    return ", ".join([*steps, encoding.kind, f"compression {encoding.compression}"])
 
 
 def render_card(manifest: Manifest) -> bytes:
@@ -48,7 +55,7 @@ def _contents(manifest: Manifest) -> str:
         "refined (LoRA)": f"`{teacher.lora_digest[:12]}`" if teacher.lora_digest else "no",
         "timesteps": f"{levels} of {curriculum.num_steps}; seed {curriculum.seed}",
         "views": ", ".join(manifest.views),
-        "encoding": f"{manifest.encoding.kind}, compression {manifest.encoding.compression}",
+        "encoding": format_encoding(manifest.encoding),
         "size of features": format_bytes(manifest.bytes_features),
         "student images": images,
     }
@@ -57,10 +64,19 @@ def _contents(manifest: Manifest) -> str:
 
 def _taps(manifest: Manifest) -> str:
     rows = [f"| `{tap.name}` | {tap.tokens} ({tap.grid[0]}x{tap.grid[1]}) | {tap.channels} |" for tap in manifest.taps]
-    return "\n".join(["## Taps", "", "| tap | tokens | channels |", "| --- | ---: | ---: |", *rows])
+    notes = []
+    if manifest.encoding.pca is not None:
+        before = " or ".join(sorted({str(tap.teacher_channels) for tap in manifest.taps}))
+        notes = [
+            "",
+            f"Channels are principal components of the teacher's {before}: see `cache.restore(tap, features)`.",
+        ]
+    return "\n".join(["## Taps", "", "| tap | tokens | channels |", "| --- | ---: | ---: |", *rows, *notes])
 
 
 def _fidelity(manifest: Manifest) -> str:
+    pool = manifest.encoding.pool
+    reference = "what the teacher computed" if pool == 1 else f"the mean of {pool}x{pool} tokens of the teacher"
     rows = [
         f"| `{item.tap}` | {item.timestep} | {item.cosine_mean:.6f} | {item.cosine_min:.6f} | "
         f"{item.relative_error:.2e} | {item.channel_error:.2e} |"
@@ -70,7 +86,7 @@ def _fidelity(manifest: Manifest) -> str:
         [
             "## Fidelity",
             "",
-            "How close decoded features are to what the teacher computed, measured while the cache was built.",
+            f"How close stored features are to {reference}, measured while the cache was built.",
             "",
             "| tap | timestep | mean cosine | least cosine | relative error | per channel |",
             "| --- | ---: | ---: | ---: | ---: | ---: |",

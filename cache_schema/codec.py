@@ -1,5 +1,6 @@
 """Everything that turns one tap's teacher features into what a cache stores, and back."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,42 +11,92 @@ from cache_schema.encoding import Array, Encoded, FloatArray, decode, encode
 from cache_schema.errors import CacheCorrupt, CacheUnsealed
 from cache_schema.files import digest, read_bounded
 from cache_schema.journal import read_record
+from cache_schema.layout import CalibrationLayout, CalibrationPart
 from cache_schema.manifest import EncodingKind, Manifest, TapInfo
+from cache_schema.reduction import PrincipalComponents, pool_tokens
 
 
 @dataclass(frozen=True)
 class TapCodec:
-    """The encoding of one tap of one cache; `channel` is its calibration, float32 (T, C), for encodings with scales."""
+    """The encoding of one tap of one cache: pooling to `grid`, then PCA, then a number format.
+
+    `channel` is the calibration, float32 (T, C), of number formats with scales; `components` those of PCA.
+    """
 
     kind: EncodingKind
+    grid: tuple[int, int]
+    pool: int
+    components: PrincipalComponents | None
     channel: Array | None
 
     def encode(self, sample: FloatArray) -> Encoded:
-        """Encode a sample's features as the teacher computed them, (V, T, L, C)."""
-        return encode(self.kind, sample, self.channel)
+        """Encode a sample's features as the teacher computed them, (V, T, L * pool², C_teacher).
+
+        Raises InvalidFeatures where a value is beyond the range of the encoding.
+        """
+        features = self.pooled(sample)
+        return encode(
+            self.kind, features if self.components is None else self.components.project(features), self.channel
+        )
 
     def decode(self, encoded: Encoded) -> Array:
         """Return the float32 features (V, T, L, C) that are stored."""
         return decode(self.kind, encoded, self.channel)
 
+    def pooled(self, sample: FloatArray) -> FloatArray:
+        """Return the teacher's features (V, T, L, C_teacher) after pooling: what the encoding shall preserve."""
+        return pool_tokens(sample, self.grid, self.pool)
+
+    def restore(self, stored: Array) -> Array:
+        """Return decoded features (..., C) in the teacher's channels (..., C_teacher)."""
+        return stored if self.components is None else self.components.restore(stored)
+
 
 def load_codec(root: Path, manifest: Manifest, tap: TapInfo) -> TapCodec:
     """Return the codec of a tap; raises CacheUnsealed if the cache is not calibrated yet, CacheCorrupt."""
-    channel = load_channel(root, manifest, tap) if manifest.encoding.scaled else None
-    return TapCodec(manifest.encoding.kind, channel)
+    encoding = manifest.encoding
+    return TapCodec(
+        kind=encoding.kind,
+        grid=tap.grid,
+        pool=encoding.pool,
+        components=None if encoding.pca is None else load_components(root, manifest, tap),
+        channel=load_channel(root, manifest, tap) if encoding.scaled else None,
+    )
 
 
 def load_channel(root: Path, manifest: Manifest, tap: TapInfo) -> Array:
     """Return a tap's channel calibration, float32 (T, C); raises CacheCorrupt if it is not what was written."""
-    name = layout.channel_file(tap.name)
+    return _load_calibration(root, manifest, tap, ("channel",))["channel"]
+
+
+def load_components(root: Path, manifest: Manifest, tap: TapInfo) -> PrincipalComponents:
+    """Return a tap's principal components; raises CacheCorrupt if they are not what was written."""
+    arrays = _load_calibration(root, manifest, tap, ("amplitude", "mean", "basis"))
+    return PrincipalComponents(arrays["amplitude"], arrays["mean"], arrays["basis"])
+
+
+def _load_calibration(
+    root: Path, manifest: Manifest, tap: TapInfo, parts: tuple[CalibrationPart, ...]
+) -> dict[CalibrationPart, Array]:
     record = read_record(root, "calibration")
-    shape = (len(manifest.curriculum.timesteps), tap.channels)
-    if record is None or name not in record.files:
-        raise CacheUnsealed(f"cache {root} has no channel calibration for tap {tap.name} yet")
+    if record is None:
+        raise CacheUnsealed(f"cache {root} has no calibration of tap {tap.name} yet")
+    arrays = {array.part: array for array in layout.calibration_layouts(manifest, tap)}
+    found = {}
+    for part in parts:
+        expected = record.files.get(arrays[part].file)
+        if expected is None:
+            raise CacheCorrupt(f"the calibration of cache {root} lacks {arrays[part].file}; run `dit-cache verify`")
+        found[part] = _load_array(root, arrays[part], expected.crc32c)
+    return found
+
+
+def _load_array(root: Path, array: CalibrationLayout, crc32c: str) -> Array:
+    path, size = root / array.file, 4 * math.prod(array.shape)
     try:
-        data = read_bounded(root / name, 4 * shape[0] * shape[1])
+        data = read_bounded(path, size)
     except OSError as error:
-        raise CacheCorrupt(f"cannot read {root / name}: {error.strerror}") from error
-    if len(data) != 4 * shape[0] * shape[1] or digest(data).crc32c != record.files[name].crc32c:
-        raise CacheCorrupt(f"{root / name} is damaged; run `dit-cache verify`")
-    return np.frombuffer(data, dtype="<f4").reshape(shape).copy()
+        raise CacheCorrupt(f"cannot read {path}: {error.strerror}") from error
+    if len(data) != size or digest(data).crc32c != crc32c:
+        raise CacheCorrupt(f"{path} is damaged; run `dit-cache verify`")
+    return np.frombuffer(data, dtype="<f4").reshape(array.shape).copy()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_schema import layout
-from cache_schema.card import format_bytes
+from cache_schema.card import format_bytes, format_encoding
 from cache_schema.journal import committed_shards
 from cache_schema.manifest import Manifest
 from cache_schema.manifest_file import load_manifest
@@ -90,7 +90,7 @@ def _content_facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("refined", f"LoRA {teacher.lora_digest[:12]}" if teacher.lora_digest else "no"),
         ("timesteps", f"{steps} of {curriculum.num_steps}; seed {curriculum.seed}"),
         ("views", ", ".join(manifest.views)),
-        ("encoding", f"{manifest.encoding.kind}, compression {manifest.encoding.compression}"),
+        ("encoding", format_encoding(manifest.encoding)),
         ("images", "none" if images is None else f"{images.size} px {images.format}"),
     ]
 

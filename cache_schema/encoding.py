@@ -1,12 +1,15 @@
 """How feature values become bytes and come back.
 
-`float32`, `float16` and `bfloat16` are plain roundings. `int8` divides every channel by its own calibrated amplitude
-first and every token by its own scale then, `x = payload * scale[token] * channel[timestep, channel]`, because the
-hidden states of large diffusion transformers carry a few channels a thousand times larger than the others: one scale
-for all of them would round the others to zero.
+`float32`, `float16` and `bfloat16` are plain roundings. `int8` and `float8_e4m3` divide every channel by its own
+calibrated amplitude first and every token by its own scale then, `x = payload * scale[token] * channel[timestep,
+channel]`, because the hidden states of large diffusion transformers carry a few channels a thousand times larger than
+the others: one scale for all of them would round the others to zero.
+
+What the error is at most, with `peak` the largest |x / channel| of a token: int8 errs by half a step, `peak / 254 *
+channel`; float8_e4m3 by half a unit in the last of 4 significant bits, `|x| / 16`, or half its smallest number,
+`peak / 448 / 1024 * channel`, whichever is larger.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +25,15 @@ if TYPE_CHECKING:
 FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_INT8_MAX = 127
-# A channel that is silent in the calibration rows may speak up later. Giving it less than this share of the typical
-# amplitude would let such a value take the whole range of its token's scale.
-_CHANNEL_FLOOR = 1e-3
+# The number that the largest value of a token becomes: the largest that the format has.
+_PEAK = {"int8": 127.0, "float8_e4m3": 448.0}
 # Tokens are encoded in blocks of about this many values, so that temporary arrays stay in the processor's caches.
 _BLOCK_VALUES = 1 << 19
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Encoded features: payload (..., T, L, C) and, for int8, one float32 scale per token (..., T, L)."""
+    """Encoded features: payload (..., T, L, C) and, where the format has them, float32 scales per token (..., T, L)."""
 
     payload: Array
     scale: Array | None = None
@@ -60,42 +61,15 @@ def first_not_finite(sample: FloatArray) -> tuple[int, ...] | None:
     return None if finite.all() else tuple(int(i) for i in np.argwhere(~finite)[0])
 
 
-def calibrate_channels(samples: Iterable[FloatArray]) -> Array:
-    """Return the calibrated amplitude of every channel, float32 (T, C), from samples of shape (V, T, L, C).
-
-    The amplitude is the root mean square: it spreads the rounding error over channels in proportion to their own
-    energy, however different these are. Silent channels get a small share of the typical amplitude.
-    """
-    total: Array | None = None
-    counted = 0
-    for sample in samples:
-        squares = np.square(sample, dtype=np.float64).sum(axis=(0, 2))  # (T, C)
-        total = squares if total is None else total + squares
-        counted += sample.shape[0] * sample.shape[2]
-    if total is None:
-        raise InvalidFeatures("calibration needs at least one sample")
-    rms = np.sqrt(total / counted)
-    channel = np.empty_like(rms)
-    amplitudes: Array
-    for timestep, amplitudes in enumerate(rms):
-        heard = amplitudes[amplitudes > 0]
-        typical = float(np.median(heard)) if heard.size else 1.0
-        floor = max(typical * _CHANNEL_FLOOR, float(np.finfo(np.float32).tiny))
-        channel[timestep] = np.maximum(amplitudes, floor)
-    if not np.isfinite(channel).all() or channel.max() > np.finfo(np.float32).max:
-        raise InvalidFeatures("calibration features are not finite")
-    return channel.astype(np.float32)
-
-
 def encode(kind: EncodingKind, values: FloatArray, channel: Array | None = None) -> Encoded:
-    """Encode finite features (..., T, L, C); int8 needs the channel calibration (T, C).
+    """Encode finite features (..., T, L, C); int8 and float8_e4m3 need the channel calibration (T, C).
 
     Raises InvalidFeatures where a value is beyond the range of the encoding.
     """
-    if kind == "int8":
+    if kind in _PEAK:
         if channel is None:
-            raise InvalidFeatures("int8 needs a channel calibration")
-        return _encode_int8(values, channel)
+            raise InvalidFeatures(f"{kind} needs a channel calibration")
+        return _encode_scaled(kind, values, channel)
     if kind == "float32":
         with np.errstate(over="ignore"):
             payload = values.astype("<f4")
@@ -112,11 +86,12 @@ def decode(kind: EncodingKind, encoded: Encoded, channel: Array | None = None) -
     payload = encoded.payload
     if kind == "bfloat16":
         return (payload.astype(np.uint32) << 16).view(np.float32)
-    if kind == "int8":
-        assert encoded.scale is not None
-        assert channel is not None
-        return payload.astype(np.float32) * encoded.scale[..., None] * channel[:, None, :]
-    return payload.astype(np.float32)
+    if kind not in _PEAK:
+        return payload.astype(np.float32)
+    assert encoded.scale is not None
+    assert channel is not None
+    values = _from_float8(payload) if kind == "float8_e4m3" else payload.astype(np.float32)
+    return values * encoded.scale[..., None] * channel[:, None, :]
 
 
 def _in_range(payload: Array, kind: EncodingKind, finite_part: Array) -> Array:
@@ -136,12 +111,12 @@ def _encode_bfloat16(values: FloatArray) -> Array:
     return payload
 
 
-def _encode_int8(values: FloatArray, channel: Array) -> Encoded:
+def _encode_scaled(kind: EncodingKind, values: FloatArray, channel: Array) -> Encoded:
     T, L, C = values.shape[-3:]
     if channel.shape != (T, C):
         raise InvalidFeatures(f"the channel calibration has shape {channel.shape}, features need {(T, C)}")
     flat = values.reshape(-1, T, L, C)
-    payload = np.empty(flat.shape, dtype=np.int8)
+    payload = np.empty(flat.shape, dtype=PAYLOAD_DTYPES[kind])
     scale = np.empty(flat.shape[:-1], dtype="<f4")
     inverse = (1.0 / channel.astype(np.float64)).astype(np.float32)
     step = max(1, _BLOCK_VALUES // C)
@@ -149,22 +124,40 @@ def _encode_int8(values: FloatArray, channel: Array) -> Encoded:
         for t in range(T):
             for start in range(0, L, step):
                 block = slice(start, start + step)
-                payload[i, t, block], scale[i, t, block] = _quantise(flat[i, t, block], inverse[t])
+                scaled, scale[i, t, block] = _scale_tokens(flat[i, t, block], inverse[t], _PEAK[kind])
+                payload[i, t, block] = _to_float8(scaled) if kind == "float8_e4m3" else _to_int8(scaled)
     return Encoded(payload.reshape(values.shape), scale.reshape(values.shape[:-1]))
 
 
-def _quantise(tokens: FloatArray, inverse: Array) -> tuple[Array, Array]:
-    """Return the int8 values (L, C) of tokens and their scales (L,); each token's largest value becomes 127."""
+def _scale_tokens(tokens: FloatArray, inverse: Array, largest: float) -> tuple[Array, Array]:
+    """Return tokens (L, C) scaled into [-largest, largest], and their scales (L,); each token's peak is there."""
     with np.errstate(over="ignore", invalid="ignore"):
         calibrated = tokens.astype(np.float32) * inverse
     peak = np.maximum(calibrated.max(axis=1), -calibrated.min(axis=1))
     if not np.isfinite(peak).all():
         raise InvalidFeatures("a value is beyond the range of its channel's calibration; calibrate on more samples")
-    scale = peak / np.float32(_INT8_MAX)
+    scale = peak / np.float32(largest)
     # A token so small that its scale underflows is stored as zeros.
     divisor = np.where(scale > np.finfo(np.float32).tiny, scale, np.float32(np.inf))
     scale = np.where(np.isinf(divisor), np.float32(0), scale)
     np.divide(calibrated, divisor[:, None], out=calibrated)
-    np.rint(calibrated, out=calibrated)
-    np.clip(calibrated, -_INT8_MAX, _INT8_MAX, out=calibrated)
-    return calibrated.astype(np.int8), scale
+    np.clip(calibrated, -largest, largest, out=calibrated)
+    return calibrated, scale
+
+
+def _to_int8(scaled: Array) -> Array:
+    return np.rint(scaled, out=scaled).astype(np.int8)
+
+
+def _to_float8(scaled: Array) -> Array:
+    import torch
+
+    return torch.from_numpy(scaled).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+def _from_float8(payload: Array) -> Array:
+    import torch
+
+    from cache_schema.float8 import float8_to_float32
+
+    return float8_to_float32(torch.from_numpy(payload).view(torch.float8_e4m3fn)).numpy()

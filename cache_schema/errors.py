@@ -43,5 +43,13 @@ class InvalidFeatures(CacheError):
     """Features that may not be stored: not finite, of the wrong shape, or out of the encoding's range."""
 
 
+class InvalidEncoding(CacheError):
+    """An encoding that does not fit the features it is meant for."""
+
+
+class LowFidelity(CacheError):
+    """The encoding loses more than was allowed."""
+
+
 class CacheStorageError(CacheError):
     """The operating system refused to write: no space left, no permission, a read-only file system."""

@@ -1,10 +1,14 @@
-"""How much an encoding lost: sums kept by every shard's journal record, merged when the cache is sealed."""
+"""How much an encoding lost: sums kept by every shard's journal record, merged when the cache is sealed.
+
+What is compared with what: see `cache_schema.manifest.Fidelity`.
+"""
 
 import math
 
 import numpy as np
 
 from cache_schema.encoding import Array, FloatArray
+from cache_schema.errors import LowFidelity
 from cache_schema.journal import FidelitySums
 from cache_schema.manifest import Fidelity
 
@@ -13,7 +17,7 @@ MEASURED_SAMPLES = 2
 
 
 def measure(tap: str, timestep: int, original: FloatArray, decoded: Array) -> FidelitySums:
-    """Compare features (n, L, C) of one tap and timestep with what their encoding decodes to."""
+    """Compare features (n, L, C) of one tap and timestep with what came back from their encoding."""
     x, y = original.astype(np.float64), decoded.astype(np.float64)
     xx, yy, xy = (x * x).sum(axis=-1), (y * y).sum(axis=-1), (x * y).sum(axis=-1)  # (n, L)
     norm = np.sqrt(xx) * np.sqrt(yy)
@@ -40,22 +44,53 @@ def measure(tap: str, timestep: int, original: FloatArray, decoded: Array) -> Fi
     )
 
 
-def merge(sums: list[FidelitySums]) -> list[Fidelity]:
-    """Merge the sums of all shards into one figure per (tap, timestep), in the order of first appearance."""
+def combine(sums: list[FidelitySums]) -> list[FidelitySums]:
+    """Combine the sums of any number of shards into one per (tap, timestep), in the order of first appearance."""
     groups: dict[tuple[str, int], list[FidelitySums]] = {}
     for item in sums:
         groups.setdefault((item.tap, item.timestep), []).append(item)
-    return [_merge_group(tap, timestep, group) for (tap, timestep), group in groups.items()]
+    return [_combine_group(tap, timestep, group) for (tap, timestep), group in groups.items()]
 
 
-def _merge_group(tap: str, timestep: int, group: list[FidelitySums]) -> Fidelity:
+def _combine_group(tap: str, timestep: int, group: list[FidelitySums]) -> FidelitySums:
     tokens = sum(item.tokens for item in group)
-    error, energy = (math.fsum(values) for values in zip(*((i.squared_error, i.energy) for i in group), strict=True))
-    return Fidelity(
+    return FidelitySums(
         tap=tap,
         timestep=timestep,
-        cosine_mean=math.fsum(item.cosine_sum for item in group) / tokens,
+        tokens=tokens,
+        cosine_sum=math.fsum(item.cosine_sum for item in group),
         cosine_min=min(item.cosine_min for item in group),
-        relative_error=math.sqrt(error / energy) if energy > 0 else 0.0,
-        channel_error=math.sqrt(math.fsum(item.channel_error * item.tokens for item in group) / tokens),
+        squared_error=math.fsum(item.squared_error for item in group),
+        energy=math.fsum(item.energy for item in group),
+        channel_error=math.fsum(item.channel_error * item.tokens for item in group) / tokens,
+    )
+
+
+def merge(sums: list[FidelitySums]) -> list[Fidelity]:
+    """Return the figures of all shards together, one per (tap, timestep), in the order of first appearance."""
+    return [
+        Fidelity(
+            tap=item.tap,
+            timestep=item.timestep,
+            cosine_mean=item.cosine_sum / item.tokens,
+            cosine_min=item.cosine_min,
+            relative_error=math.sqrt(item.squared_error / item.energy) if item.energy > 0 else 0.0,
+            channel_error=math.sqrt(item.channel_error),
+        )
+        for item in combine(sums)
+    ]
+
+
+def require_cosine(figures: list[Fidelity], min_cosine: float, cache: str, tolerance: float = 1.0) -> None:
+    """Raise LowFidelity if a tap and timestep loses more than `tolerance` times what `min_cosine` allows.
+
+    What is lost is 1 - cosine, by the mean over tokens; `cache` names the cache in the message.
+    """
+    worst = min(figures, key=lambda item: item.cosine_mean, default=None)
+    if worst is None or 1 - worst.cosine_mean <= tolerance * (1 - min_cosine):
+        return
+    raise LowFidelity(
+        f"tap {worst.tap} at timestep {worst.timestep} of cache {cache} keeps a mean cosine of "
+        f"{worst.cosine_mean:.6f}, {min_cosine} is asked for; build with a wider encoding (bfloat16) or more PCA "
+        "components, or ask for less"
     )

@@ -7,17 +7,28 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cache_schema.manifest import Manifest, TapInfo
+import numpy as np
+
+from cache_schema.compression import codec_metadata
+from cache_schema.manifest import Compression, Manifest, TapInfo
 
 SAMPLES_NAME = "samples.parquet"
 CARD_NAME = "README.md"
 IMAGE_INDEX_NAME = "images/index.npy"
-ZSTD_LEVEL = 3
 
 Part = Literal["payload", "scale"]
+# "channel": amplitudes that scaled number formats are relative to. The others are those of PCA.
+CalibrationPart = Literal["amplitude", "mean", "basis", "channel"]
 
-# numpy's name of the type each encoding is stored as. Zarr-python has no bfloat16, so its bits are stored as uint16.
-PAYLOAD_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16", "int8": "int8"}
+# numpy's name of the type each encoding is stored as. Zarr-python has neither bfloat16 nor float8, so their bits are
+# stored as unsigned integers.
+PAYLOAD_DTYPES = {
+    "float32": "float32",
+    "float16": "float16",
+    "bfloat16": "uint16",
+    "int8": "int8",
+    "float8_e4m3": "uint8",
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,7 @@ class ArrayLayout:
     outer: tuple[int, int, int]
     inner: tuple[int, ...]
     samples_per_shard: int
-    compression: str
+    compression: Compression
 
     def shard_file(self, shard: int) -> str:
         """The path of a shard inside the cache."""
@@ -42,14 +53,29 @@ class ArrayLayout:
         return (self.samples_per_shard, self.outer[1], self.outer[2])
 
 
+@dataclass(frozen=True)
+class CalibrationLayout:
+    """A small float32 array, one chunk, with statistics of one tap."""
+
+    folder: str
+    part: CalibrationPart
+    shape: tuple[int, ...]
+    dimensions: tuple[str, ...]
+
+    @property
+    def file(self) -> str:
+        """The path of its one chunk inside the cache."""
+        return "/".join([self.folder, "c", *("0" for _ in self.shape)])
+
+
 def payload_layout(manifest: Manifest, tap: TapInfo) -> ArrayLayout:
     """Return the layout of a tap's encoded features, shape (N, V, T, L, C)."""
     return _layout(manifest, tap, "payload")
 
 
 def feature_layouts(manifest: Manifest, tap: TapInfo) -> list[ArrayLayout]:
-    """Return the layouts of everything that is stored per sample for one tap: payload and, for int8, scales."""
-    parts: list[Part] = ["payload", "scale"] if manifest.encoding.kind == "int8" else ["payload"]
+    """Return the layouts of everything that is stored per sample for one tap: payload and, where there are, scales."""
+    parts: list[Part] = ["payload", "scale"] if manifest.encoding.scaled else ["payload"]
     return [_layout(manifest, tap, part) for part in parts]
 
 
@@ -71,14 +97,28 @@ def shard_files(manifest: Manifest, shard: int) -> list[str]:
     return [layout.shard_file(shard) for tap in manifest.taps for layout in feature_layouts(manifest, tap)]
 
 
-def channel_folder(tap: str) -> str:
-    """Return the folder of a tap's channel calibration, an array (T, C)."""
-    return f"features/{tap}.channel"
+def calibration_layouts(manifest: Manifest, tap: TapInfo) -> list[CalibrationLayout]:
+    """Return the layouts of the statistics that the encoding of a tap rests on; none for encodings without.
+
+    Of PCA `amplitude` (C_teacher,), `mean` (C_teacher,) and `basis` (C, C_teacher); of scaled number formats `channel`
+    (T, C).
+    """
+    arrays: list[tuple[CalibrationPart, tuple[int, ...], tuple[str, ...]]] = []
+    if manifest.encoding.pca is not None:
+        assert tap.teacher_channels is not None
+        arrays += [
+            ("amplitude", (tap.teacher_channels,), ("teacher_channel",)),
+            ("mean", (tap.teacher_channels,), ("teacher_channel",)),
+            ("basis", (tap.channels, tap.teacher_channels), ("channel", "teacher_channel")),
+        ]
+    if manifest.encoding.scaled:
+        arrays.append(("channel", (len(manifest.curriculum.timesteps), tap.channels), ("timestep", "channel")))
+    return [CalibrationLayout(f"features/{tap.name}.{part}", part, shape, names) for part, shape, names in arrays]
 
 
-def channel_file(tap: str) -> str:
-    """Return the path of the one chunk of a tap's channel calibration."""
-    return f"{channel_folder(tap)}/c/0/0"
+def calibration_files(manifest: Manifest) -> list[str]:
+    """Return the paths of all statistics, of every tap."""
+    return [array.file for tap in manifest.taps for array in calibration_layouts(manifest, tap)]
 
 
 def image_file(shard: int) -> str:
@@ -97,8 +137,8 @@ def zarr_documents(manifest: Manifest) -> dict[str, bytes]:
     for tap in manifest.taps:
         for layout in feature_layouts(manifest, tap):
             documents[f"{layout.folder}/zarr.json"] = _json(_sharded_metadata(manifest, layout))
-        if manifest.encoding.kind == "int8":
-            documents[f"{channel_folder(tap.name)}/zarr.json"] = _json(_channel_metadata(manifest, tap))
+        for array in calibration_layouts(manifest, tap):
+            documents[f"{array.folder}/zarr.json"] = _json(_calibration_metadata(manifest, array))
     return documents
 
 
@@ -108,9 +148,7 @@ def _json(document: dict[str, Any]) -> bytes:
 
 def _sharded_metadata(manifest: Manifest, layout: ArrayLayout) -> dict[str, Any]:
     shape = [*layout.outer, *layout.inner]
-    codecs = [_bytes_codec(layout.dtype)]
-    if layout.compression == "zstd":
-        codecs.append({"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}})
+    codecs = [_bytes_codec(layout.dtype), *codec_metadata(layout.compression, np.dtype(layout.dtype).itemsize)]
     sharding = {
         "chunk_shape": [1, 1, 1, *layout.inner],
         "codecs": codecs,
@@ -129,11 +167,13 @@ def _sharded_metadata(manifest: Manifest, layout: ArrayLayout) -> dict[str, Any]
     return metadata
 
 
-def _channel_metadata(manifest: Manifest, tap: TapInfo) -> dict[str, Any]:
-    shape = [len(manifest.curriculum.timesteps), tap.channels]
-    metadata = _array_metadata(shape, shape, "float32", ["timestep", "channel"])
+def _calibration_metadata(manifest: Manifest, array: CalibrationLayout) -> dict[str, Any]:
+    shape = list(array.shape)
+    metadata = _array_metadata(shape, shape, "float32", list(array.dimensions))
     metadata["codecs"] = [_bytes_codec("float32")]
-    metadata["attributes"] = {"part": "channel", "timesteps": manifest.curriculum.timesteps}
+    metadata["attributes"] = {"part": array.part}
+    if "timestep" in array.dimensions:
+        metadata["attributes"]["timesteps"] = manifest.curriculum.timesteps
     return metadata
 
 
@@ -152,4 +192,6 @@ def _array_metadata(shape: list[int], chunk: list[int], dtype: str, names: list[
 
 def _bytes_codec(dtype: str) -> dict[str, Any]:
     # Zarr says nothing about the byte order of one-byte types.
-    return {"name": "bytes"} if dtype == "int8" else {"name": "bytes", "configuration": {"endian": "little"}}
+    if dtype in ("int8", "uint8"):
+        return {"name": "bytes"}
+    return {"name": "bytes", "configuration": {"endian": "little"}}

@@ -160,8 +160,11 @@ class StoreInfo(Part):
 
 
 class Fidelity(Part):
-    """How close decoded features of one tap and timestep are to what the teacher computed.
+    """How close stored features of one tap and timestep are to what the teacher computed, after pooling.
 
+    Compared are teacher features, pooled where the encoding pools, with decoded ones, returned to the teacher's
+    channels where the encoding has PCA: what principal components and number formats lose counts, what pooling does
+    not.
     `cosine_mean` and `cosine_min` are over tokens; `relative_error` is |decoded - original| / |original| over all
     values, `channel_error` the same per channel, root-mean-squared over channels, so that a few huge channels cannot
     hide what happened to the others.

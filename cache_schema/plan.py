@@ -16,6 +16,7 @@ from cache_schema.manifest import (
     TapInfo,
     TeacherInfo,
 )
+from cache_schema.reduction import stored_tap
 
 DEFAULT_SHARD_BYTES = 64_000_000
 # Small features would otherwise put a whole data set into one shard, and an interruption would lose all of it.
@@ -24,7 +25,7 @@ DEFAULT_IMAGES_PER_SHARD = 1024
 
 
 def row_bytes(tap: TapInfo, encoding: Encoding, views: int, timesteps: int) -> int:
-    """Return the bytes one sample takes in the payload of one tap, before compression."""
+    """Return the bytes one sample takes in the payload of one tap as it is stored, before compression."""
     itemsize = np.dtype(PAYLOAD_DTYPES[encoding.kind]).itemsize
     return views * timesteps * tap.tokens * tap.channels * itemsize
 
@@ -36,7 +37,7 @@ def choose_samples_per_shard(
     timesteps: int,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> int:
-    """Return how many samples make the largest tap's shard files about `shard_bytes` long (1 to 512)."""
+    """Return how many samples make the largest stored tap's shard files about `shard_bytes` long (1 to 512)."""
     largest = max(row_bytes(tap, encoding, views, timesteps) for tap in taps)
     return min(MAX_SAMPLES_PER_SHARD, max(1, round(shard_bytes / largest)))
 
@@ -58,18 +59,21 @@ def plan_manifest(
 ) -> Manifest:
     """Return the unsealed manifest of a cache, with its id and the sizes of its shards.
 
+    `taps` have the shapes in which the teacher computes them; those in which they are stored follow from `encoding`.
     `image_rows` is the number of samples that are not quarantined; it is ignored where `images` is None. Raises
-    pydantic.ValidationError if the parts contradict each other.
+    InvalidEncoding if a tap cannot be pooled or has too few channels for PCA, pydantic.ValidationError if the parts
+    contradict each other.
     """
+    stored = [stored_tap(tap, encoding) for tap in taps]
     per_shard = samples_per_shard or choose_samples_per_shard(
-        taps, encoding, len(views), len(curriculum.timesteps), shard_bytes
+        stored, encoding, len(views), len(curriculum.timesteps), shard_bytes
     )
     images_each = images_per_shard or DEFAULT_IMAGES_PER_SHARD
     return Manifest(
         dataset=dataset,
         teacher=teacher,
         curriculum=curriculum,
-        taps=taps,
+        taps=stored,
         encoding=encoding,
         views=views,
         images=images,

@@ -13,7 +13,8 @@ import torch
 
 from cache_schema import layout
 from cache_schema.batch import EncodedBatch
-from cache_schema.codec import load_channel
+from cache_schema.codec import load_channel, load_components
+from cache_schema.compression import decompress
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt, CacheError, CacheRequestError, CacheUnsealed
 from cache_schema.images import load_index
@@ -23,7 +24,7 @@ from cache_schema.manifest import Manifest, TapInfo
 from cache_schema.manifest_file import load_manifest
 from cache_schema.open_shards import OpenFile, OpenShards
 from cache_schema.samples import check_against_manifest, count_usable, load_samples
-from cache_schema.shard import ShardIndex, chunk_bytes, decompress, index_size, parse_index
+from cache_schema.shard import ShardIndex, chunk_bytes, index_size, parse_index
 
 Buffer = torch.Tensor | np.ndarray[Any, np.dtype[Any]]
 
@@ -32,7 +33,10 @@ _TORCH_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "int8": torch.int8,
+    "float8_e4m3": torch.float8_e4m3fn,
 }
+# NumPy has neither bfloat16 nor float8: their bits travel as unsigned integers.
+_NUMPY_BITS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
 
 
 def open_cache(path: str | os.PathLike[str], allow_partial: bool = False) -> "Cache":
@@ -73,6 +77,7 @@ class Cache:
         self._shards = OpenShards()
         self._pid = os.getpid()
         self._channels: dict[str, torch.Tensor] = {}
+        self._components: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._image_offsets: dict[int, Array] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -143,6 +148,24 @@ class Cache:
         assert payload is not None
         channel = None if scale is None else self._channel(info)[steps]
         return EncodedBatch(payload, scale, channel, self.manifest.encoding.kind)
+
+    def restore(self, tap: str, features: torch.Tensor) -> torch.Tensor:
+        """Return decoded features (..., C) of a tap in the teacher's channels (..., C_teacher), on the same device.
+
+        Without PCA they are there already. What PCA left out is lost, and pooled tokens stay pooled. Raises
+        CacheRequestError for a tap the cache lacks or another number of channels, CacheCorrupt.
+        """
+        info = self._tap(tap)
+        if features.shape[-1:] != (info.channels,):
+            raise CacheRequestError(f"features are {tuple(features.shape)}, tap {tap} has {info.channels} channels")
+        if self.manifest.encoding.pca is None:
+            return features
+        if tap not in self._components:
+            stored = load_components(self.root, self.manifest, info)
+            parts = (torch.from_numpy(array) for array in (stored.amplitude, stored.mean, stored.basis))
+            self._components[tap] = (next(parts), next(parts), next(parts))
+        amplitude, mean, basis = (array.to(features) for array in self._components[tap])
+        return (features @ basis + mean) * amplitude
 
     def images(self, rows: Sequence[int] | Array) -> list[bytes]:
         """Return the encoded student images of the given rows, each by one read of just its bytes."""
@@ -234,8 +257,7 @@ class Cache:
             if not out.flags.writeable:
                 raise CacheRequestError("out is read-only")
             tensor = torch.from_numpy(out)
-            # NumPy has no bfloat16: its bits travel as uint16.
-            tensor = tensor.view(dtype) if (tensor.dtype, dtype) == (torch.uint16, torch.bfloat16) else tensor
+            tensor = tensor.view(dtype) if tensor.dtype == _NUMPY_BITS.get(dtype) else tensor
         else:
             tensor = out
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
@@ -278,7 +300,7 @@ class Cache:
             for chunk in range(first, last):
                 start = int(places.offsets[chunk]) - offset
                 frame = bytes(data[start : start + int(places.lengths[chunk])])
-                decompress(frame, target[chunk * size : (chunk + 1) * size], str(file.path))
+                decompress(frame, target[chunk * size : (chunk + 1) * size], array.compression, str(file.path))
 
     def _channel(self, tap: TapInfo) -> torch.Tensor:
         channel = self._channels.get(tap.name)

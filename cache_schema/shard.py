@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cache_schema.compression import compress
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt
 from cache_schema.files import AsideFile, Bytes, crc32c
-from cache_schema.layout import ZSTD_LEVEL, ArrayLayout
+from cache_schema.layout import ArrayLayout
 
 _MISSING = np.uint64(0xFFFFFFFFFFFFFFFF)
 _CRC_BYTES = 4
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
 @dataclass
@@ -36,7 +36,8 @@ class ShardWriter:
         if data.shape != expected:
             raise ValueError(f"row of shape {data.shape}, expected {expected}")
         for chunk in data.reshape(math.prod(expected[:2]), -1):
-            piece: Bytes = chunk.view(np.uint8).data if self.layout.compression == "none" else _compress(chunk)
+            plain = self.layout.compression == "none"
+            piece: Bytes = chunk.view(np.uint8).data if plain else compress(chunk, self.layout.compression)
             self._places.append((self.file.size, len(piece)))
             self.piece_crc32c.append(crc32c(piece))
             self.file.write(piece)
@@ -98,36 +99,3 @@ def parse_index(data: bytes, layout: ArrayLayout, file_size: int, where: str) ->
         np.where(present, offsets, _MISSING).astype(np.int64).reshape(shape),
         np.where(present, lengths, 0).astype(np.int64).reshape(shape),
     )
-
-
-def decompress(data: bytes, out: Array, where: str) -> None:
-    """Decompress one zstd chunk into `out` (uint8), whose size it must have exactly; raises CacheCorrupt if not."""
-    from numcodecs import Zstd
-
-    # numcodecs accepts frames smaller than the buffer and would leave the rest of it as it was.
-    if zstd_content_size(data) != out.nbytes:
-        raise CacheCorrupt(f"a chunk of {where} does not decompress to {out.nbytes} bytes")
-    try:
-        Zstd().decode(data, out)
-    except (RuntimeError, ValueError) as error:
-        raise CacheCorrupt(f"a chunk of {where} is damaged: {error}") from error
-
-
-def zstd_content_size(frame: bytes) -> int | None:
-    """Return the content size that a zstd frame declares, or None if it declares none (RFC 8878, 3.1.1.1)."""
-    if len(frame) < 5 or frame[:4] != _ZSTD_MAGIC:
-        return None
-    descriptor = frame[4]
-    single_segment = descriptor >> 5 & 1
-    start = 5 + (1 - single_segment) + (0, 1, 2, 4)[descriptor & 3]
-    size = (single_segment, 2, 4, 8)[descriptor >> 6]
-    if size == 0 or len(frame) < start + size:
-        return None
-    value = int.from_bytes(frame[start : start + size], "little")
-    return value + 256 if size == 2 else value
-
-
-def _compress(chunk: Array) -> bytes:
-    from numcodecs import Zstd
-
-    return bytes(Zstd(level=ZSTD_LEVEL).encode(chunk))

@@ -79,8 +79,8 @@ def verify(path: str | os.PathLike[str]) -> list[Problem]:
 def _pieces(manifest: Manifest, done: set[tuple[Kind, int]], image_rows: int | None) -> Iterator[_Piece]:
     """Yield what the cache should consist of; without a table to bear the manifest out, what the journal speaks of."""
     yield _Piece("layout", 0, None, dict.fromkeys([*layout.zarr_documents(manifest), layout.SAMPLES_NAME]))
-    if manifest.encoding.kind == "int8":
-        yield _Piece("calibration", 0, None, {layout.channel_file(tap.name): None for tap in manifest.taps})
+    if manifest.encoding.calibrated:
+        yield _Piece("calibration", 0, None, dict.fromkeys(layout.calibration_files(manifest)))
     store = manifest.store
     arrays = [array for tap in manifest.taps for array in layout.feature_layouts(manifest, tap)]
     for shard in _shards(store.feature_shards, "features", done, image_rows):

@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 
 from cache_schema import fidelity, layout
+from cache_schema.calibration import Calibrator
 from cache_schema.card import render_card
 from cache_schema.codec import TapCodec, load_codec
 from cache_schema.encoding import (
     Array,
     FloatArray,
     as_features,
-    calibrate_channels,
     first_not_finite,
 )
 from cache_schema.errors import (
@@ -52,6 +52,7 @@ from cache_schema.journal import (
 from cache_schema.manifest import Manifest, Provenance, TapInfo
 from cache_schema.manifest_file import MANIFEST_NAME, load_manifest, render_manifest, revalidate
 from cache_schema.reader import local_path
+from cache_schema.reduction import teacher_shape
 from cache_schema.samples import (
     check_against_manifest,
     check_samples,
@@ -65,6 +66,9 @@ if TYPE_CHECKING:
     import torch
 
 Features = Union["torch.Tensor", np.ndarray]
+
+# How many times the allowed loss a build may show in its first shards before it is stopped.
+_HOPELESS = 2.0
 
 
 def create_cache(path: str | os.PathLike[str], manifest: Manifest, samples: pa.Table) -> "CacheWriter":
@@ -142,6 +146,7 @@ class CacheWriter:
         self.manifest = manifest
         self.samples = samples
         self._codecs: dict[str, TapCodec] = {}
+        self._measured: list[FidelitySums] = []
 
     def missing_shards(self) -> list[int]:
         """Return the feature shards that nobody has committed yet, as the journal stands now."""
@@ -167,28 +172,36 @@ class CacheWriter:
         """Say whether `calibrate` must be called before the first `write_shard`."""
         return self.manifest.encoding.calibrated and read_record(self.root, "calibration") is None
 
-    def calibrate(self, features: Mapping[str, Features]) -> None:
-        """Store the channel calibration, from features (n, V, T, L, C) of every tap for a fixed choice of n rows.
+    def calibrate(self, features: Mapping[str, Features] | Iterable[Mapping[str, Features]]) -> None:
+        """Store the statistics that the encoding rests on, from the teacher's features of a fixed choice of rows.
 
-        Does nothing for encodings without calibration, and where one is stored already: the first one counts.
+        `features` are (n, V, T, L, C) of every tap, or batches of them, of which one at a time is held in memory. Does
+        nothing, and takes no batch, for encodings without calibration and where one is stored already: the first one
+        counts. Raises InvalidFeatures, naming the sample by its place, for NaN and infinities.
         """
         if not self.needs_calibration():
             return
-        channels = {}
-        for tap, values in self._checked(features):
-            self._check_finite(values, tap, None)
-            channels[tap.name] = calibrate_channels(values)
+        calibrator, seen = Calibrator(self.manifest), 0
+        for batch in [features] if isinstance(features, Mapping) else features:
+            count = 0
+            for tap, values in self._checked(batch):
+                count = len(values)
+                self._check_finite(values, tap, [f"calibration sample {seen + i}" for i in range(count)])
+                calibrator.add(tap.name, values)
+            seen += count
+        statistics = {tap.name: calibrator.finish(tap.name) for tap in self.manifest.taps}
         with directory_lock(self.root):
             if not self.needs_calibration():
                 return
             files = {}
-            for name, channel in channels.items():
-                path = layout.channel_file(name)
-                files[path] = file_record(write_file(self.root / path, channel.astype("<f4").tobytes()))
+            for tap in self.manifest.taps:
+                for array in layout.calibration_layouts(self.manifest, tap):
+                    data = statistics[tap.name][array.part].astype("<f4").tobytes()
+                    files[array.file] = file_record(write_file(self.root / array.file, data))
             write_record(self.root, Record(kind="calibration", files=files))
 
     def write_shard(self, shard: int, features: Mapping[str, Features]) -> None:
-        """Encode and commit one feature shard: for every tap, values (rows of the shard, V, T, L, C).
+        """Encode and commit one feature shard: for every tap, teacher features (rows of the shard, V, T, L, C).
 
         A shard that is committed already is left as it is. Raises InvalidFeatures, naming the sample, for NaN,
         infinities and values beyond the encoding's range, and CacheStorageError where it cannot be written; in both
@@ -198,13 +211,13 @@ class CacheWriter:
         if shard in committed_shards(self.root, "features"):
             return
         if self.needs_calibration():
-            raise CacheUnsealed("an int8 cache must be calibrated before its first shard is written")
+            raise CacheUnsealed(f"cache {self.root} must be calibrated before its first shard is written")
         files: dict[str, FileRecord] = {}
         sums: list[FidelitySums] = []
         with contextlib.ExitStack() as stack:
             asides: list[AsideFile] = []
             for tap, values in self._checked(features, len(rows)):
-                self._check_finite(values, tap, rows)
+                self._check_finite(values, tap, [self._name(row) for row in rows])
                 writers = []
                 for array in layout.feature_layouts(self.manifest, tap):
                     asides.append(stack.enter_context(AsideFile(self.root / array.shard_file(shard))))
@@ -215,6 +228,15 @@ class CacheWriter:
                     files[writer.layout.shard_file(shard)] = file_record(writer.file.finish(), writer.piece_crc32c)
             record = Record(kind="features", shard=shard, rows=(rows.start, rows.stop), files=files, fidelity=sums)
             self._commit(record, asides)
+        self._measured = fidelity.combine([*self._measured, *sums])
+
+    def check_fidelity(self, min_cosine: float) -> None:
+        """Raise LowFidelity if the shards that this writer wrote so far leave no hope for `seal(min_cosine=...)`.
+
+        That is, if a tap and timestep has lost more than twice what is allowed: a few shards are only an estimate.
+        """
+        figures = fidelity.merge(self._measured)
+        fidelity.require_cosine(figures, min_cosine, self.manifest.label, tolerance=_HOPELESS)
 
     def write_images(self, shard: int, images: Sequence[bytes]) -> None:
         """Commit one shard of student images, one encoded image per row of `image_rows(shard)`."""
@@ -235,26 +257,32 @@ class CacheWriter:
             record = Record(kind="images", shard=shard, rows=(rows.start, rows.stop), files=files, offsets=offsets)
             self._commit(record, [aside])
 
-    def seal(self, provenance: Provenance | None = None) -> Manifest:
+    def seal(self, provenance: Provenance | None = None, min_cosine: float | None = None) -> Manifest:
         """Declare the cache complete and return its final manifest; sealing a sealed cache changes nothing.
 
         `provenance` replaces the manifest's own. Raises CacheUnsealed if shards are missing, CacheCorrupt if
-        committed files are gone or of the wrong size.
+        committed files are gone or of the wrong size, and LowFidelity if a tap and timestep has a mean cosine below
+        `min_cosine`: the cache then stays as it is and can still be sealed by asking for less.
         """
         with directory_lock(self.root):
             manifest = load_manifest(self.root)
             if manifest.sealed:
                 self.manifest = manifest
+                if min_cosine is not None:
+                    fidelity.require_cosine(manifest.fidelity, min_cosine, manifest.label)
                 return manifest
             self._check_complete()
             features = list(self._records("features", manifest.store.feature_shards))
+            figures = fidelity.merge([item for record in features for item in record.fidelity])
+            if min_cosine is not None:
+                fidelity.require_cosine(figures, min_cosine, manifest.label)
             images = list(self._records("images", manifest.store.image_shards))
             calibration = [record for record in [read_record(self.root, "calibration")] if record is not None]
             sealed = revalidate(
                 manifest.model_copy(
                     update={
                         "sealed": True,
-                        "fidelity": fidelity.merge([item for record in features for item in record.fidelity]),
+                        "fidelity": figures,
                         "bytes_features": _bytes(features + calibration),
                         "bytes_images": _bytes(images),
                         "provenance": provenance or manifest.provenance,
@@ -285,6 +313,7 @@ class CacheWriter:
         self, tap: TapInfo, values: FloatArray, rows: range, writers: list[ShardWriter]
     ) -> list[FidelitySums]:
         codec = self._codec(tap)
+        originals: list[FloatArray] = []
         decoded: list[Array] = []
         for row, sample in zip(rows, values, strict=True):
             try:
@@ -296,15 +325,14 @@ class CacheWriter:
                 assert part is not None
                 writer.add_row(part)
             if len(decoded) < fidelity.MEASURED_SAMPLES:
-                decoded.append(codec.decode(encoded))
-        measured = np.stack(decoded)
-        L, C = tap.tokens, tap.channels
+                originals.append(codec.pooled(sample))
+                decoded.append(codec.restore(codec.decode(encoded)))
         return [
             fidelity.measure(
                 tap.name,
                 timestep,
-                values[: len(measured), :, t].reshape(-1, L, C),
-                measured[:, :, t].reshape(-1, L, C),
+                np.concatenate([sample[:, t] for sample in originals]),
+                np.concatenate([sample[:, t] for sample in decoded]),
             )
             for t, timestep in enumerate(self.manifest.curriculum.timesteps)
         ]
@@ -324,19 +352,19 @@ class CacheWriter:
         steps, views = len(self.manifest.curriculum.timesteps), len(self.manifest.views)
         for tap in self.manifest.taps:
             shape = tuple(features[tap.name].shape)
-            expected = (shape[0] if count is None else count, views, steps, tap.tokens, tap.channels)
+            first = shape[0] if count is None and shape else count
+            expected = (first, views, steps, *teacher_shape(tap, self.manifest.encoding))
             if shape != expected:
                 raise InvalidFeatures(f"features of tap {tap.name} have shape {shape}, expected {expected}")
         for tap in self.manifest.taps:
             yield tap, as_features(features[tap.name])
 
-    def _check_finite(self, values: FloatArray, tap: TapInfo, rows: range | None) -> None:
-        for index, sample in enumerate(values):
+    def _check_finite(self, values: FloatArray, tap: TapInfo, names: Sequence[str]) -> None:
+        for name, sample in zip(names, values, strict=True):
             bad = first_not_finite(sample)
             if bad is not None:
-                who = self._name(rows[index]) if rows is not None else f"calibration sample {index}"
                 raise InvalidFeatures(
-                    f"tap {tap.name} of {who} is {sample[bad]} at (view, timestep, token, channel) = {bad}: the "
+                    f"tap {tap.name} of {name} is {sample[bad]} at (view, timestep, token, channel) = {bad}: the "
                     "teacher failed on it; quarantine the sample or compute it in a wider type"
                 )
 

@@ -4,7 +4,7 @@ import io
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -224,26 +224,25 @@ def _write_features(
     sigmas = writer.manifest.curriculum.sigmas
     rows = writer.manifest.dataset.feature_rows
 
-    def compute(chosen: Sequence[int], bar: tqdm) -> dict[str, Tensor]:
-        parts = []
+    def batches(chosen: Sequence[int], bar: tqdm) -> Iterator[dict[str, Tensor]]:
         # Batches start at the shard's first row, so what a shard holds never depends on where an earlier run stopped.
         for start in range(0, len(chosen), config.batch):
             batch = [usable[r].sample for r in chosen[start : start + config.batch]]
             features = teacher_features(teacher, dataset, batch, config, sigmas)
-            parts.append({tap: tokens.float().cpu() for tap, tokens in features.items()})
+            yield {tap: tokens.float().cpu() for tap, tokens in features.items()}
             bar.update(len(batch))
-        return {tap: torch.cat([p[tap] for p in parts]) for tap in config.taps}
 
     if writer.needs_calibration():
         spread = sorted({round(i * (rows - 1) / (_CALIBRATION_IMAGES - 1)) for i in range(_CALIBRATION_IMAGES)})
         with tqdm(total=len(spread), desc="calibrate", unit="image") as bar:
-            writer.calibrate(compute(spread, bar))
+            writer.calibrate(batches(spread, bar))
     total = sum(len(writer.shard_rows(k)) for k in missing)
     # One shard is encoded and written while the next is computed; never more than one waits.
     with ThreadPoolExecutor(1) as pool, tqdm(total=total, desc="teacher", unit="image") as bar:
         pending: Future[None] | None = None
         for k in missing:
-            features = compute(writer.shard_rows(k), bar)
+            parts = list(batches(writer.shard_rows(k), bar))
+            features = {tap: torch.cat([part[tap] for part in parts]) for tap in config.taps}
             if pending:
                 pending.result()
             pending = pool.submit(writer.write_shard, k, features)

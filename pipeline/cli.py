@@ -5,6 +5,7 @@ import typer
 from cache_schema.cli import run
 from pipeline.commands.build import build
 from pipeline.commands.inspect import info, verify
+from pipeline.commands.probe import probe
 from pipeline.commands.refine import refine
 from pipeline.options import DebugOption
 
@@ -22,10 +23,14 @@ def options(debug: DebugOption = False) -> None:
     """Run a frozen diffusion transformer once per image and timestep, and share what it saw."""
 
 
-for command in (refine, build, info, verify):
+for command in (probe, refine, build, info, verify):
     app.command()(command)
 
 
 def main() -> None:
     """Entry point of `dit-cache`."""
     run(app, name="dit-cache")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,6 @@
 """Options that several commands of `dit-cache` share, and what they mean. No model library is imported at the top."""
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -76,6 +77,9 @@ def open_inputs(
         raise DitDistillError(f"--device {device}: not a device; use auto, cpu or cuda") from None
     if target.type == "cuda" and not torch.cuda.is_available():
         raise DitDistillError(f"--device {device}: this machine has no CUDA GPU that PyTorch can use")
+    if target.type == "cuda" and target.index is None:
+        # One process per GPU, where accelerate or torchrun started several.
+        target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     auto = torch.bfloat16 if target.type == "cuda" else torch.float32
     chosen = load_teacher(
         teacher or preset_for(dataset).teacher,

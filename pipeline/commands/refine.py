@@ -30,10 +30,19 @@ def refine(
     output: Annotated[Path | None, typer.Option(help="Folder of the LoRA; default runs/<dataset>/lora.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps; default 30000, demo 200.")] = None,
     batch: Annotated[int | None, typer.Option(help="Images per step; default 1, demo 8.")] = None,
+    accumulate: Annotated[int, typer.Option(help="Batches per step, and per process, whose gradients add up.")] = 1,
     lr: Annotated[float | None, typer.Option(help="Learning rate of Adam; default 1e-4.")] = None,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 16,
     validation_images: Annotated[int, typer.Option(help="Training images held out to measure progress.")] = 32,
     validate_every: Annotated[int, typer.Option(help="Steps between measurements on held-out images.")] = 1000,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0 writes none.")] = 500,
+    pictures_every: Annotated[
+        int, typer.Option(help="Steps between pictures of reconstructions; 0 draws none.")
+    ] = 5000,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(help="Compute activations twice instead of keeping them; default on a GPU.", show_default=False),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of initialisation, order and noise.")] = 0,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
@@ -42,7 +51,11 @@ def refine(
     limit: LimitOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Stage I: refine the frozen DiT with a LoRA so that it uses the context image (condition difference refining)."""
+    """Stage I: refine the frozen DiT with a LoRA so that it uses the context image (condition difference refining).
+
+    The same command goes on where an interrupted run stopped. For several
+    GPUs: torchrun --nproc-per-node 8 -m pipeline.cli refine …
+    """
     preset = preset_for(dataset)
     opened, loaded = open_inputs(dataset, data, teacher, revision, None, dtype, device, resolution, guidance, limit)
     from pipeline.refine import RefineConfig
@@ -51,10 +64,16 @@ def refine(
     config = RefineConfig(
         steps=preset.refine_steps if steps is None else steps,
         batch=preset.refine_batch if batch is None else batch,
+        accumulate=accumulate,
         lr=preset.refine_lr if lr is None else lr,
         rank=rank,
         seed=seed,
         validation_images=validation_images,
         validate_every=validate_every,
+        checkpoint_every=checkpoint_every,
+        pictures_every=pictures_every,
+        gradient_checkpointing=loaded.device.type == "cuda"
+        if gradient_checkpointing is None
+        else gradient_checkpointing,
     )
     run_refine(loaded, opened, config, output or run_folder(dataset) / "lora")

@@ -59,6 +59,10 @@ class Teacher(Protocol):
         """Component name → SHA-256 of its weights and configuration."""
         ...
 
+    def taps(self) -> list[str]:
+        """Every tap there is, from the input to the output, each place once."""
+        ...
+
     def tap_shape(self, tap: str) -> TapShape:
         """Shape of a tap; raises TeacherError, listing the known taps, for an unknown one."""
         ...
@@ -71,6 +75,10 @@ class Teacher(Protocol):
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """uint8 (B, 3, R, R) → packed clean latents (B, L, C_latent); the posterior's mode, so nothing is random."""
+        ...
+
+    def decode_images(self, latents: Tensor) -> Tensor:
+        """Packed clean latents (B, L, C_latent) → uint8 (B, 3, R, R), to look at."""
         ...
 
     def save_lora(self, folder: Path) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.teachers.base import TapShape, TeacherError, TextEmbedding
 from pipeline.teachers.lora import attach_lora, check_made_for, save_lora
 from pipeline.teachers.weights import component_digest
-from pipeline.views import to_signed
+from pipeline.views import from_signed, to_signed
 
 # diffusers' own default for FLUX; a tokenizer with a shorter limit has the last word.
 _MAX_TEXT_TOKENS = 512
@@ -135,6 +135,12 @@ class FluxTeacher:
         latents = self.vae.encode(to_signed(pixels.to(self.device)).to(self.dtype)).latent_dist.mode()
         return pack_latents((latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor)
 
+    @torch.no_grad()
+    def decode_images(self, latents: Tensor) -> Tensor:
+        unpacked = unpack_latents(latents, *self.grid).to(self.dtype)
+        pixels = self.vae.decode(unpacked / self.vae.config.scaling_factor + self.vae.config.shift_factor).sample
+        return from_signed(pixels)
+
     def save_lora(self, folder: Path) -> Path:
         return save_lora(FluxKontextPipeline, self.transformer, folder)
 
@@ -158,6 +164,11 @@ class FluxTeacher:
         if out is not None:
             features["velocity"] = -out
         return {tap: features[tap] for tap in taps}
+
+    def taps(self) -> list[str]:
+        doubles, singles = len(self.transformer.transformer_blocks), len(self.transformer.single_transformer_blocks)
+        blocks = [f"double.{n}" for n in range(doubles)] + [f"single.{n}" for n in range(singles)]
+        return [*blocks[:-1], "hidden", "velocity"]  # hidden is the last block's output
 
     def tap_shape(self, tap: str) -> TapShape:
         channels = self.transformer.config.in_channels if tap == "velocity" else self.transformer.inner_dim

@@ -25,6 +25,7 @@ from cache_schema import (
     make_samples,
     plan_manifest,
 )
+from cache_schema.reduction import teacher_shape
 
 # For property tests. `HYPOTHESIS_EXAMPLES=2000 pytest tests/cache_schema` is the thorough, nightly setting.
 _EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "60"))
@@ -36,7 +37,8 @@ many_examples = settings(
 # For those that build a whole cache each time.
 some_examples = settings(many_examples, max_examples=max(15, _EXAMPLES // 10))
 
-TAPS = {"hidden": (6, 8, (2, 3)), "single.3": (4, 5, (2, 2))}
+# Name to the tokens' grid after pooling, and the channels before PCA.
+TAPS = {"hidden": ((2, 3), 8), "single.3": ((2, 2), 5)}
 TIMESTEPS = [10, 16, 28]
 VIEWS = ["canonical", "hflip"]
 FEATURE_ROWS = 7
@@ -73,6 +75,8 @@ def tiny_manifest(
     compression: str = "none",
     with_images: bool = True,
     samples_per_shard: int = 3,
+    pool: int = 1,
+    pca: int | None = None,
     **changes: Any,
 ) -> Manifest:
     """The manifest of a tiny cache with two taps, two views and three timesteps; `changes` replace its parts."""
@@ -98,8 +102,11 @@ def tiny_manifest(
             guidance=3.5,
         ),
         "curriculum": Curriculum(num_steps=28, timesteps=TIMESTEPS, sigmas=[0.9, 0.6, 0.05], seed=7),
-        "taps": [TapInfo(name=name, tokens=t, channels=c, grid=grid) for name, (t, c, grid) in TAPS.items()],
-        "encoding": Encoding(kind=kind, compression=compression),
+        "taps": [
+            TapInfo(name=name, tokens=h * w * pool**2, channels=channels, grid=(h * pool, w * pool))
+            for name, ((h, w), channels) in TAPS.items()
+        ],
+        "encoding": Encoding(kind=kind, compression=compression, pool=pool, pca=pca),
         "views": VIEWS,
         "images": ImagesInfo(size=32, format="png") if with_images else None,
         "image_rows": usable,
@@ -110,11 +117,12 @@ def tiny_manifest(
 
 
 def features_of(rows: Iterable[int], manifest: Manifest) -> dict[str, np.ndarray]:
-    """The features (rows, V, T, L, C) of given rows; channel 1 is a hundred times larger than the others."""
+    """Teacher features (rows, V, T, L, C) of given rows; channel 1 is a hundred times larger than the others."""
     features = {}
     for tap in manifest.taps:
-        shape = (len(manifest.views), len(manifest.curriculum.timesteps), tap.tokens, tap.channels)
-        stack = [np.random.default_rng([row, tap.tokens]).normal(size=shape) for row in rows]
+        tokens, channels = teacher_shape(tap, manifest.encoding)
+        shape = (len(manifest.views), len(manifest.curriculum.timesteps), tokens, channels)
+        stack = [np.random.default_rng([row, tokens]).normal(size=shape) for row in rows]
         values = np.array(stack, dtype=np.float32).reshape(-1, *shape)
         values[..., 1] *= 100
         features[tap.name] = values

@@ -9,7 +9,20 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cache_schema import InvalidFeatures
-from cache_schema.encoding import Encoded, as_features, calibrate_channels, decode, encode, first_not_finite
+from cache_schema.calibration import Moments
+from cache_schema.encoding import Encoded, as_features, decode, encode, first_not_finite
+from cache_schema.float8 import float8_to_float32
+
+SCALED = ["int8", "float8_e4m3"]
+
+
+def calibrate_channels(samples: np.ndarray) -> np.ndarray:
+    """The calibration (T, C) of samples (n, V, T, L, C)."""
+    moments = Moments(samples.shape[2], samples.shape[4])
+    for sample in samples:
+        moments.add(sample)
+    return moments.channel_amplitudes()
+
 
 shapes = hnp.array_shapes(min_dims=4, max_dims=4, max_side=5)
 
@@ -55,42 +68,65 @@ def test_int8_errs_by_at_most_half_a_step_of_its_token_and_channel(x: np.ndarray
 
 @many_examples
 @given(float32_features(1e6))
-def test_an_encoding_decodes_the_same_for_one_sample_as_for_many(x: np.ndarray) -> None:
+def test_float8_errs_by_at_most_a_sixteenth_of_a_value_or_half_its_tokens_smallest_number(x: np.ndarray) -> None:
     channel = calibrate_channels(x[None])
-    whole = encode("int8", x, channel)
+    encoded = encode("float8_e4m3", x, channel)
+    assert encoded.scale is not None
+    assert encoded.payload.dtype == np.uint8
+    smallest = encoded.scale[..., None].astype(np.float64) * channel[:, None, :] * 2.0**-9
+    error = np.abs(decode("float8_e4m3", encoded, channel).astype(np.float64) - x)
+    slack = 1e-5 * np.abs(x) + 8e-36 * channel[:, None, :]
+    assert (error <= np.maximum(np.abs(x) / 16, smallest / 2) + slack).all()
+
+
+@many_examples
+@given(float32_features(float(np.finfo(np.float32).max)))
+def test_no_finite_value_becomes_a_float8_nan(x: np.ndarray) -> None:
+    try:
+        encoded = encode("float8_e4m3", x, calibrate_channels(np.minimum(np.abs(x), 1e38)[None]))
+    except InvalidFeatures:
+        return
+    assert not (encoded.payload & 0x7F == 0x7F).any()
+
+
+def test_every_float8_number_is_decoded_as_torch_means_it() -> None:
+    numbers = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)
+    expected = numbers.to(torch.float32)
+    known = ~expected.isnan()
+    assert known.sum() == 254
+    assert torch.equal(float8_to_float32(numbers)[known], expected[known])
+
+
+@many_examples
+@given(float32_features(1e6), st.sampled_from(SCALED))
+def test_an_encoding_decodes_the_same_for_one_sample_as_for_many(x: np.ndarray, kind: str) -> None:
+    channel = calibrate_channels(x[None])
+    whole = encode(kind, x, channel)
     for i, sample in enumerate(x):
-        alone = encode("int8", sample, channel)
+        alone = encode(kind, sample, channel)
         np.testing.assert_array_equal(alone.payload, whole.payload[i])
         np.testing.assert_array_equal(alone.scale, whole.scale[i])
 
 
-def test_int8_keeps_every_channel_where_four_of_them_are_a_thousand_times_larger() -> None:
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(8, 1, 2, 64, 3072)).astype(np.float32)
-    x[..., [5, 700, 1500, 3000]] *= 1000
-    channel = calibrate_channels(x[:4])
-    y = np.stack([decode("int8", encode("int8", sample, channel), channel) for sample in x[4:]])
-    error = np.sqrt(np.square(y - x[4:]).mean(axis=(0, 1, 2, 3)) / np.square(x[4:]).mean(axis=(0, 1, 2, 3)))
-    assert error.max() < 0.02
-
-
-def test_int8_survives_a_channel_that_was_silent_during_calibration() -> None:
+@pytest.mark.parametrize(("kind", "tolerance"), [("int8", 0.01), ("float8_e4m3", 0.07)])
+def test_a_channel_that_was_silent_during_calibration_may_speak_up_later(kind: str, tolerance: float) -> None:
     rng = np.random.default_rng(0)
     quiet = rng.normal(size=(4, 1, 1, 16, 32)).astype(np.float32)
     quiet[..., 3] = 0
     channel = calibrate_channels(quiet)
     loud = quiet[0].copy()
     loud[..., 3] = 0.05
-    y = decode("int8", encode("int8", loud, channel), channel)
-    np.testing.assert_allclose(y[..., 3], 0.05, rtol=0.01)
+    y = decode(kind, encode(kind, loud, channel), channel)
+    np.testing.assert_allclose(y[..., 3], 0.05, rtol=tolerance)
     assert np.abs(y - loud).max() < 0.5
 
 
-def test_tokens_of_zeros_and_of_tiny_values_decode_to_zeros() -> None:
+@pytest.mark.parametrize("kind", SCALED)
+def test_tokens_of_zeros_and_of_tiny_values_decode_to_zeros(kind: str) -> None:
     x = np.zeros((1, 1, 2, 4), np.float32)
     x[..., 1, :] = 1e-44
     channel = np.ones((1, 4), np.float32)
-    y = decode("int8", encode("int8", x, channel), channel)
+    y = decode(kind, encode(kind, x, channel), channel)
     np.testing.assert_array_equal(y, 0)
 
 
@@ -100,17 +136,19 @@ def test_a_value_beyond_the_encodings_range_is_refused(kind: str, value: float) 
         encode(kind, np.full((1, 1, 1, 2), value, np.float32))
 
 
-def test_int8_refuses_values_that_overflow_under_their_calibration() -> None:
+@pytest.mark.parametrize("kind", SCALED)
+def test_values_that_overflow_under_their_calibration_are_refused(kind: str) -> None:
     with pytest.raises(InvalidFeatures, match="calibrate on more samples"):
-        encode("int8", np.full((1, 1, 1, 2), 1e38, np.float32), np.full((1, 2), 1e-10, np.float32))
+        encode(kind, np.full((1, 1, 1, 2), 1e38, np.float32), np.full((1, 2), 1e-10, np.float32))
 
 
-def test_int8_needs_a_calibration_of_the_right_shape() -> None:
+@pytest.mark.parametrize("kind", SCALED)
+def test_scaled_formats_need_a_calibration_of_the_right_shape(kind: str) -> None:
     x = np.zeros((1, 1, 2, 4), np.float32)
-    with pytest.raises(InvalidFeatures, match="needs a channel calibration"):
-        encode("int8", x)
+    with pytest.raises(InvalidFeatures, match=f"{kind} needs a channel calibration"):
+        encode(kind, x)
     with pytest.raises(InvalidFeatures, match="features need"):
-        encode("int8", x, np.ones((2, 4), np.float32))
+        encode(kind, x, np.ones((2, 4), np.float32))
 
 
 @many_examples

@@ -76,8 +76,9 @@ def manifests(draw: st.DrawFn) -> Manifest:
         ),
         taps=[TapInfo(name=name, tokens=6, channels=draw(st.integers(1, 99)), grid=(2, 3)) for name in names],
         encoding=Encoding(
-            kind=draw(st.sampled_from(["float32", "float16", "bfloat16", "int8"])),
-            compression=draw(st.sampled_from(["none", "zstd"])),
+            kind=draw(st.sampled_from(["float32", "float16", "bfloat16", "int8", "float8_e4m3"])),
+            pool=draw(st.integers(1, 3)),
+            compression=draw(st.sampled_from(["none", "zstd", "blosc:lz4", "blosc:zstd"])),
         ),
         views=draw(st.lists(text, min_size=1, max_size=3, unique=True)),
         images=images,

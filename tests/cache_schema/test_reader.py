@@ -47,8 +47,10 @@ ENCODINGS = [
     ("bfloat16", "zstd"),
     ("int8", "none"),
     ("int8", "zstd"),
+    ("float8_e4m3", "none"),
 ]
-TOLERANCE = {"float32": 0.0, "float16": 1e-3, "bfloat16": 8e-3, "int8": 3e-2}
+TOLERANCE = {"float32": 0.0, "float16": 1e-3, "bfloat16": 8e-3, "int8": 3e-2, "float8_e4m3": 6e-2}
+NUMPY_BITS = {"bfloat16": torch.uint16, "float8_e4m3": torch.uint8}
 
 
 def assert_close(found: torch.Tensor, expected: np.ndarray, kind: str) -> None:
@@ -89,9 +91,9 @@ def test_zarr_python_opens_the_arrays_and_sees_the_same(cache_of: CacheOf, kind:
         payload = np.asarray(group[tap][:])
         for view in (0, 1):
             batch = cache.read(range(FEATURE_ROWS), tap=tap, view=view)
-            bits = batch.payload.view(torch.uint16) if kind == "bfloat16" else batch.payload
+            bits = batch.payload.view(NUMPY_BITS.get(kind, batch.payload.dtype))
             np.testing.assert_array_equal(payload[:, view], bits.numpy())
-            if kind == "int8":
+            if cache.manifest.encoding.scaled:
                 assert batch.scale is not None
                 assert batch.channel is not None
                 np.testing.assert_array_equal(np.asarray(group[f"{tap}.scale"][:])[:, view], batch.scale.numpy())
@@ -141,7 +143,13 @@ def test_what_the_cache_does_not_hold_is_named(cache_of: CacheOf, request_: dict
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("int8", torch.int8)]
+    ("kind", "dtype"),
+    [
+        ("float32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("int8", torch.int8),
+        ("float8_e4m3", torch.float8_e4m3fn),
+    ],
 )
 def test_a_given_buffer_is_filled_and_is_the_payload(cache_of: CacheOf, kind: str, dtype: torch.dtype) -> None:
     cache = open_cache(cache_of(kind=kind))
@@ -149,13 +157,14 @@ def test_a_given_buffer_is_filled_and_is_the_payload(cache_of: CacheOf, kind: st
     out = torch.zeros((2, 3, 6, 8), dtype=dtype)
     batch = cache.read([5, 1], out=out)
     assert batch.payload.data_ptr() == out.data_ptr()
-    assert torch.equal(out, fresh.payload)
+    assert torch.equal(out.view(torch.uint8), fresh.payload.view(torch.uint8))
     decoded = batch.decode()
     out.zero_()
     assert torch.equal(decoded, fresh.decode()), "decoded features do not share the buffer"
-    array = np.zeros((2, 3, 6, 8), "uint16" if kind == "bfloat16" else kind)
+    bits = NUMPY_BITS.get(kind, dtype)
+    array = torch.zeros((2, 3, 6, 8), dtype=bits).numpy()
     cache.read([5, 1], out=array)
-    assert torch.equal(torch.from_numpy(array).view(dtype), fresh.payload)
+    assert torch.equal(torch.from_numpy(array), fresh.payload.view(bits))
 
 
 def read_only() -> np.ndarray:

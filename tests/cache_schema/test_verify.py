@@ -38,6 +38,15 @@ def test_a_good_cache_has_no_problems(cache_of: CacheOf, kind: str, compression:
     assert verify(cache_of(kind=kind, compression=compression)) == []
 
 
+def test_the_statistics_of_an_encoding_are_checked_like_everything_else(copy: Callable[..., Path]) -> None:
+    root = copy(kind="float8_e4m3", pca=3, pool=2)
+    assert verify(root) == []
+    for name in ("hidden.amplitude/c/0", "hidden.mean/c/0", "single.3.basis/c/0/0", "single.3.channel/c/0/0"):
+        flip(root / "features" / name, 2)
+        assert [problem.file for problem in verify(root)] == [f"features/{name}"]
+        flip(root / "features" / name, 2)
+
+
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_a_flipped_byte_of_features_is_found_with_its_file_shard_and_row(
     copy: Callable[..., Path], compression: str

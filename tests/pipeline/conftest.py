@@ -79,9 +79,13 @@ def teacher(flux_folder: Path) -> FluxTeacher:
     return FluxTeacher(flux_folder, resolution=RESOLUTION)
 
 
+def make_tiny_dataset() -> DemoDataset:
+    return DemoDataset(DemoConfig(groups=2, train_classes=4, test_classes=4, images_per_class=5, unlabeled=6))
+
+
 @pytest.fixture(scope="session")
 def tiny_dataset() -> DemoDataset:
-    return DemoDataset(DemoConfig(groups=2, train_classes=4, test_classes=4, images_per_class=5, unlabeled=6))
+    return make_tiny_dataset()
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from cache_schema.errors import DitDistillError
 from pipeline.conditions import Conditions, encode_conditions
-from pipeline.refine import RefineConfig, cdr_loss, hold_out, refine
+from pipeline.refine import RefineConfig, cdr_loss, refine
+from pipeline.refine.loss import hold_out
 from pipeline.teachers.base import TeacherError, TextEmbedding
 from pipeline.teachers.flux import FluxTeacher
 from pipeline.teachers.lora import add_lora, save_lora
@@ -103,7 +104,9 @@ def test_refining_lowers_the_held_out_loss_and_leaves_a_record(load_teacher, tin
     assert losses[-1] < losses[0]
     assert json.loads((tmp_path / "refine.json").read_text()) == record
     assert record["lora_digest"] == file_digest(tmp_path / "pytorch_lora_weights.safetensors")
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 40
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
+    assert [line["step"] for line in lines if "validation_loss" in line] == [20, 40]
     assert "held-out CDR loss" in said[0]
 
 
@@ -115,7 +118,7 @@ def test_refining_twice_from_one_seed_gives_the_same_lora(load_teacher, tiny_dat
 
 def test_held_out_images_are_not_trained_on(tiny_dataset):
     train = [s for s in tiny_dataset.samples if s.split == "train"]
-    kept, held = hold_out(train, RefineConfig(validation_images=7))
+    kept, held = hold_out(train, 7)
     assert len(held) == 7
     assert sorted([*kept, *held], key=lambda s: s.id) == sorted(train, key=lambda s: s.id)
 

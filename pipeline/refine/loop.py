@@ -1,0 +1,235 @@
+"""The loop of Stage I, on one process or, started by torchrun or `accelerate launch`, on several."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from cache_schema.errors import DitDistillError
+from cache_schema.files import write_file
+from pipeline.conditions import encode_conditions
+from pipeline.datasets.base import Dataset, Sample
+from pipeline.refine.card import render_card
+from pipeline.refine.checkpoint import (
+    Progress,
+    check_identity,
+    load_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+)
+from pipeline.refine.config import RefineConfig
+from pipeline.refine.draws import noise_of, rows_of
+from pipeline.refine.loss import HeldOut, cdr_loss, encode_held_out, hold_out, validation_loss
+from pipeline.refine.metrics import MetricsLog
+from pipeline.refine.pictures import draw_reconstructions, save_picture
+from pipeline.teachers.base import Teacher
+from pipeline.teachers.lora import RECORD_NAME, add_lora
+from pipeline.teachers.weights import file_digest
+
+# Settings that may change between two halves of one run without changing what it computes.
+_FREE = ("steps", "gradient_checkpointing", "validate_every", "checkpoint_every", "pictures_every", "picture_images",
+         "num_steps", "timesteps")  # fmt: skip
+
+
+def refine(
+    teacher: Teacher,
+    dataset: Dataset,
+    config: RefineConfig,
+    output: Path,
+    *,
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train the LoRA on the training split and write it to `output`; returns the record also written as refine.json.
+
+    A run that was interrupted goes on from its last checkpoint, exactly; one that is finished is left as it is. Some
+    training images are held out and their loss is measured at fixed noise. Only the training split is used: neither
+    test images nor labels are looked at. Raises DitDistillError if `output` holds a run with other settings.
+    """
+    run = _Run(teacher, dataset, config, output, log)
+    finished = run.finished()
+    if finished is not None:
+        log(f"{output} is refined already: held-out CDR loss {finished['validation'][-1]['validation_loss']:.4f}")
+        return finished
+    run.train()
+    return run.finish()
+
+
+class _Run:
+    """One run: what it trains on, how far it is, and where it writes."""
+
+    def __init__(
+        self, teacher: Teacher, dataset: Dataset, config: RefineConfig, output: Path, log: Callable[[str], None]
+    ) -> None:
+        self.teacher, self.dataset, self.config, self.output, self.log = teacher, dataset, config, output, log
+        self.accelerator = Accelerator(cpu=teacher.device.type == "cpu")
+        samples = [s for s in dataset.samples if s.split == "train"]
+        self.train_samples, self.held_out = hold_out(samples, config.validation_images)
+        self.slots = config.accumulate * self.accelerator.num_processes
+        self.progress = Progress(self._identity())
+        self.parameters: dict[str, Tensor] = {}
+
+    def finished(self) -> dict[str, Any] | None:
+        """The record of a finished run in the output folder, None where there is none."""
+        file = self.output / RECORD_NAME
+        if not file.is_file():
+            return None
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            identity, steps = record["identity"], record["config"]["steps"]
+        except (ValueError, KeyError, TypeError):
+            raise DitDistillError(f"{file}: not a record of dit-cache refine; use another --output") from None
+        check_identity({**identity, "steps": steps}, {**self._identity(), "steps": self.config.steps}, file)
+        return record
+
+    def train(self) -> None:
+        """All steps from the last checkpoint on."""
+        config = self.config
+        add_lora(self.teacher.transformer, config.rank, config.seed)
+        if config.gradient_checkpointing:
+            self.teacher.transformer.enable_gradient_checkpointing()
+        self.parameters = {n: p for n, p in self.teacher.transformer.named_parameters() if p.requires_grad}
+        self.optimiser = torch.optim.Adam(self.parameters.values(), lr=config.lr)
+        found = load_checkpoint(self.output, self.progress.identity, self.parameters, self.optimiser)
+        if found is not None:
+            self.progress = found
+            self.log(f"going on from step {found.step} of {config.steps} in {self.output}")
+        validation = self._encode_held_out()
+        if not self.progress.validation:
+            self._validate(validation)
+        earlier, started = self.progress.seconds, time.monotonic()
+        main = self.accelerator.is_main_process
+        with (
+            MetricsLog(self.output, self.progress.step, enabled=main) as metrics,
+            tqdm(total=config.steps, initial=self.progress.step, desc="refine", unit="step", disable=not main) as bar,
+        ):
+            running = math.nan
+            for step in range(self.progress.step, config.steps):
+                loss = self._optimise(step)
+                self.progress.step = step + 1
+                self.progress.seconds = earlier + time.monotonic() - started
+                running = loss if math.isnan(running) else 0.98 * running + 0.02 * loss
+                bar.set_postfix(loss=f"{running:.4f}", refresh=False)
+                bar.update()
+                metrics.write(step + 1, loss=loss)
+                self._now_and_then(step + 1, validation, metrics)
+
+    def finish(self) -> dict[str, Any]:
+        """Write LoRA, record and card; the checkpoints are no longer needed."""
+        record = {
+            "config": asdict(self.config),
+            "identity": self.progress.identity,
+            "dataset": self.dataset.name,
+            "protocol": self.dataset.protocol,
+            "train_images": len(self.train_samples),
+            "held_out_images": len(self.held_out),
+            "processes": self.accelerator.num_processes,
+            "teacher": self.teacher.source,
+            "transformer_digest": self.teacher.digests()["transformer"],
+            "validation": self.progress.validation,
+            "seconds": round(self.progress.seconds, 1),
+        }
+        if self.accelerator.is_main_process:
+            file = self.teacher.save_lora(self.output)
+            record["lora_digest"] = file_digest(file)
+            record = json.loads(json.dumps(record))
+            write_file(self.output / "README.md", render_card(record).encode())
+            write_file(self.output / RECORD_NAME, (json.dumps(record, indent=2) + "\n").encode())
+            remove_checkpoints(self.output)
+            first, last = (record["validation"][i]["validation_loss"] for i in (0, -1))
+            self.log(
+                f"refined {self.teacher.source} for {self.config.steps} steps: held-out CDR loss "
+                f"{first:.4f} → {last:.4f}, LoRA in {file}"
+            )
+        self.accelerator.wait_for_everyone()
+        return record
+
+    def _optimise(self, step: int) -> float:
+        """One step of Adam over all micro-batches of all processes; returns the mean loss."""
+        config, teacher = self.config, self.teacher
+        self.optimiser.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=teacher.device)
+        for micro in range(config.accumulate):
+            slot = micro * self.accelerator.num_processes + self.accelerator.process_index
+            rows = rows_of(config.seed, step, slot, self.slots, config.batch, len(self.train_samples))
+            conditions = encode_conditions(teacher, self.dataset, [self.train_samples[r] for r in rows], "canonical")
+            noise, sigma = noise_of(config.seed, step, slot, tuple(conditions.object.shape))
+            loss = cdr_loss(teacher, conditions, noise.to(conditions.object), sigma.to(conditions.object))
+            (loss / config.accumulate).backward()
+            total += loss.detach() / config.accumulate
+        if self.accelerator.num_processes > 1:
+            total = self._share_gradients(total)
+        if not torch.isfinite(total):
+            raise DitDistillError(
+                f"the loss of step {step + 1} is {total.item()}: the teacher failed; use --dtype bfloat16 or float32, "
+                f"or a lower --lr; the last checkpoint in {self.output} is from before"
+            )
+        self.optimiser.step()
+        return total.item()
+
+    def _share_gradients(self, loss: Tensor) -> Tensor:
+        """Average gradients and loss over processes, in one message. Only the LoRA travels: the DiT is not wrapped."""
+        # What the loss does not reach has no gradient, on every process alike: Adam must go on skipping it.
+        reached = [(p, p.grad) for p in self.parameters.values() if p.grad is not None]
+        flat = torch.cat([loss.reshape(1), *(grad.reshape(-1) for _, grad in reached)])
+        mean = self.accelerator.reduce(flat, "mean")
+        for (parameter, _), grad in zip(reached, mean[1:].split([p.numel() for p, _ in reached]), strict=True):
+            parameter.grad = grad.view_as(parameter)
+        return mean[0]
+
+    def _now_and_then(self, step: int, validation: Sequence[HeldOut], metrics: MetricsLog) -> None:
+        """What is not done at every step, on the main process."""
+        config, last = self.config, step == self.config.steps
+        if not self.accelerator.is_main_process:
+            return
+        if step % config.validate_every == 0 or last:
+            metrics.write(step, validation_loss=self._validate(validation))
+        if config.pictures_every and (step % config.pictures_every == 0 or last):
+            self._draw(step)
+        if config.checkpoint_every and step % config.checkpoint_every == 0 and not last:
+            save_checkpoint(self.output, self.progress, self.parameters, self.optimiser)
+
+    def _encode_held_out(self) -> Sequence[HeldOut]:
+        if not self.accelerator.is_main_process:
+            return []
+        return encode_held_out(self.teacher, self.dataset, self.held_out, self.config.seed)
+
+    def _validate(self, validation: Sequence[HeldOut]) -> float:
+        if not self.accelerator.is_main_process:
+            return math.nan
+        loss = validation_loss(self.teacher, validation)
+        self.progress.validation.append({"step": self.progress.step, "validation_loss": loss})
+        return loss
+
+    def _draw(self, step: int) -> None:
+        config, samples = self.config, self.held_out[: self.config.picture_images]
+        conditions = encode_conditions(self.teacher, self.dataset, samples, "canonical")
+        sheet = draw_reconstructions(self.teacher, conditions, samples, config.timesteps, config.num_steps, config.seed)
+        save_picture(sheet, self.output / "pictures" / f"step-{step:06d}.png")
+
+    def _identity(self) -> dict[str, Any]:
+        """What two halves of one run must have in common."""
+        settings = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
+        # Only their product counts: two processes are one that accumulates twice as much.
+        del settings["accumulate"]
+        return settings | {
+            "micro-batches per step": self.slots,
+            "resolution": self.teacher.resolution,
+            "dtype": str(self.teacher.dtype).removeprefix("torch."),
+            "guidance": self.teacher.guidance,
+            "transformer": self.teacher.digests()["transformer"],
+            "training images": _fingerprint(self.train_samples),
+        }
+
+
+def _fingerprint(samples: Sequence[Sample]) -> str:
+    text = json.dumps([[s.id, s.source, s.box, s.caption] for s in samples])
+    return sha256(text.encode()).hexdigest()

@@ -1,0 +1,64 @@
+"""Pictures of Stage I: what the DiT makes of an object at each noise level of the curriculum."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from pipeline.conditions import Conditions
+from pipeline.curriculum import add_noise, sample_noise
+from pipeline.datasets.base import Sample
+from pipeline.teachers.base import Teacher
+
+_CELL = 160
+_MARGIN = 4
+_HEAD = 22
+
+
+@torch.no_grad()
+def reconstruct(
+    teacher: Teacher, conditions: Conditions, samples: Sequence[Sample], sigma: float, seed: int
+) -> torch.Tensor:
+    """The one-step estimate of the clean object: ẑ_O = X_t + σ·E_{O,t}, decoded to uint8 (B, 3, R, R)."""
+    shape = tuple(conditions.object.shape[1:])
+    noise = torch.stack([sample_noise(s.id, "canonical", seed, shape) for s in samples]).to(conditions.object)
+    level = torch.full((len(samples),), sigma).to(conditions.object)
+    noisy = add_noise(conditions.object, noise, level)
+    velocity = teacher.predict(noisy, conditions.context, level, conditions.text)
+    return teacher.decode_images(noisy + sigma * velocity)
+
+
+def draw_reconstructions(
+    teacher: Teacher,
+    conditions: Conditions,
+    samples: Sequence[Sample],
+    timesteps: Sequence[int],
+    num_steps: int,
+    seed: int,
+) -> Image.Image:
+    """A row per image: the context, the object as the VAE keeps it, and the estimate at every timestep."""
+    sigmas = teacher.sigmas(num_steps)
+    columns = [
+        ("context", teacher.decode_images(conditions.context)),
+        ("object", teacher.decode_images(conditions.object)),
+    ]
+    for p in timesteps:
+        found = reconstruct(teacher, conditions, samples, sigmas[p - 1], seed)
+        columns.append((f"p = {p}, sigma {sigmas[p - 1]:.2f}", found))
+    step = _CELL + _MARGIN
+    sheet = Image.new("RGB", (len(columns) * step + _MARGIN, _HEAD + len(samples) * step), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for x, (title, pixels) in enumerate(columns):
+        pen.text((_MARGIN + x * step, 4), title, fill="black", font=font)
+        for y, image in enumerate(pixels.cpu().numpy()):
+            cell = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+            sheet.paste(cell.resize((_CELL, _CELL), Image.Resampling.BICUBIC), (_MARGIN + x * step, _HEAD + y * step))
+    return sheet
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write a PNG, creating its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
