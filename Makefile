@@ -21,7 +21,7 @@ teacher_option = $(if $(TEACHER),--teacher "$(TEACHER)")
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
-	@echo "  variables: DATASET=demo|cars DATA=/path TEACHER=demo|flux-kontext|/folder|owner/repo PRESET=demo|small|paper"
+	@echo "  variables: DATASET=demo|cars|cub|dogs|nabirds|folder DATA=/path TEACHER=demo|flux-kontext|/folder|owner/repo PRESET=demo|small|paper"
 	@echo "  more options for one step: REFINE=\"--steps 200\" BUILD=\"--timesteps 22,28\" TRAIN=\"--epochs 10\""
 
 setup: $(READY) ## Create the environment (.venv)

@@ -1,6 +1,13 @@
 """The card of a cache: its README.md, for people, written from the manifest and from nothing that changes."""
 
-from cache_schema.manifest import Encoding, Manifest
+from cache_schema.manifest import Encoding, Manifest, StoreKind
+
+_STORES: dict[StoreKind, str] = {
+    "zarr": "Each array under `features/` is an ordinary Zarr v3 array; what its numbers mean is in its attributes and "
+    "in `manifest.json`.",
+    "webdataset": "Each tar under `features/` is an ordinary WebDataset shard, with one `.npy` member per sample and "
+    "array; what its numbers mean is in `manifest.json`.",
+}
 
 
 def format_bytes(count: int | None) -> str:
@@ -32,8 +39,9 @@ def _heading(manifest: Manifest) -> str:
     data, teacher = manifest.dataset, manifest.teacher
     return (
         f"# Teacher cache {manifest.label}\n\n"
-        f"Features of {data.feature_rows} images of `{data.name}` as a diffusion transformer ({teacher.family}, "
-        f"`{teacher.source}`) sees them. Students are distilled from this cache without the teacher."
+        f"Features of {data.feature_rows - len(manifest.failed_rows)} images of `{data.name}` as a diffusion "
+        f"transformer ({teacher.family}, `{teacher.source}`) sees them. "
+        "Students are distilled from this cache without the teacher."
     )
 
 
@@ -50,6 +58,7 @@ def _contents(manifest: Manifest) -> str:
         "data set": f"{data.name}, protocol {data.protocol}, super-class {data.superclass}",
         "images": counts,
         "features of": ", ".join(data.feature_splits) or "no split",
+        "without features": f"{len(manifest.failed_rows)} images that the teacher failed on",
         "teacher": f"{teacher.family} at {teacher.resolution} px in {teacher.dtype}, text: {teacher.text}",
         "teacher weights": ", ".join(f"{name} `{sha[:12]}`" for name, sha in sorted(teacher.digests.items())),
         "refined (LoRA)": f"`{teacher.lora_digest[:12]}`" if teacher.lora_digest else "no",
@@ -104,8 +113,7 @@ def _use(manifest: Manifest) -> str:
         f'batch = cache.read([0], tap="{manifest.taps[0].name}", timesteps={manifest.curriculum.timesteps})\n'
         "features = batch.decode()  # (samples, timesteps, tokens, channels)\n"
         "```\n\n"
-        "`dit-cache info` describes it, `dit-cache verify` checks every byte. Each array under `features/` is an "
-        "ordinary Zarr v3 array; what its numbers mean is in its attributes and in `manifest.json`. "
+        f"`dit-cache info` describes it, `dit-cache verify` checks every byte. {_STORES[manifest.store.kind]} "
         "The images keep the licence of the data set they come from."
     )
 

@@ -1,10 +1,7 @@
 """Everything that turns one tap's teacher features into what a cache stores, and back."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from cache_schema import layout
 from cache_schema.encoding import Array, Encoded, FloatArray, decode, encode
@@ -14,6 +11,7 @@ from cache_schema.journal import read_record
 from cache_schema.layout import CalibrationLayout, CalibrationPart
 from cache_schema.manifest import EncodingKind, Manifest, TapInfo
 from cache_schema.reduction import PrincipalComponents, pool_tokens
+from cache_schema.stores import store_of
 
 
 @dataclass(frozen=True)
@@ -66,37 +64,33 @@ def load_codec(root: Path, manifest: Manifest, tap: TapInfo) -> TapCodec:
 
 def load_channel(root: Path, manifest: Manifest, tap: TapInfo) -> Array:
     """Return a tap's channel calibration, float32 (T, C); raises CacheCorrupt if it is not what was written."""
-    return _load_calibration(root, manifest, tap, ("channel",))["channel"]
+    return _load_parts(root, manifest, tap, ["channel"])[0]
 
 
 def load_components(root: Path, manifest: Manifest, tap: TapInfo) -> PrincipalComponents:
     """Return a tap's principal components; raises CacheCorrupt if they are not what was written."""
-    arrays = _load_calibration(root, manifest, tap, ("amplitude", "mean", "basis"))
-    return PrincipalComponents(arrays["amplitude"], arrays["mean"], arrays["basis"])
+    amplitude, mean, basis = _load_parts(root, manifest, tap, ["amplitude", "mean", "basis"])
+    return PrincipalComponents(amplitude, mean, basis)
 
 
-def _load_calibration(
-    root: Path, manifest: Manifest, tap: TapInfo, parts: tuple[CalibrationPart, ...]
-) -> dict[CalibrationPart, Array]:
+def _load_parts(root: Path, manifest: Manifest, tap: TapInfo, parts: list[CalibrationPart]) -> list[Array]:
+    arrays = {array.part: array for array in layout.calibration_layouts(manifest, tap)}
+    return [load_calibration(root, manifest, arrays[part]) for part in parts]
+
+
+def load_calibration(root: Path, manifest: Manifest, array: CalibrationLayout) -> Array:
+    """Return one of the statistics of a cache, float32; raises CacheCorrupt if it is not what was written."""
+    store = store_of(manifest)
+    name = store.calibration_file(array)
     record = read_record(root, "calibration")
     if record is None:
-        raise CacheUnsealed(f"cache {root} has no calibration of tap {tap.name} yet")
-    arrays = {array.part: array for array in layout.calibration_layouts(manifest, tap)}
-    found = {}
-    for part in parts:
-        expected = record.files.get(arrays[part].file)
-        if expected is None:
-            raise CacheCorrupt(f"the calibration of cache {root} lacks {arrays[part].file}; run `dit-cache verify`")
-        found[part] = _load_array(root, arrays[part], expected.crc32c)
-    return found
-
-
-def _load_array(root: Path, array: CalibrationLayout, crc32c: str) -> Array:
-    path, size = root / array.file, 4 * math.prod(array.shape)
+        raise CacheUnsealed(f"cache {root} has no calibration {array.name} yet")
+    if name not in record.files:
+        raise CacheCorrupt(f"the calibration of cache {root} lacks {name}; run `dit-cache verify`")
     try:
-        data = read_bounded(path, size)
+        data = read_bounded(root / name, store.calibration_size(array))
     except OSError as error:
-        raise CacheCorrupt(f"cannot read {path}: {error.strerror}") from error
-    if len(data) != size or digest(data).crc32c != crc32c:
-        raise CacheCorrupt(f"{path} is damaged; run `dit-cache verify`")
-    return np.frombuffer(data, dtype="<f4").reshape(array.shape).copy()
+        raise CacheCorrupt(f"cannot read {root / name}: {error.strerror}") from error
+    if digest(data).crc32c != record.files[name].crc32c:
+        raise CacheCorrupt(f"{root / name} is damaged; run `dit-cache verify`")
+    return store.parse_calibration(array, data, str(root / name))

@@ -1,12 +1,13 @@
 """What `dit-cache info` says about a cache: one dictionary for scripts, one text for people."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from cache_schema import layout
 from cache_schema.card import format_bytes, format_encoding
-from cache_schema.journal import committed_shards
+from cache_schema.journal import committed_shards, read_record
 from cache_schema.manifest import Manifest
 from cache_schema.manifest_file import load_manifest
 from cache_schema.reader import local_path
@@ -16,12 +17,14 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return everything there is to say about the cache at `path`, sealed or not, as plain JSON values.
 
     Keys: `path`, `state` ("sealed" or "partial"), `manifest` (the whole document), `shards` (done and total, of
-    features and images), `samples_with_features`, `quarantined` (list of id and reason), `shapes` (of the arrays).
+    features and images), `samples_with_features`, `quarantined` (list of id and reason), `failed` (list of row and
+    reason, of the samples that the teacher failed on), `shapes` (of the arrays).
     """
     root = local_path(path)
     manifest = load_manifest(root)
     store = manifest.store
     features, images = committed_shards(root, "features"), committed_shards(root, "images")
+    failed = _failed(root, manifest, features)
     per_shard, rows = store.samples_per_shard, manifest.dataset.feature_rows
     return {
         "path": str(root),
@@ -31,8 +34,10 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
             "features": {"done": len(features), "total": store.feature_shards},
             "images": {"done": len(images), "total": store.image_shards},
         },
-        "samples_with_features": sum(len(layout.rows_of_shard(shard, per_shard, rows)) for shard in features),
+        "samples_with_features": sum(len(layout.rows_of_shard(shard, per_shard, rows)) for shard in features)
+        - len(failed),
         "quarantined": _quarantined(root / layout.SAMPLES_NAME),
+        "failed": failed,
         "shapes": _shapes(manifest),
     }
 
@@ -62,6 +67,8 @@ def describe_text(path: str | os.PathLike[str]) -> str:
     quarantined = description["quarantined"]
     facts.append(("quarantined", str(len(quarantined))))
     facts += [(f"  {item['id']}", item["reason"]) for item in quarantined]
+    facts.append(("the teacher failed on", str(len(description["failed"]))))
+    facts += [(f"  row {item['row']}", item["reason"]) for item in description["failed"]]
     width = max(len(name) for name, _ in facts)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in facts)
 
@@ -90,6 +97,7 @@ def _content_facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("refined", f"LoRA {teacher.lora_digest[:12]}" if teacher.lora_digest else "no"),
         ("timesteps", f"{steps} of {curriculum.num_steps}; seed {curriculum.seed}"),
         ("views", ", ".join(manifest.views)),
+        ("store", manifest.store.kind),
         ("encoding", format_encoding(manifest.encoding)),
         ("images", "none" if images is None else f"{images.size} px {images.format}"),
     ]
@@ -116,16 +124,24 @@ def _provenance_facts(manifest: Manifest) -> list[tuple[str, str]]:
         "took": seconds,
         "versions": versions,
         "command": source.command,
+        "converted": source.converted,
     }
     return [(name, text) for name, text in facts.items() if text]
 
 
 def _shapes(manifest: Manifest) -> dict[str, list[int]]:
     shapes = {}
-    for tap in manifest.taps:
-        for array in layout.feature_layouts(manifest, tap):
-            shapes[array.folder.removeprefix("features/")] = [*array.outer, *array.inner]
+    for array in layout.all_layouts(manifest):
+        shapes[array.name] = [*array.outer, *array.inner]
     return shapes
+
+
+def _failed(root: Path, manifest: Manifest, shards: Iterable[int]) -> list[dict[str, Any]]:
+    if manifest.sealed:
+        # Of a large cache, only the records that have something to say are read.
+        shards = {row // manifest.store.samples_per_shard for row in manifest.failed_rows}
+    records = (read_record(root, "features", shard) for shard in sorted(shards))
+    return [item.model_dump() for record in records if record is not None for item in record.failed]
 
 
 def _quarantined(path: Path) -> list[dict[str, str]]:

@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ _SERIAL = count()
 _ASIDE = re.compile(r"\.tmp-(?P<host>[A-Za-z0-9]+)-(?P<pid>[0-9]+)-(?P<token>[0-9a-f]+)-[0-9]+$")
 # A file left aside by another machine is taken for dead after this long without a write, in seconds.
 _FOREIGN_GRACE = 3600.0
-_READ_BLOCK = 8 << 20
+_READ_BLOCK = 1 << 20
 # Bits reversed, as CRC-32C works on them.
 _CRC32C_POLYNOMIAL = 0x82F63B78
 # Answers of file systems that have no hard links or no locks: not failures of this write.
@@ -245,8 +246,12 @@ def read_bounded(path: Path, limit: int) -> bytes:
     """Return the contents of a file of at most `limit` bytes; a larger one, or no plain file, raises CacheCorrupt."""
     # Without O_NONBLOCK, opening a named pipe that someone put here would wait for ever.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with os.fdopen(fd, "rb") as file:
-        data = file.read(limit + 1)
+    with open(fd, "rb") as file:  # noqa: PTH123
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise CacheCorrupt(f"{path} is not a plain file")
+        # Never asks for the whole limit: Python would allocate it.
+        data = file.read(min(limit, status.st_size) + 1)
     if len(data) > limit:
         raise CacheCorrupt(f"{path} is larger than the {limit} bytes such a file may have")
     return data

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
+from cache_schema import tar
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt
 from cache_schema.files import AsideFile, crc32c, read_bounded
 from cache_schema.manifest import Manifest
 
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
-_BLOCK = 512
-_RECORD = 20 * _BLOCK
 
 
 def member_name(row: int, image_format: str) -> str:
@@ -25,19 +24,13 @@ def write_tar(
     file: AsideFile, rows: range, images: Sequence[bytes], image_format: str
 ) -> tuple[list[tuple[int, int]], list[int]]:
     """Write images as a tar file that depends on nothing else; return each one's (offset, length) and CRC-32C."""
-    import tarfile
-
     offsets, checksums = [], []
     for row, image in zip(rows, images, strict=True):
-        # A fresh TarInfo has no owner, the epoch as its time, and mode 0644.
-        info = tarfile.TarInfo(member_name(row, image_format))
-        info.size = len(image)
-        file.write(info.tobuf(tarfile.USTAR_FORMAT))
+        file.write(tar.member_header(member_name(row, image_format), len(image)))
         offsets.append((file.size, len(image)))
         checksums.append(crc32c(image))
-        file.write(image + bytes(-len(image) % _BLOCK))
-    file.write(bytes(2 * _BLOCK))
-    file.write(bytes(-file.size % _RECORD))
+        file.write(image + tar.padding(len(image)))
+    file.write(tar.archive_end(file.size))
     return offsets, checksums
 
 

@@ -29,7 +29,8 @@ class FileRecord(Part):
     """A file's size and CRC-32C and, for shards, the CRC-32C of every piece, so that damage has an address.
 
     A piece is what can be read alone: a chunk (one sample, view and timestep of an array), or an image. Checksums are
-    joined into one string, in the order of the pieces in the file; in a tar of features, array after array.
+    joined into one string, in the order of the pieces in the file; in a tar of features, array after array. Chunks
+    that are missing, those of samples without features in a Zarr shard, have the checksum 0.
     """
 
     bytes: Count

@@ -179,13 +179,17 @@ class Fidelity(Part):
 
 
 class Provenance(Part):
-    """Everything about one build that another build of the same cache would not repeat."""
+    """Everything about one build that another build of the same cache would not repeat.
+
+    `converted` says of a copy in another store what it was copied from; the rest is that of the original build.
+    """
 
     created: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     device: str | None = None
     seconds: FiniteFloat | None = None
     command: str | None = None
+    converted: str | None = None
     # Covers the whole manifest, this part included; it is here because it changes whenever this part does.
     checksum: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")] | None = None
 

@@ -34,6 +34,8 @@ class OpenFile:
 
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes from `offset`; raises CacheCorrupt where the file does not have them."""
+        if offset < 0 or size < 0 or offset + size > self.size:
+            raise CacheCorrupt(f"{self.path} is truncated: it has no bytes {offset} to {offset + size}")
         buffer = bytearray(size)
         self.read_into(memoryview(buffer), offset)
         return bytes(buffer)
@@ -55,7 +57,7 @@ class OpenShards:
     def __init__(self, max_files: int = MAX_OPEN_FILES, max_index_bytes: int = MAX_INDEX_BYTES) -> None:
         self._lock = threading.Lock()
         self._files: OrderedDict[str, OpenFile] = OrderedDict()
-        self._indexes: OrderedDict[str, tuple[Signature, ShardIndex]] = OrderedDict()
+        self._indexes: OrderedDict[tuple[str, str], tuple[Signature, ShardIndex]] = OrderedDict()
         self._index_bytes = 0
         self._max_files, self._max_index_bytes = max_files, max_index_bytes
 
@@ -73,17 +75,18 @@ class OpenShards:
                 self._files.popitem(last=False)
         return file
 
-    def index(self, file: OpenFile, parse: Callable[[OpenFile], ShardIndex]) -> ShardIndex:
-        """Return the chunk index of an open file, parsed at most once while it is remembered."""
+    def index(self, file: OpenFile, array: str, parse: Callable[[OpenFile], ShardIndex]) -> ShardIndex:
+        """Return the chunk index of one array in an open file, parsed at most once while it is remembered."""
+        key = (file.path, array)
         with self._lock:
-            known = self._indexes.get(file.path)
+            known = self._indexes.get(key)
             if known is not None and known[0] == file.signature:
-                self._indexes.move_to_end(file.path)
+                self._indexes.move_to_end(key)
                 return known[1]
         index = parse(file)
         with self._lock:
-            replaced = self._indexes.pop(file.path, None)
-            self._indexes[file.path] = (file.signature, index)
+            replaced = self._indexes.pop(key, None)
+            self._indexes[key] = (file.signature, index)
             self._index_bytes += index.nbytes - (replaced[1].nbytes if replaced else 0)
             while self._index_bytes > self._max_index_bytes and len(self._indexes) > 1:
                 self._index_bytes -= self._indexes.popitem(last=False)[1][1].nbytes

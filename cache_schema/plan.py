@@ -13,10 +13,12 @@ from cache_schema.manifest import (
     Manifest,
     Provenance,
     StoreInfo,
+    StoreKind,
     TapInfo,
     TeacherInfo,
 )
 from cache_schema.reduction import stored_tap
+from cache_schema.webdataset_store import check_member_sizes
 
 DEFAULT_SHARD_BYTES = 64_000_000
 # Small features would otherwise put a whole data set into one shard, and an interruption would lose all of it.
@@ -56,20 +58,22 @@ def plan_manifest(
     images_per_shard: int | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     provenance: Provenance | None = None,
+    store: StoreKind = "zarr",
 ) -> Manifest:
     """Return the unsealed manifest of a cache, with its id and the sizes of its shards.
 
     `taps` have the shapes in which the teacher computes them; those in which they are stored follow from `encoding`.
-    `image_rows` is the number of samples that are not quarantined; it is ignored where `images` is None. Raises
-    InvalidEncoding if a tap cannot be pooled or has too few channels for PCA, pydantic.ValidationError if the parts
-    contradict each other.
+    `image_rows` is the number of samples that are not quarantined; it is ignored where `images` is None. Both stores
+    group samples in the same way, so that one can be converted into the other shard by shard. Raises InvalidEncoding
+    if a tap cannot be pooled or has too few channels for PCA, pydantic.ValidationError if the parts contradict each
+    other, CacheError for samples too large for the store.
     """
     stored = [stored_tap(tap, encoding) for tap in taps]
     per_shard = samples_per_shard or choose_samples_per_shard(
         stored, encoding, len(views), len(curriculum.timesteps), shard_bytes
     )
     images_each = images_per_shard or DEFAULT_IMAGES_PER_SHARD
-    return Manifest(
+    manifest = Manifest(
         dataset=dataset,
         teacher=teacher,
         curriculum=curriculum,
@@ -78,6 +82,7 @@ def plan_manifest(
         views=views,
         images=images,
         store=StoreInfo(
+            kind=store,
             samples_per_shard=per_shard,
             feature_shards=math.ceil(dataset.feature_rows / per_shard),
             images_per_shard=images_each,
@@ -85,3 +90,6 @@ def plan_manifest(
         ),
         provenance=provenance or Provenance(),
     )
+    if store == "webdataset":
+        check_member_sizes(manifest)
+    return manifest

@@ -2,8 +2,8 @@
 
 import itertools
 import os
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from cache_schema.compression import decompress
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt, CacheError, CacheRequestError, CacheUnsealed
 from cache_schema.images import load_index
-from cache_schema.journal import committed_shards, read_record
+from cache_schema.journal import committed_shards, read_record, record_name
 from cache_schema.layout import ArrayLayout
 from cache_schema.manifest import Manifest, TapInfo
 from cache_schema.manifest_file import load_manifest
 from cache_schema.open_shards import OpenFile, OpenShards
 from cache_schema.samples import check_against_manifest, count_usable, load_samples
-from cache_schema.shard import ShardIndex, chunk_bytes, index_size, parse_index
+from cache_schema.shard import chunk_bytes
+from cache_schema.stores import store_of
 
 Buffer = torch.Tensor | np.ndarray[Any, np.dtype[Any]]
 
@@ -74,6 +75,7 @@ class Cache:
     def __init__(self, root: Path, manifest: Manifest) -> None:
         self.root = root
         self.manifest = manifest
+        self._store = store_of(manifest)
         self._shards = OpenShards()
         self._pid = os.getpid()
         self._channels: dict[str, torch.Tensor] = {}
@@ -103,15 +105,18 @@ class Cache:
 
     @cached_property
     def feature_rows(self) -> Sequence[int]:
-        """The rows that have features, ascending: all of 0 to N - 1 in a sealed cache, fewer in a partial one."""
+        """The rows that have features, ascending: those that a partial cache lacks or the teacher failed on are not."""
         rows, per_shard = self.manifest.dataset.feature_rows, self.manifest.store.samples_per_shard
-        if self._built is None:
+        built: Iterable[int] = range(rows)
+        if self._built is not None:
+            built = (row for shard in sorted(self._built) for row in layout.rows_of_shard(shard, per_shard, rows))
+        elif not self._failed:
             return range(rows)
-        return [row for shard in sorted(self._built) for row in layout.rows_of_shard(shard, per_shard, rows)]
+        return [row for row in built if row not in self._failed]
 
     def has_features(self, row: int) -> bool:
         """Say whether a row of the samples table has features in this cache."""
-        if not 0 <= row < self.manifest.dataset.feature_rows:
+        if not 0 <= row < self.manifest.dataset.feature_rows or row in self._failed:
             return False
         return self._built is None or row // self.manifest.store.samples_per_shard in self._built
 
@@ -187,6 +192,14 @@ class Cache:
         return None if self.manifest.sealed else committed_shards(self.root, "features")
 
     @cached_property
+    def _failed(self) -> frozenset[int]:
+        """The rows that the teacher failed on."""
+        if self._built is None:
+            return frozenset(self.manifest.failed_rows)
+        records = (read_record(self.root, "features", shard) for shard in self._built)
+        return frozenset(item.row for record in records if record is not None for item in record.failed)
+
+    @cached_property
     def _image_count(self) -> int:
         return count_usable(self.samples)
 
@@ -243,9 +256,15 @@ class Cache:
         return indices
 
     def _check_built(self, rows: Array) -> None:
-        if self._built is None:
+        if self._built is None and not self._failed:
             return
         for row in rows.tolist():
+            if row in self._failed:
+                record = record_name("features", row // self.manifest.store.samples_per_shard)
+                raise CacheRequestError(
+                    f"sample {self.samples['id'][row].as_py()!r} (row {row}) of cache {self.manifest.label} has no "
+                    f"features: the teacher failed on it, {record} says how; leave it out (Cache.has_features)"
+                )
             if not self.has_features(row):
                 raise CacheUnsealed(f"row {row} of {self.root} has no features yet; run the build again, it resumes")
 
@@ -273,8 +292,9 @@ class Cache:
         shards, inverse = np.unique(rows // array.samples_per_shard, return_inverse=True)
         files = []
         for number, shard in enumerate(shards.tolist()):
-            file = self._files.file(f"{self.root}/{array.shard_file(shard)}")
-            index = self._files.index(file, lambda opened: read_index(opened, array))
+            file = self._files.file(f"{self.root}/{self._store.array_file(array, shard)}")
+            parse = partial(self._store.read_index, array=array, shard=shard)
+            index = self._files.index(file, array.name, parse)
             files.append(file)
             mine = np.flatnonzero(inverse == number)
             place = (rows[mine, None] % array.samples_per_shard, views[mine, None], steps)
@@ -337,11 +357,3 @@ class _Places:
         edges = np.flatnonzero(~follows) + 1
         bounds = [0, *edges.tolist(), len(self.offsets)]
         return list(itertools.pairwise(bounds))
-
-
-def read_index(file: OpenFile, array: ArrayLayout) -> ShardIndex:
-    """Read and parse the chunk index at the end of an open shard file; raises CacheCorrupt."""
-    size = index_size(array)
-    if file.size < size:
-        raise CacheCorrupt(f"{file.path} is truncated: {file.size} bytes do not hold the index of its chunks")
-    return parse_index(file.read(file.size - size, size), array, file.size, str(file.path))

@@ -32,7 +32,7 @@ class ShardWriter:
     def add_row(self, row: Array) -> None:
         """Append the chunks of one sample."""
         data = np.ascontiguousarray(row, dtype=np.dtype(self.layout.dtype).newbyteorder("<"))
-        expected = (*self.layout.outer[1:], *self.layout.inner)
+        expected = self.layout.row_shape
         if data.shape != expected:
             raise ValueError(f"row of shape {data.shape}, expected {expected}")
         for chunk in data.reshape(math.prod(expected[:2]), -1):
@@ -43,6 +43,12 @@ class ShardWriter:
             self.piece_crc32c.append(checksum)
             # For sizes that differ from piece to piece, combining checksums would cost more than computing them again.
             self.file.write(piece, checksum if plain else None)
+
+    def skip_row(self) -> None:
+        """Mark the chunks of one sample as missing."""
+        chunks = math.prod(self.layout.outer[1:])
+        self._places += [(int(_MISSING), int(_MISSING))] * chunks
+        self.piece_crc32c += [0] * chunks
 
     def finish(self) -> None:
         """Append the index; chunks of rows that were not added are marked as missing."""

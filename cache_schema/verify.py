@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,8 +14,10 @@ from cache_schema.layout import ArrayLayout
 from cache_schema.manifest import Manifest
 from cache_schema.manifest_file import MANIFEST_NAME, MAX_MANIFEST_BYTES, load_manifest, render_document
 from cache_schema.open_shards import OpenFile
-from cache_schema.reader import local_path, read_index
+from cache_schema.reader import local_path
 from cache_schema.samples import check_against_manifest, count_usable, load_samples
+from cache_schema.shard import ShardIndex
+from cache_schema.stores import FeatureStore, store_of
 
 _KINDS_WITH_SHARDS: tuple[Kind, Kind] = ("features", "images")
 
@@ -37,12 +39,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A piece that the manifest promises: its record, the rows it covers and the files it consists of."""
+    """A piece that the manifest promises: its record, the rows it covers and the files it consists of.
+
+    Files of features come with the arrays that are in them.
+    """
 
     kind: Kind
     shard: int
     rows: tuple[int, int] | None
-    files: Mapping[str, ArrayLayout | None]
+    files: Mapping[str, Sequence[ArrayLayout]]
 
     @property
     def problem_shard(self) -> int | None:
@@ -62,12 +67,12 @@ def verify(path: str | os.PathLike[str]) -> list[Problem]:
         return [Problem(MANIFEST_NAME, None, None, str(error))]
     problems = list(_check_manifest_bytes(root))
     known = {MANIFEST_NAME}
-    done = set(committed(root))
-    for piece in _pieces(manifest, done, _image_rows(root, manifest)):
+    store, done = store_of(manifest), set(committed(root))
+    for piece in _pieces(store, done, _image_rows(root, manifest)):
         name = record_name(piece.kind, piece.shard)
         known.add(name)
         if (piece.kind, piece.shard) in done:
-            problems += _check_piece(root, piece)
+            problems += _check_piece(root, store, piece)
         elif manifest.sealed:
             problems.append(Problem(name, piece.problem_shard, piece.rows, "the journal record is missing"))
         # Files of an uncommitted piece are what a builder was putting in place; it will write them again.
@@ -76,24 +81,27 @@ def verify(path: str | os.PathLike[str]) -> list[Problem]:
     return problems
 
 
-def _pieces(manifest: Manifest, done: set[tuple[Kind, int]], image_rows: int | None) -> Iterator[_Piece]:
+def _pieces(store: FeatureStore, done: set[tuple[Kind, int]], image_rows: int | None) -> Iterator[_Piece]:
     """Yield what the cache should consist of; without a table to bear the manifest out, what the journal speaks of."""
-    yield _Piece("layout", 0, None, dict.fromkeys([*layout.zarr_documents(manifest), layout.SAMPLES_NAME]))
+    manifest, sizes = store.manifest, store.manifest.store
+    yield _Piece("layout", 0, None, _plain([*store.documents(), layout.SAMPLES_NAME]))
     if manifest.encoding.calibrated:
-        yield _Piece("calibration", 0, None, dict.fromkeys(layout.calibration_files(manifest)))
-    store = manifest.store
-    arrays = [array for tap in manifest.taps for array in layout.feature_layouts(manifest, tap)]
-    for shard in _shards(store.feature_shards, "features", done, image_rows):
-        rows = layout.rows_of_shard(shard, store.samples_per_shard, manifest.dataset.feature_rows)
-        files = {array.shard_file(shard): array for array in arrays}
-        yield _Piece("features", shard, (rows.start, rows.stop), files)
-    for shard in _shards(store.image_shards, "images", done, image_rows):
-        rows = layout.rows_of_shard(shard, store.images_per_shard, image_rows or 0)
+        yield _Piece("calibration", 0, None, _plain(map(store.calibration_file, layout.all_calibrations(manifest))))
+    for shard in _shards(sizes.feature_shards, "features", done, image_rows):
+        rows = layout.rows_of_shard(shard, sizes.samples_per_shard, manifest.dataset.feature_rows)
+        yield _Piece("features", shard, (rows.start, rows.stop), store.shard_files(shard))
+    for shard in _shards(sizes.image_shards, "images", done, image_rows):
+        rows = layout.rows_of_shard(shard, sizes.images_per_shard, image_rows or 0)
         known_rows = None if image_rows is None else (rows.start, rows.stop)
-        yield _Piece("images", shard, known_rows, {layout.image_file(shard): None})
+        yield _Piece("images", shard, known_rows, _plain([layout.image_file(shard)]))
     if manifest.sealed:
-        sealed = [layout.CARD_NAME] + ([] if manifest.images is None else [layout.IMAGE_INDEX_NAME])
-        yield _Piece("seal", 0, None, dict.fromkeys(sealed))
+        yield _Piece(
+            "seal", 0, None, _plain([layout.CARD_NAME] + ([] if manifest.images is None else [layout.IMAGE_INDEX_NAME]))
+        )
+
+
+def _plain(files: Iterable[str]) -> dict[str, Sequence[ArrayLayout]]:
+    return dict.fromkeys(files, ())
 
 
 def _shards(count: int, kind: Kind, done: set[tuple[Kind, int]], image_rows: int | None) -> Iterable[int]:
@@ -126,7 +134,7 @@ def _check_manifest_bytes(root: Path) -> Iterator[Problem]:
         yield Problem(MANIFEST_NAME, None, None, "the checksum of the manifest is missing")
 
 
-def _check_piece(root: Path, piece: _Piece) -> Iterator[Problem]:
+def _check_piece(root: Path, store: FeatureStore, piece: _Piece) -> Iterator[Problem]:
     name = record_name(piece.kind, piece.shard)
     try:
         record = read_record(root, piece.kind, piece.shard)
@@ -144,10 +152,12 @@ def _check_piece(root: Path, piece: _Piece) -> Iterator[Problem]:
         yield Problem(name, piece.problem_shard, piece.rows, f"the record names the wrong files ({wrong[0]})")
         return
     for file, expected in record.files.items():
-        yield from _check_file(root, piece, record, file, expected)
+        yield from _check_file(root, store, piece, record, file, expected)
 
 
-def _check_file(root: Path, piece: _Piece, record: Record, name: str, expected: FileRecord) -> Iterator[Problem]:
+def _check_file(
+    root: Path, store: FeatureStore, piece: _Piece, record: Record, name: str, expected: FileRecord
+) -> Iterator[Problem]:
     path, shard = root / name, piece.problem_shard
     if not path.is_file() or path.is_symlink():
         reason = "the file is missing" if not path.exists() else "this is not a plain file"
@@ -161,10 +171,12 @@ def _check_file(root: Path, piece: _Piece, record: Record, name: str, expected: 
     if found.bytes != expected.bytes:
         yield Problem(name, shard, piece.rows, f"the file has {found.bytes} bytes instead of {expected.bytes}")
     elif found.crc32c != expected.crc32c:
-        yield from _locate_damage(path, piece, record, name, expected)
+        yield from _locate_damage(path, store, piece, record, name, expected)
 
 
-def _locate_damage(path: Path, piece: _Piece, record: Record, name: str, expected: FileRecord) -> Iterator[Problem]:
+def _locate_damage(
+    path: Path, store: FeatureStore, piece: _Piece, record: Record, name: str, expected: FileRecord
+) -> Iterator[Problem]:
     """Say which rows of a file of the right size are damaged."""
     checksums = expected.piece_checksums()
     if piece.rows is None or checksums is None:
@@ -172,44 +184,51 @@ def _locate_damage(path: Path, piece: _Piece, record: Record, name: str, expecte
         return
     first = piece.rows[0]
     try:
-        found = list(_row_checksums(path, piece.files[name], record, len(checksums)))
+        bad = damaged_rows(path, store, record, name)
     except CacheCorrupt as error:
         yield Problem(name, piece.shard, piece.rows, f"none of its rows can be found: {error}")
         return
-    each = max(1, len(found) // max(1, piece.rows[1] - first))
-    bad = sorted(
-        {i // each for i, pair in enumerate(zip(found, checksums.tolist(), strict=False)) if pair[0] != pair[1]}
-    )
     for start, stop in _ranges(bad):
         yield Problem(name, piece.shard, (first + start, first + stop), "the contents are damaged (checksum)")
     if not bad:
         yield Problem(name, piece.shard, piece.rows, "damaged between the rows, which are themselves intact")
 
 
-def _row_checksums(path: Path, array: ArrayLayout | None, record: Record, pieces: int) -> Iterator[int]:
-    """Yield the checksum of every piece: chunks, or whole rows in caches that schema version 1 wrote."""
+def damaged_rows(path: Path, store: FeatureStore, record: Record, name: str) -> list[int]:
+    """Return which rows of a shard file, counted from its first, do not match their checksums.
+
+    `path` is where the file of the record called `name` is. Raises CacheCorrupt where rows cannot be told apart.
+    """
     file = OpenFile(str(path))
-    rows = record.rows[1] - record.rows[0]
-    if array is None:
-        for offset, size in record.offsets[:rows]:
-            yield crc32c(_read_inside(file, offset, size))
-        return
-    index = read_index(file, array)
-    for row in range(rows):
-        crc = 0
+    if record.kind == "images":
+        checksums = record.files[name].piece_checksums()
+        if checksums is None or len(checksums) != len(record.offsets):
+            raise CacheCorrupt(f"{record_name('images', record.shard)} does not have the checksums of {name}")
+        pieces = enumerate(zip(record.offsets, checksums.tolist(), strict=True))
+        return [row for row, (place, crc) in pieces if crc32c(file.read(*place)) != crc]
+    bad: set[int] = set()
+    for array in store.shard_files(record.shard)[name]:
+        index = store.read_index(file, array, record.shard)
+        bad.update(_damaged_array_rows(file, index, store, record, array))
+    return sorted(bad)
+
+
+def _damaged_array_rows(
+    file: OpenFile, index: ShardIndex, store: FeatureStore, record: Record, array: ArrayLayout
+) -> Iterator[int]:
+    checksums = store.chunk_checksums(record, array)
+    whole_rows = record.files[store.array_file(array, record.shard)].piece_checksums()
+    for row in range(record.rows[1] - record.rows[0]):
+        crc, found = 0, []
         for offset, size in zip(index.offsets[row].flat, index.lengths[row].flat, strict=True):
-            crc = crc32c(_read_inside(file, int(offset), int(size)), crc) if size else crc
-            if pieces > rows:
-                yield crc
-                crc = 0
-        if pieces <= rows:
-            yield crc
-
-
-def _read_inside(file: OpenFile, offset: int, size: int) -> bytes:
-    if offset < 0 or offset + size > file.size:
-        raise CacheCorrupt(f"{file.path}: bytes {offset} to {offset + size} are outside the file")
-    return file.read(offset, size)
+            chunk = file.read(int(offset), int(size)) if size else b""
+            found.append(crc32c(chunk))
+            crc = crc32c(chunk, crc)
+        if checksums is not None:
+            if found != checksums[row].ravel().tolist():
+                yield row
+        elif whole_rows is None or crc != int(whole_rows[row]):
+            yield row
 
 
 def _ranges(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:

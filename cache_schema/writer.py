@@ -1,31 +1,22 @@
 """Writing a cache, piece by piece, so that whatever is committed stays and the rest can be done later by anyone."""
 
-import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
 
-import numpy as np
 import pyarrow as pa
 
 from cache_schema import fidelity, layout
 from cache_schema.calibration import Calibrator
 from cache_schema.card import render_card
 from cache_schema.codec import TapCodec, load_codec
-from cache_schema.encoding import (
-    Array,
-    FloatArray,
-    as_features,
-    first_not_finite,
-)
+from cache_schema.encoding import Array, as_features
 from cache_schema.errors import (
     CacheCorrupt,
     CacheError,
     CacheMismatch,
     CacheNotFound,
     CacheUnsealed,
-    InvalidFeatures,
 )
 from cache_schema.files import (
     AsideFile,
@@ -40,9 +31,10 @@ from cache_schema.files import (
 from cache_schema.identity import differing_fields
 from cache_schema.images import render_index, write_tar
 from cache_schema.journal import (
+    FailedRow,
     FidelitySums,
-    FileRecord,
     Kind,
+    QuarantinedSample,
     Record,
     committed_shards,
     file_record,
@@ -52,7 +44,7 @@ from cache_schema.journal import (
 from cache_schema.manifest import Manifest, Provenance, TapInfo
 from cache_schema.manifest_file import MANIFEST_NAME, load_manifest, render_manifest, revalidate
 from cache_schema.reader import local_path
-from cache_schema.reduction import teacher_shape
+from cache_schema.row_encoder import Features, RowEncoder, check_finite, check_shapes
 from cache_schema.samples import (
     check_against_manifest,
     check_samples,
@@ -60,12 +52,10 @@ from cache_schema.samples import (
     load_samples,
     render_samples,
 )
-from cache_schema.shard import ShardWriter
+from cache_schema.stores import store_of
 
-if TYPE_CHECKING:
-    import torch
-
-Features = Union["torch.Tensor", np.ndarray]
+# The stored arrays (V, T, *inner) of a sample by name, or None where the teacher failed on it.
+EncodedRow = Mapping[str, Array] | None
 
 # How many times the allowed loss a build may show in its first shards before it is stopped.
 _HOPELESS = 2.0
@@ -80,7 +70,9 @@ def create_cache(path: str | os.PathLike[str], manifest: Manifest, samples: pa.T
     """
     root = local_path(path)
     planned = revalidate(
-        manifest.model_copy(update={"sealed": False, "fidelity": [], "bytes_features": None, "bytes_images": None})
+        manifest.model_copy(
+            update={"sealed": False, "fidelity": [], "failed_rows": [], "bytes_features": None, "bytes_images": None}
+        )
     )
     check_samples(samples)
     check_against_manifest(samples, planned)
@@ -122,9 +114,11 @@ def _establish_layout(root: Path, manifest: Manifest, samples: pa.Table) -> None
     with directory_lock(root):
         if read_record(root, "layout") is not None:
             return
-        documents = {**layout.zarr_documents(manifest), layout.SAMPLES_NAME: render_samples(samples)}
+        documents = {**store_of(manifest).documents(), layout.SAMPLES_NAME: render_samples(samples)}
         files = {name: file_record(write_file(root / name, data)) for name, data in documents.items()}
-        write_record(root, Record(kind="layout", rows=(0, samples.num_rows), files=files))
+        aside = samples.slice(count_usable(samples)).select(["id", "reason"]).to_pylist()
+        quarantined = [QuarantinedSample(**sample) for sample in aside]
+        write_record(root, Record(kind="layout", rows=(0, samples.num_rows), files=files, quarantined=quarantined))
 
 
 def _first_difference(ours: pa.Table, theirs: pa.Table) -> str:
@@ -145,6 +139,7 @@ class CacheWriter:
         self.root = root
         self.manifest = manifest
         self.samples = samples
+        self._store = store_of(manifest)
         self._codecs: dict[str, TapCodec] = {}
         self._measured: list[FidelitySums] = []
 
@@ -183,52 +178,62 @@ class CacheWriter:
             return
         calibrator, seen = Calibrator(self.manifest), 0
         for batch in [features] if isinstance(features, Mapping) else features:
-            count = 0
-            for tap, values in self._checked(batch):
-                count = len(values)
-                self._check_finite(values, tap, [f"calibration sample {seen + i}" for i in range(count)])
+            check_shapes(self.manifest, batch)
+            for tap in self.manifest.taps:
+                values = as_features(batch[tap.name])
+                for index, sample in enumerate(values):
+                    check_finite(sample, tap, f"calibration sample {seen + index}")
                 calibrator.add(tap.name, values)
-            seen += count
+            seen += len(values)
         statistics = {tap.name: calibrator.finish(tap.name) for tap in self.manifest.taps}
+        self.store_calibration(
+            {
+                array: statistics[tap.name][array.part]
+                for tap in self.manifest.taps
+                for array in layout.calibration_layouts(self.manifest, tap)
+            }
+        )
+
+    def store_calibration(self, statistics: Mapping[layout.CalibrationLayout, Array]) -> None:
+        """Store statistics as they are, for every one of `layout.all_calibrations`, unless they are stored already."""
         with directory_lock(self.root):
             if not self.needs_calibration():
                 return
             files = {}
-            for tap in self.manifest.taps:
-                for array in layout.calibration_layouts(self.manifest, tap):
-                    data = statistics[tap.name][array.part].astype("<f4").tobytes()
-                    files[array.file] = file_record(write_file(self.root / array.file, data))
+            for array, values in statistics.items():
+                path = self._store.calibration_file(array)
+                data = self._store.render_calibration(array, values)
+                files[path] = file_record(write_file(self.root / path, data))
             write_record(self.root, Record(kind="calibration", files=files))
 
-    def write_shard(self, shard: int, features: Mapping[str, Features]) -> None:
+    def write_shard(
+        self, shard: int, features: Mapping[str, Features], failed: Mapping[int, str] | None = None
+    ) -> None:
         """Encode and commit one feature shard: for every tap, teacher features (rows of the shard, V, T, L, C).
 
-        A shard that is committed already is left as it is. Raises InvalidFeatures, naming the sample, for NaN,
-        infinities and values beyond the encoding's range, and CacheStorageError where it cannot be written; in both
-        cases nothing of the shard remains.
+        `failed` maps rows that the teacher failed on to how it did: whatever values are given for these, the cache
+        will say that it has no features of them. A shard that is committed already is left as it is. Raises
+        InvalidFeatures, naming the sample, for NaN, infinities and values beyond the encoding's range in other rows,
+        and CacheStorageError where it cannot be written; in both cases nothing of the shard remains.
         """
-        rows = self.shard_rows(shard)
+        rows, failed = self.shard_rows(shard), failed or {}
+        strange = sorted(row for row in failed if row not in rows)
+        if strange:
+            raise CacheError(f"row {strange[0]} cannot have failed in shard {shard}: it is not one of its rows")
         if shard in committed_shards(self.root, "features"):
             return
         if self.needs_calibration():
             raise CacheUnsealed(f"cache {self.root} must be calibrated before its first shard is written")
-        files: dict[str, FileRecord] = {}
-        sums: list[FidelitySums] = []
-        with contextlib.ExitStack() as stack:
-            asides: list[AsideFile] = []
-            for tap, values in self._checked(features, len(rows)):
-                self._check_finite(values, tap, [self._name(row) for row in rows])
-                writers = []
-                for array in layout.feature_layouts(self.manifest, tap):
-                    asides.append(stack.enter_context(AsideFile(self.root / array.shard_file(shard))))
-                    writers.append(ShardWriter(array, asides[-1]))
-                sums += self._encode_rows(tap, values, rows, writers)
-                for writer in writers:
-                    writer.finish()
-                    files[writer.layout.shard_file(shard)] = file_record(writer.file.finish(), writer.piece_crc32c)
-            record = Record(kind="features", shard=shard, rows=(rows.start, rows.stop), files=files, fidelity=sums)
-            self._commit(record, asides)
-        self._measured = fidelity.combine([*self._measured, *sums])
+        check_shapes(self.manifest, features, len(rows))
+        encoder = RowEncoder(self.manifest, {tap.name: self._codec(tap) for tap in self.manifest.taps})
+
+        def encoded() -> Iterator[EncodedRow]:
+            for index, row in enumerate(rows):
+                sample = {name: as_features(values[index]) for name, values in features.items()}
+                yield None if row in failed else encoder.encode(sample, self._name(row))
+
+        written = self.write_encoded_shard(shard, encoded(), encoder.fidelity, failed)
+        self._measured = fidelity.combine([*self._measured, *written.fidelity])
 
     def check_fidelity(self, min_cosine: float) -> None:
         """Raise LowFidelity if the shards that this writer wrote so far leave no hope for `seal(min_cosine=...)`.
@@ -237,6 +242,35 @@ class CacheWriter:
         """
         figures = fidelity.merge(self._measured)
         fidelity.require_cosine(figures, min_cosine, self.manifest.label, tolerance=_HOPELESS)
+
+    def write_encoded_shard(
+        self,
+        shard: int,
+        encoded: Iterable[EncodedRow],
+        fidelity_sums: Callable[[], list[FidelitySums]],
+        failed: Mapping[int, str],
+    ) -> Record:
+        """Commit one feature shard from rows that are encoded already, and return its record.
+
+        What their encoding lost is asked for after the last row.
+        """
+        rows = self.shard_rows(shard)
+        with self._store.row_writer(self.root, shard, self.samples) as out:
+            for _, parts in zip(rows, encoded, strict=True):
+                if parts is None:
+                    out.add_failed_row()
+                else:
+                    out.add_row(parts)
+            record = Record(
+                kind="features",
+                shard=shard,
+                rows=(rows.start, rows.stop),
+                files=out.finish(),
+                fidelity=fidelity_sums(),
+                failed=[FailedRow(row=row, reason=failed[row]) for row in sorted(failed)],
+            )
+            self._commit(record, out.asides)
+        return record
 
     def write_images(self, shard: int, images: Sequence[bytes]) -> None:
         """Commit one shard of student images, one encoded image per row of `image_rows(shard)`."""
@@ -283,6 +317,7 @@ class CacheWriter:
                     update={
                         "sealed": True,
                         "fidelity": figures,
+                        "failed_rows": [item.row for record in features for item in record.failed],
                         "bytes_features": _bytes(features + calibration),
                         "bytes_images": _bytes(images),
                         "provenance": provenance or manifest.provenance,
@@ -309,64 +344,10 @@ class CacheWriter:
                 aside.publish()
             write_record(self.root, record)
 
-    def _encode_rows(
-        self, tap: TapInfo, values: FloatArray, rows: range, writers: list[ShardWriter]
-    ) -> list[FidelitySums]:
-        codec = self._codec(tap)
-        originals: list[FloatArray] = []
-        decoded: list[Array] = []
-        for row, sample in zip(rows, values, strict=True):
-            try:
-                encoded = codec.encode(sample)
-            except InvalidFeatures as error:
-                raise InvalidFeatures(f"tap {tap.name} of {self._name(row)}: {error}") from error
-            for writer in writers:
-                part = encoded.payload if writer.layout.part == "payload" else encoded.scale
-                assert part is not None
-                writer.add_row(part)
-            if len(decoded) < fidelity.MEASURED_SAMPLES:
-                originals.append(codec.pooled(sample))
-                decoded.append(codec.restore(codec.decode(encoded)))
-        return [
-            fidelity.measure(
-                tap.name,
-                timestep,
-                np.concatenate([sample[:, t] for sample in originals]),
-                np.concatenate([sample[:, t] for sample in decoded]),
-            )
-            for t, timestep in enumerate(self.manifest.curriculum.timesteps)
-        ]
-
     def _codec(self, tap: TapInfo) -> TapCodec:
         if tap.name not in self._codecs:
             self._codecs[tap.name] = load_codec(self.root, self.manifest, tap)
         return self._codecs[tap.name]
-
-    def _checked(
-        self, features: Mapping[str, Features], count: int | None = None
-    ) -> Iterator[tuple[TapInfo, FloatArray]]:
-        """Yield every tap of the cache with its features, once all names and shapes are known to be right."""
-        names = [tap.name for tap in self.manifest.taps]
-        if set(features) != set(names):
-            raise InvalidFeatures(f"features are given for taps {sorted(features)}, the cache has {sorted(names)}")
-        steps, views = len(self.manifest.curriculum.timesteps), len(self.manifest.views)
-        for tap in self.manifest.taps:
-            shape = tuple(features[tap.name].shape)
-            first = shape[0] if count is None and shape else count
-            expected = (first, views, steps, *teacher_shape(tap, self.manifest.encoding))
-            if shape != expected:
-                raise InvalidFeatures(f"features of tap {tap.name} have shape {shape}, expected {expected}")
-        for tap in self.manifest.taps:
-            yield tap, as_features(features[tap.name])
-
-    def _check_finite(self, values: FloatArray, tap: TapInfo, names: Sequence[str]) -> None:
-        for name, sample in zip(names, values, strict=True):
-            bad = first_not_finite(sample)
-            if bad is not None:
-                raise InvalidFeatures(
-                    f"tap {tap.name} of {name} is {sample[bad]} at (view, timestep, token, channel) = {bad}: the "
-                    "teacher failed on it; quarantine the sample or compute it in a wider type"
-                )
 
     def _check_complete(self) -> None:
         parts = {"feature": self.missing_shards(), "image": self.missing_image_shards()}

@@ -4,6 +4,7 @@ import typer
 
 from cache_schema.cli import run
 from pipeline.commands.build import build
+from pipeline.commands.convert import convert
 from pipeline.commands.inspect import info, verify
 from pipeline.commands.probe import probe
 from pipeline.commands.refine import refine
@@ -23,7 +24,7 @@ def options(debug: DebugOption = False) -> None:
     """Run a frozen diffusion transformer once per image and timestep, and share what it saw."""
 
 
-for command in (probe, refine, build, info, verify):
+for command in (probe, refine, build, convert, info, verify):
     app.command()(command)
 
 

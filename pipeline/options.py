@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cache_schema.errors import DitDistillError
+from pipeline.datasets import DatasetOptionError, dataset_names, open_dataset
 from pipeline.presets import preset_for
 
 if TYPE_CHECKING:
@@ -22,8 +23,20 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
-DatasetOption = Annotated[str, typer.Option("--dataset", help="Data set: demo (built in) or cars.")]
+DatasetOption = Annotated[
+    str, typer.Option("--dataset", help=f"Data set: {', '.join(dataset_names())}; demo is built in.")
+]
 DataOption = Annotated[Path | None, typer.Option("--data", help="Directory of the data set; default data/<dataset>.")]
+TrainClassesOption = Annotated[
+    str | None,
+    typer.Option(help="Data set folder: names of the training classes, a,b,c or a file with one per line."),
+]
+TrainRatioOption = Annotated[
+    float | None, typer.Option(help="Data set folder: share of the classes that train, in class order; default 0.5.")
+]
+SuperclassOption = Annotated[
+    str | None, typer.Option(help="Data set folder: the word for what the images show; default object.")
+]
 TeacherOption = Annotated[
     str | None,
     typer.Option("--teacher", help="Preset (demo, flux-dev, flux-kontext), diffusers folder, or hub repository."),
@@ -56,15 +69,35 @@ def parse_names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def parse_classes(text: str) -> tuple[str, ...]:
+    """Class names from a list a,b,c or from a file with one per line."""
+    from pipeline.datasets.text_table import decoded_lines
+
+    file = Path(text)
+    # A name alone could be either, so a file of that name wins; a path is never a class.
+    if "/" in text or (len(text) < 256 and file.is_file()):
+        return tuple(line.strip() for line in decoded_lines(file) if line.strip())
+    return parse_names(text)
+
+
 def open_inputs(
     dataset: str, data: Path | None, teacher: str | None, revision: str | None, lora: Path | None, dtype: Dtype,
-    device: str, resolution: int | None, guidance: float, limit: int | None,
+    device: str, resolution: int | None, guidance: float, limit: int | None, *,
+    train_classes: str | None = None, train_ratio: float | None = None, superclass: str | None = None,
 ) -> "tuple[Dataset, Teacher]":  # fmt: skip
     """Open the data set and load the teacher that the options name."""
     # The data set first: a wrong path should not wait for 24 GB of weights.
-    from pipeline.datasets import open_dataset
-
-    opened = open_dataset(dataset, data, limit)
+    try:
+        opened = open_dataset(
+            dataset,
+            data,
+            limit,
+            train_classes=None if train_classes is None else parse_classes(train_classes),
+            train_ratio=train_ratio,
+            superclass=superclass,
+        )
+    except DatasetOptionError as error:
+        raise typer.BadParameter(str(error)) from None
     import torch
 
     from pipeline.teachers import load_teacher

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from cache_schema.samples import row_rank
-from pipeline.conditions import UNREADABLE, caption_of, decode_image
+from pipeline.conditions import UNREADABLE, caption_of, decode_with_box
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.views import object_view
 
 
 @dataclass(frozen=True)
 class ScannedSample:
-    """A sample with what its file turned out to be. reason is empty unless the sample is quarantined."""
+    """A sample with what its file turned out to be, upright. reason is empty unless the sample is quarantined."""
 
     sample: Sample
     sha256: str
@@ -53,10 +53,9 @@ def scan_sample(dataset: Dataset, sample: Sample) -> ScannedSample:
         return ScannedSample(sample, "0" * 64, 0, 0, nothing, caption, f"cannot be read: {error.strerror or error}")
     digest = hashlib.sha256(data).hexdigest()
     try:
-        image = decode_image(data)
+        image, box = decode_with_box(data, sample.box)
     except UNREADABLE as error:
         return ScannedSample(sample, digest, 0, 0, nothing, caption, f"not a complete image: {error}".splitlines()[0])
-    box = sample.box or (0.0, 0.0, float(image.width), float(image.height))
     reason = ""
     try:
         object_view(image, box, 1)

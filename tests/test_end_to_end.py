@@ -67,6 +67,18 @@ def test_the_cache_says_what_it_is_and_verifies(work):
     assert "every file is as it was written" in command("dit-cache", "verify", "runs/demo/cache", cwd=work)
 
 
+def test_the_cache_converts_to_tars_and_back_and_can_be_asked_to_twice(work):
+    for _ in range(2):
+        said = command("dit-cache", "convert", "runs/demo/cache", "tars", "--store", "webdataset", cwd=work)
+        assert "sealed tars" in said
+    command("dit-cache", "convert", "tars", "back", "--store", "zarr", "--compression", "zstd", cwd=work)
+    for copy in ("tars", "back"):
+        assert "every file is as it was written" in command("dit-cache", "verify", copy, cwd=work)
+    described = json.loads(command("dit-cache", "info", "back", "--json", cwd=work))["manifest"]
+    assert described["encoding"]["compression"] == "zstd"
+    assert described["cache_id"] == json.loads((work / "runs/demo/cache/manifest.json").read_text())["cache_id"]
+
+
 def test_building_the_finished_cache_again_computes_nothing(work):
     said = command("dit-cache", "build", "--limit", "40", "--lora", "runs/demo/lora", cwd=work)
     assert "0 feature shards to compute" in said
@@ -85,6 +97,14 @@ def test_building_the_finished_cache_again_computes_nothing(work):
         (["dit-cache", "build", "--timesteps", "ten"], 2, "--timesteps"),
         (["dit-cache", "build", "--encoding", "int3"], 2, "int3"),
         (["dit-cache", "verify", "nowhere"], 1, "nowhere"),
+        (["dit-cache", "convert", "nowhere", "x", "--store", "zarr"], 1, "nowhere"),
+        (
+            ["dit-cache", "convert", "runs/demo/cache", "x", "--store", "webdataset", "--compression", "zstd"],
+            1,
+            "a webdataset store is not compressed",
+        ),
+        (["dit-cache", "convert", "runs/demo/cache", "runs/demo/cache", "--store", "zarr"], 1, "convert itself"),
+        (["dit-cache", "convert", "runs/demo/cache", "x"], 2, "--store"),
         (["dit-cache", "info", "nowhere"], 1, "nowhere"),
         (["dit-train", "run", "--cache", "nowhere"], 1, "nowhere"),
         (["dit-train", "eval", "nowhere"], 1, "nowhere"),

@@ -17,7 +17,10 @@ from pipeline.options import (
     LimitOption,
     ResolutionOption,
     RevisionOption,
+    SuperclassOption,
     TeacherOption,
+    TrainClassesOption,
+    TrainRatioOption,
     open_inputs,
     parse_names,
     parse_numbers,
@@ -50,6 +53,9 @@ class Text(StrEnum):
 def build(
     dataset: DatasetOption = "demo",
     data: DataOption = None,
+    train_classes: TrainClassesOption = None,
+    train_ratio: TrainRatioOption = None,
+    superclass: SuperclassOption = None,
     teacher: TeacherOption = None,
     revision: RevisionOption = None,
     lora: Annotated[
@@ -90,7 +96,10 @@ def build(
     """Build the cache, or resume it: a shard that is there is not computed again."""
     preset = preset_for(dataset)
     chosen_steps = preset.timesteps if timesteps is None else parse_numbers(timesteps, "--timesteps")
-    opened, loaded = open_inputs(dataset, data, teacher, revision, lora, dtype, device, resolution, guidance, limit)
+    opened, loaded = open_inputs(
+        dataset, data, teacher, revision, lora, dtype, device, resolution, guidance, limit,
+        train_classes=train_classes, train_ratio=train_ratio, superclass=superclass,
+    )  # fmt: skip
     from pipeline.build import BuildConfig
     from pipeline.build import build as run_build
 

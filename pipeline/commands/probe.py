@@ -16,7 +16,10 @@ from pipeline.options import (
     LimitOption,
     ResolutionOption,
     RevisionOption,
+    SuperclassOption,
     TeacherOption,
+    TrainClassesOption,
+    TrainRatioOption,
     open_inputs,
     parse_names,
     parse_numbers,
@@ -27,6 +30,9 @@ from pipeline.presets import run_folder
 def probe(
     dataset: DatasetOption = "demo",
     data: DataOption = None,
+    train_classes: TrainClassesOption = None,
+    train_ratio: TrainRatioOption = None,
+    superclass: SuperclassOption = None,
     teacher: TeacherOption = None,
     revision: RevisionOption = None,
     lora: Annotated[Path | None, typer.Option(help="LoRA of Stage I (folder or file).")] = None,
@@ -53,7 +59,10 @@ def probe(
     debug: DebugOption = False,
 ) -> None:
     """Compare taps and timesteps before caching: retrieval, linear separability, high-frequency ratio of each."""
-    opened, loaded = open_inputs(dataset, data, teacher, revision, lora, dtype, device, resolution, guidance, limit)
+    opened, loaded = open_inputs(
+        dataset, data, teacher, revision, lora, dtype, device, resolution, guidance, limit,
+        train_classes=train_classes, train_ratio=train_ratio, superclass=superclass,
+    )  # fmt: skip
     from pipeline.probe import ProbeConfig
     from pipeline.probe import probe as run_probe
 

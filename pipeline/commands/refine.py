@@ -16,7 +16,10 @@ from pipeline.options import (
     LimitOption,
     ResolutionOption,
     RevisionOption,
+    SuperclassOption,
     TeacherOption,
+    TrainClassesOption,
+    TrainRatioOption,
     open_inputs,
 )
 from pipeline.presets import preset_for, run_folder
@@ -25,6 +28,9 @@ from pipeline.presets import preset_for, run_folder
 def refine(
     dataset: DatasetOption = "demo",
     data: DataOption = None,
+    train_classes: TrainClassesOption = None,
+    train_ratio: TrainRatioOption = None,
+    superclass: SuperclassOption = None,
     teacher: TeacherOption = None,
     revision: RevisionOption = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the LoRA; default runs/<dataset>/lora.")] = None,
@@ -57,7 +63,10 @@ def refine(
     GPUs: torchrun --nproc-per-node 8 -m pipeline.cli refine …
     """
     preset = preset_for(dataset)
-    opened, loaded = open_inputs(dataset, data, teacher, revision, None, dtype, device, resolution, guidance, limit)
+    opened, loaded = open_inputs(
+        dataset, data, teacher, revision, None, dtype, device, resolution, guidance, limit,
+        train_classes=train_classes, train_ratio=train_ratio, superclass=superclass,
+    )  # fmt: skip
     from pipeline.refine import RefineConfig
     from pipeline.refine import refine as run_refine
 

@@ -1,24 +1,31 @@
 """What a data set is to the pipeline: a list of samples and a way to read one image. Adding one is one file."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from operator import attrgetter
+from typing import Protocol, TypeVar
 
 from cache_schema.errors import DitDistillError
 
 SPLITS = ("train", "unlabeled", "test")
+
+Item = TypeVar("Item")
 
 
 class DataError(DitDistillError):
     """The data set is missing, incomplete or malformed; the message names the file and what it should hold."""
 
 
+class DatasetOptionError(DataError):
+    """An option that this data set does not take, or a value that it cannot have; a command calls it wrong usage."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One image and what is known about it, before its pixels are read.
 
-    box: (x0, y0, x1, y1) in pixels of the stored image, or None for the whole image.
+    box: (x0, y0, x1, y1) in pixels of the stored image, before EXIF turns it upright, or None for the whole image.
     label: index of the class over the whole data set; −1 where the image has none.
     """
 
@@ -57,14 +64,20 @@ def split_counts(samples: Sequence[Sample]) -> dict[str, int]:
     return {split: counts[split] for split in SPLITS if counts[split]}
 
 
-def first_of_each_split(samples: Iterable[Sample], limit: int | None) -> list[Sample]:
-    """The first `limit` samples of every split, in order; all of them where limit is None."""
+def first_of_each_split(
+    items: Iterable[Item], limit: int | None, split_of: Callable[[Item], str] = attrgetter("split")
+) -> list[Item]:
+    """The first `limit` samples of every split, in order; all of them where limit is None.
+
+    split_of: for items that are not samples yet.
+    """
     taken: Counter[str] = Counter()
     kept = []
-    for sample in samples:
-        taken[sample.split] += 1
-        if limit is None or taken[sample.split] <= limit:
-            kept.append(sample)
+    for item in items:
+        split = split_of(item)
+        taken[split] += 1
+        if limit is None or taken[split] <= limit:
+            kept.append(item)
     return kept
 
 
@@ -74,13 +87,18 @@ def limited(protocol: str, limit: int | None) -> str:
 
 
 def check_open_set(samples: Sequence[Sample], where: str) -> None:
-    """Raise DataError unless ids are unique, train and test exist and share no class."""
+    """Raise DataError unless ids are unique, a training image exists and train and test share no class."""
     repeated = [i for i, n in Counter(s.id for s in samples).items() if n > 1]
     if repeated:
         raise DataError(f"{where}: sample id {repeated[0]!r} occurs more than once; ids must be unique")
+    odd = [s for s in samples if (s.label < 0) != (s.split == "unlabeled")]
+    if odd:
+        raise DataError(f"{where}: {odd[0].id} is in split {odd[0].split} and has label {odd[0].label}")
+    names = {s.label: s.class_name for s in samples}
     train = {s.label for s in samples if s.split == "train"}
     test = {s.label for s in samples if s.split == "test"}
     if not train:
         raise DataError(f"{where}: no training image found")
     if train & test:
-        raise DataError(f"{where}: class {min(train & test)} is in train and in test; the protocol is open-set")
+        shared = names[min(train & test)]
+        raise DataError(f"{where}: class {shared!r} is in train and in test; the protocol is open-set")

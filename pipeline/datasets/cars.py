@@ -1,25 +1,29 @@
-"""Stanford Cars in its official layout; classes 1–98 train, 99–196 test (open-set retrieval)."""
+"""Stanford Cars in one of its official layouts; classes 1–98 train, 99–196 test (open-set retrieval)."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.datasets.base import DataError, Sample, check_open_set, first_of_each_split, limited
+from pipeline.datasets.boxes import coordinate, from_inclusive
+from pipeline.datasets.image_files import read_image_file, relative_path, require_layout
+from pipeline.datasets.matlab import load_mats, variable, whole
 
 _PUBLISHED = "Stanford Cars (Krause et al., 2013), https://ai.stanford.edu/~jkrause/cars/car_dataset.html"
-_PROTOCOL = "official train and test halves merged; classes 1–98 train, classes 99–196 test"
-_LAST_TRAIN_CLASS = 98
-# (image folder, annotation file, required). The official test half carries labels only in the `_withlabels` file.
-_HALVES = (
-    ("cars_train", "cars_train_annos.mat", True),
-    ("cars_test", "cars_test_annos_withlabels.mat", False),
+_LAYOUT = (
+    "cars_train/*.jpg, devkit/cars_meta.mat and devkit/cars_train_annos.mat (optionally cars_test/ and "
+    "devkit/cars_test_annos_withlabels.mat), or car_ims/ and cars_annos.mat"
 )
+_SPLIT = "classes 1–98 train, classes 99–196 test"
+_LAST_TRAIN_CLASS = 98
+_TEST_ANNOTATIONS = "cars_test_annos_withlabels.mat"
 
 
 class CarsDataset:
     """Both official halves merged, then split by class. `cars_test/` may be absent; any class may be absent.
 
-    Raises DataError naming the directory, what it must contain and where the data set is published.
+    The layout of one file for both halves (`car_ims/`, `cars_annos.mat`) is read too. Raises DataError naming the
+    directory, what it must contain and where the data set is published, or the annotation that is wrong.
     """
 
     name = "cars"
@@ -27,74 +31,89 @@ class CarsDataset:
 
     def __init__(self, root: Path, limit: int | None = None):
         self.root = Path(root)
-        self.protocol = limited(_PROTOCOL, limit)
-        for needed in ("cars_train", "devkit/cars_meta.mat", "devkit/cars_train_annos.mat"):
-            if not (self.root / needed).exists():
-                raise DataError(
-                    f"data set cars: looked in {self.root} and found no {needed}; it must contain cars_train/*.jpg, "
-                    "devkit/cars_meta.mat and devkit/cars_train_annos.mat (optionally cars_test/ and "
-                    f"devkit/cars_test_annos_withlabels.mat); published as {_PUBLISHED}"
-                )
-        meta = _load_mat(self.root / "devkit/cars_meta.mat", "class_names")
-        self.class_names = [str(name) for name in meta.reshape(-1)]
-        self.samples: Sequence[Sample] = ()
-        for folder, annotations, required in _HALVES:
-            images, table = self.root / folder, self.root / "devkit" / annotations
-            if required or (images.is_dir() and table.exists()):
-                self.samples = [*self.samples, *self._half(folder, table)]
-            elif images.is_dir():
-                raise DataError(
-                    f"data set cars: {images} is there but {table} is not; without labels it cannot be split "
-                    f"by class: add the file ({_PUBLISHED}) or move {folder}/ away"
-                )
-        self.samples = first_of_each_split(self.samples, limit)
+        if (self.root / "cars_annos.mat").exists() and not (self.root / "cars_train").exists():
+            halves, samples = "official train and test halves merged", self._one_file()
+        else:
+            halves, samples = self._two_halves()
+        self.protocol = limited(f"{halves}; {_SPLIT}", limit)
+        self.samples: Sequence[Sample] = first_of_each_split(samples, limit)
         check_open_set(self.samples, f"data set cars in {self.root}")
 
-    def _half(self, folder: str, table: Path) -> list[Sample]:
-        samples = []
-        for row, entry in enumerate(_load_mat(table, "annotations").reshape(-1), start=1):
-            try:
-                label, name = int(entry.__dict__["class"]), str(entry.fname)
-                x0, y0, x1, y1 = (int(getattr(entry, f"bbox_{k}")) for k in ("x1", "y1", "x2", "y2"))
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise DataError(
-                    f"{table}: annotation {row}: no readable {error}; expected fname, class and bbox_*"
-                ) from None
-            if not 1 <= label <= len(self.class_names):
-                raise DataError(
-                    f"{table}: annotation {row} ({name}): class {label} is not in 1–{len(self.class_names)}"
-                )
-            class_name = self.class_names[label - 1]
-            samples.append(
-                Sample(
-                    id=f"{folder}/{Path(name).stem}",
-                    split="train" if label <= _LAST_TRAIN_CLASS else "test",
-                    label=label - 1,
-                    class_name=class_name,
-                    source=f"{folder}/{name}",
-                    # MATLAB boxes are 1-based and inclusive; ours are 0-based and half-open.
-                    box=(float(x0 - 1), float(y0 - 1), float(x1), float(y1)),
-                    box_source="dataset",
-                    caption="",
-                )
+    def _one_file(self) -> list[Sample]:
+        require_layout(self.name, self.root, ("car_ims",), _LAYOUT, _PUBLISHED)
+        table = self.root / "cars_annos.mat"
+        (content,) = load_mats([table], ("annotations", "class_names"), _PUBLISHED)
+        names = [str(name) for name in variable(table, content, "class_names")]
+        return _annotated("", table, variable(table, content, "annotations"), "relative_im_path", names)
+
+    def _two_halves(self) -> tuple[str, list[Sample]]:
+        devkit = self.root / "devkit"
+        needed = ("cars_train", "devkit/cars_meta.mat", "devkit/cars_train_annos.mat")
+        require_layout(self.name, self.root, needed, _LAYOUT, _PUBLISHED)
+        tables = {"cars_train/": devkit / "cars_train_annos.mat"}
+        if (self.root / "cars_test").is_dir():
+            tables["cars_test/"] = self._test_annotations()
+        meta = devkit / "cars_meta.mat"
+        names, *halves = load_mats([meta, *tables.values()], ("annotations", "class_names"), _PUBLISHED)
+        class_names = [str(name) for name in variable(meta, names, "class_names")]
+        samples = [
+            sample
+            for (folder, table), content in zip(tables.items(), halves, strict=True)
+            for sample in _annotated(folder, table, variable(table, content, "annotations"), "fname", class_names)
+        ]
+        merged = "official train and test halves merged"
+        return merged if len(tables) == 2 else "official train half only, cars_test/ is absent", samples
+
+    def _test_annotations(self) -> Path:
+        # The labels of the test half came later, as a file of their own, which many keep beside devkit/.
+        places = [folder / _TEST_ANNOTATIONS for folder in (self.root / "devkit", self.root)]
+        labelled = next((place for place in places if place.exists()), None)
+        if labelled is None:
+            raise DataError(
+                f"data set cars: {self.root / 'cars_test'} is there but {places[0]} is not; cars_test_annos.mat has "
+                f"no labels, and without them it cannot be split by class: add the file ({_PUBLISHED}) or move "
+                "cars_test/ away"
             )
-        return samples
+        return labelled
 
     def read(self, sample: Sample) -> bytes:
         """The JPEG file as it is."""
-        return (self.root / sample.source).read_bytes()
+        return read_image_file(self.root, sample.source)
 
 
-def _load_mat(path: Path, key: str) -> Any:
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
-    try:
-        content = loadmat(path, squeeze_me=True, struct_as_record=False)
-    except (MatReadError, ValueError, TypeError, OSError, NotImplementedError) as error:
-        raise DataError(f"{path}: not a readable MATLAB file ({error}); download it again from {_PUBLISHED}") from None
-    if key not in content:
-        raise DataError(f"{path}: holds no {key!r} (has {sorted(k for k in content if k[0] != '_')})")
-    import numpy as np
-
-    return np.atleast_1d(content[key])
+def _annotated(
+    folder: str, table: Path, annotations: list[Any], path_field: str, class_names: list[str]
+) -> list[Sample]:
+    """The images of one annotation file; folder: what its paths are relative to, within the data set."""
+    samples = []
+    for row, entry in enumerate(annotations, start=1):
+        values = entry if isinstance(entry, dict) else {}
+        wanted = (path_field, "bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class")
+        if missing := [field for field in wanted if field not in values]:
+            without_labels = missing == ["class"]
+            hint = f"; this is not {_TEST_ANNOTATIONS}, the file with labels" if without_labels else ""
+            raise DataError(f"{table}: annotation {row}: has no {missing[0]}{hint}")
+        try:
+            path = relative_path(folder + str(values[path_field]))
+            label = whole(values["class"])
+            # The devkit counts pixels from 1 and includes the last: a whole image of 196 × 96 is 1, 1, 196, 96.
+            box = from_inclusive(*(coordinate(values[field]) for field in wanted[1:5]))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{table}: annotation {row}: {error}") from None
+        if not 1 <= label <= len(class_names):
+            raise DataError(
+                f"{table}: annotation {row} ({values[path_field]}): class {label} is not in 1–{len(class_names)}"
+            )
+        samples.append(
+            Sample(
+                id=str(PurePosixPath(path).with_suffix("")),
+                split="train" if label <= _LAST_TRAIN_CLASS else "test",
+                label=label - 1,
+                class_name=class_names[label - 1],
+                source=path,
+                box=box,
+                box_source="dataset",
+                caption="",
+            )
+        )
+    return samples

@@ -8,10 +8,11 @@ again, unlabelled images; so no test combination is ever seen in training, with 
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 
-from pipeline.datasets.base import SPLITS, Sample, check_open_set, limited
+from pipeline.datasets.base import Sample, check_open_set, first_of_each_split, limited
 from pipeline.datasets.birds import ATTRIBUTES, COLOURS, SCENE_SIZE, BirdAttributes, describe, render_scene
 
 # Keeps scenes and captions of this data set apart from those of the pre-training world.
@@ -85,7 +86,7 @@ class DemoDataset:
             *((f"unlabeled-{i:05d}", "unlabeled", -1, c) for i, c in enumerate(unlabeled)),
             *((f"test-{k:03d}-{i:03d}", "test", len(train) + k, c) for k, c in enumerate(test) for i in range(n)),
         ]
-        kept = [entry for split in SPLITS for entry in [p for p in planned if p[1] == split][:limit]]
+        kept = first_of_each_split(planned, limit, split_of=itemgetter(1))
         self.samples: Sequence[Sample] = [self._sample(*entry) for entry in kept]
         check_open_set(self.samples, "the demo data set")
 

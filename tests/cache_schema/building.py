@@ -134,6 +134,13 @@ def image_of(row: int) -> bytes:
     return f"image {row} ".encode() * (row * 37 % 101 + 1)
 
 
+def damage(path: Path, place: int, mask: int = 1) -> None:
+    """Flip bits of one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= mask
+    path.write_bytes(data)
+
+
 def start(path: Path, **options: Any) -> CacheWriter:
     """Create or resume a tiny cache, calibrated."""
     samples, rows = tiny_samples(options.pop("feature_rows", FEATURE_ROWS))

@@ -168,4 +168,7 @@ def test_a_file_beyond_the_limit_and_a_pipe_are_not_read(tmp_path: Path) -> None
     with pytest.raises(CacheCorrupt, match="larger than the 10 bytes"):
         read_bounded(tmp_path / "large", 10)
     os.mkfifo(tmp_path / "pipe")
-    assert read_bounded(tmp_path / "pipe", 10) == b""
+    with pytest.raises(CacheCorrupt, match="not a plain file"):
+        read_bounded(tmp_path / "pipe", 10)
+    with pytest.raises(CacheCorrupt, match="not a plain file"):
+        read_bounded(Path("/dev/zero"), 10)

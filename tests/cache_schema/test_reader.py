@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import zarr
 from cache_building import (
     FEATURE_ROWS,
     IMAGE_ROWS,
@@ -35,6 +34,7 @@ from cache_schema import (
     CacheNotFound,
     CacheRequestError,
     CacheUnsealed,
+    TapInfo,
     open_cache,
 )
 from cache_schema.open_shards import OpenFile, OpenShards
@@ -49,6 +49,9 @@ ENCODINGS = [
     ("int8", "zstd"),
     ("float8_e4m3", "none"),
 ]
+# Both stores hold the same arrays; a tar is never compressed.
+STORED = [(*encoding, "zarr") for encoding in ENCODINGS]
+STORED += [(kind, compression, "webdataset") for kind, compression in ENCODINGS if compression == "none"]
 TOLERANCE = {"float32": 0.0, "float16": 1e-3, "bfloat16": 8e-3, "int8": 3e-2, "float8_e4m3": 6e-2}
 NUMPY_BITS = {"bfloat16": torch.uint16, "float8_e4m3": torch.uint8}
 
@@ -60,12 +63,12 @@ def assert_close(found: torch.Tensor, expected: np.ndarray, kind: str) -> None:
     np.testing.assert_allclose(found.numpy() / unit, expected / unit, atol=TOLERANCE[kind] * 4, rtol=0)
 
 
-@pytest.mark.parametrize(("kind", "compression"), ENCODINGS)
+@pytest.mark.parametrize(("kind", "compression", "store"), STORED)
 @pytest.mark.parametrize("tap", ["hidden", "single.3"])
 def test_features_come_back_for_any_rows_timesteps_and_views(
-    cache_of: CacheOf, kind: str, compression: str, tap: str
+    cache_of: CacheOf, kind: str, compression: str, store: str, tap: str
 ) -> None:
-    cache = open_cache(cache_of(kind=kind, compression=compression))
+    cache = open_cache(cache_of(kind=kind, compression=compression, store=store))
     truth = features_of(range(FEATURE_ROWS), cache.manifest)[tap]
 
     @many_examples
@@ -82,34 +85,15 @@ def test_features_come_back_for_any_rows_timesteps_and_views(
     check()
 
 
-@pytest.mark.parametrize(("kind", "compression"), ENCODINGS)
-def test_zarr_python_opens_the_arrays_and_sees_the_same(cache_of: CacheOf, kind: str, compression: str) -> None:
-    root = cache_of(kind=kind, compression=compression)
-    cache = open_cache(root)
-    group = zarr.open_group(root / "features", mode="r")
-    for tap in ("hidden", "single.3"):
-        payload = np.asarray(group[tap][:])
-        for view in (0, 1):
-            batch = cache.read(range(FEATURE_ROWS), tap=tap, view=view)
-            bits = batch.payload.view(NUMPY_BITS.get(kind, batch.payload.dtype))
-            np.testing.assert_array_equal(payload[:, view], bits.numpy())
-            if cache.manifest.encoding.scaled:
-                assert batch.scale is not None
-                assert batch.channel is not None
-                np.testing.assert_array_equal(np.asarray(group[f"{tap}.scale"][:])[:, view], batch.scale.numpy())
-                np.testing.assert_array_equal(np.asarray(group[f"{tap}.channel"][:]), batch.channel.numpy())
-        assert group[tap].metadata.dimension_names == ("sample", "view", "timestep", "token", "channel")
-
-
-def test_a_shard_larger_than_the_cache_and_an_empty_cache_work(tmp_path: Path) -> None:
-    large = build(tmp_path / "large", samples_per_shard=100)
+@pytest.mark.parametrize("store", ["zarr", "webdataset"])
+def test_a_shard_larger_than_the_cache_and_an_empty_cache_work(tmp_path: Path, store: str) -> None:
+    large = build(tmp_path / "large", samples_per_shard=100, store=store)
     assert_close(
         open_cache(large).read([6, 0]).decode(),
         features_of([6, 0], open_cache(large).manifest)["hidden"][:, 0],
         "float32",
     )
-    assert zarr.open_group(large / "features", mode="r")["hidden"].shape[0] == FEATURE_ROWS
-    empty = open_cache(build(tmp_path / "empty", feature_rows=0, kind="float16"))
+    empty = open_cache(build(tmp_path / "empty", feature_rows=0, kind="float16", store=store))
     assert len(empty) == 0
     assert empty.read([]).decode().shape == (0, 3, 6, 8)
     assert empty.images([0]) == [image_of(0)]
@@ -188,8 +172,9 @@ def test_an_unfit_buffer_is_refused(cache_of: CacheOf, out: Any, message: str) -
         open_cache(cache_of()).read([0], out=out)
 
 
+@pytest.mark.parametrize("store", ["zarr", "webdataset"])
 def test_reading_one_of_three_timesteps_reads_a_third_of_the_bytes(
-    cache_of: CacheOf, monkeypatch: pytest.MonkeyPatch
+    cache_of: CacheOf, monkeypatch: pytest.MonkeyPatch, store: str
 ) -> None:
     calls: list[int] = []
     original = OpenFile.read_into
@@ -198,7 +183,7 @@ def test_reading_one_of_three_timesteps_reads_a_third_of_the_bytes(
         calls.append(view.nbytes)
         original(self, view, offset)
 
-    cache = open_cache(cache_of())
+    cache = open_cache(cache_of(store=store))
     cache.read([4])
     monkeypatch.setattr(OpenFile, "read_into", counted)
     cache.read([4], timesteps=[16])
@@ -209,6 +194,31 @@ def test_reading_one_of_three_timesteps_reads_a_third_of_the_bytes(
     calls.clear()
     cache.images([3])
     assert calls == [len(image_of(3))]
+
+
+def bytes_read() -> int:
+    """What this process has asked the kernel to read so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.parametrize("store", ["zarr", "webdataset"])
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_a_subset_costs_hardly_more_than_the_bytes_asked_for(tmp_path: Path, store: str, kind: str) -> None:
+    taps = [TapInfo(name=name, tokens=64, channels=96, grid=(8, 8)) for name in ("hidden", "velocity")]
+    root = build(tmp_path / "cache", kind=kind, store=store, taps=taps, views=["canonical"], feature_rows=24)
+    cache = open_cache(root)
+    cache.read([0])
+    before = bytes_read()
+    counting = bytes_read() - before
+    for request in ({"timesteps": [16]}, {"timesteps": [28], "tap": "velocity"}, {"tap": "velocity"}):
+        cache = open_cache(root)
+        # The manifest, the calibration and whatever else concerns the whole cache are read with the last shard.
+        cache.read([FEATURE_ROWS * 3], **request)
+        before = bytes_read()
+        batch = cache.read(range(20), **request)
+        read = bytes_read() - before - counting
+        asked = sum(part.nbytes for part in (batch.payload, batch.scale) if part is not None)
+        assert asked <= read <= 1.1 * asked
 
 
 def test_images_come_back_one_by_one_and_from_any_tar_tool(cache_of: CacheOf) -> None:
@@ -238,8 +248,9 @@ def test_a_cache_without_images_says_so(tmp_path: Path) -> None:
         cache.images([0])
 
 
-def test_an_unfinished_cache_opens_only_when_that_is_asked_for(tmp_path: Path) -> None:
-    writer = start(tmp_path / "cache", kind="int8")
+@pytest.mark.parametrize("store", ["zarr", "webdataset"])
+def test_an_unfinished_cache_opens_only_when_that_is_asked_for(tmp_path: Path, store: str) -> None:
+    writer = start(tmp_path / "cache", kind="int8", store=store)
     writer.write_shard(1, features_of(writer.shard_rows(1), writer.manifest))
     writer.write_images(0, [image_of(row) for row in writer.image_rows(0)])
     with pytest.raises(CacheUnsealed, match="1 of 3 feature shards"):

@@ -34,6 +34,7 @@ def test_a_table_is_the_same_after_a_round_trip_and_always_the_same_bytes(tmp_pa
     table, _ = tiny_samples()
     (tmp_path / "samples.parquet").write_bytes(render_samples(table))
     assert load_samples(tmp_path / "samples.parquet").equals(table)
+    assert render_samples(load_samples(tmp_path / "samples.parquet")) == render_samples(table)
     pieces = pa.concat_tables([table.slice(0, 3), table.slice(3)])
     assert render_samples(pieces) == render_samples(table)
 

@@ -26,7 +26,7 @@ MISSING = 2**64 - 1
 
 
 def layout(compression: str = "none", rows: int = 3) -> ArrayLayout:
-    return ArrayLayout("features/hidden", "payload", "int8", (7, 1, 2), (2, 4), rows, compression)
+    return ArrayLayout("hidden", "payload", "int8", (7, 1, 2), (2, 4), rows, compression)
 
 
 def sign(index: bytes) -> bytes:
@@ -132,13 +132,13 @@ def test_open_files_and_indexes_are_bounded_and_reused(tmp_path: Path) -> None:
         paths.append(str(tmp_path / name))
     kept = shards.file(paths[0])
     for path in paths:
-        shards.index(shards.file(path), parse)
+        shards.index(shards.file(path), "hidden", parse)
     assert len(shards._files) == 2
     assert len(shards._indexes) == 3
     assert kept.read(0, 1) == b"a", "a file in use stays open when it is pushed out"
     assert shards.file(paths[3]) is shards.file(paths[3])
-    shards.index(shards.file(paths[3]), parse)
+    shards.index(shards.file(paths[3]), "hidden", parse)
     assert parsed == paths
     (tmp_path / "b").write_bytes(b"replaced")
-    shards.index(shards.file(paths[1]), parse)
+    shards.index(shards.file(paths[1]), "hidden", parse)
     assert parsed == [*paths, paths[1]], "a replaced file's index is parsed again"

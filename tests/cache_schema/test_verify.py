@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from cache_building import build, features_of, many_examples, start
+from cache_building import damage as flip
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,16 +27,10 @@ def copy(cache_of: CacheOf, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def flip(path: Path, place: int, mask: int = 1) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= mask
-    path.write_bytes(data)
-
-
 @pytest.mark.parametrize("kind", ["float32", "int8"])
-@pytest.mark.parametrize("compression", ["none", "zstd"])
-def test_a_good_cache_has_no_problems(cache_of: CacheOf, kind: str, compression: str) -> None:
-    assert verify(cache_of(kind=kind, compression=compression)) == []
+@pytest.mark.parametrize(("compression", "store"), [("none", "zarr"), ("zstd", "zarr"), ("none", "webdataset")])
+def test_a_good_cache_has_no_problems(cache_of: CacheOf, kind: str, compression: str, store: str) -> None:
+    assert verify(cache_of(kind=kind, compression=compression, store=store)) == []
 
 
 def test_the_statistics_of_an_encoding_are_checked_like_everything_else(copy: Callable[..., Path]) -> None:
@@ -81,7 +76,7 @@ def test_damage_to_an_index_concerns_all_rows_of_its_shard(copy: Callable[..., P
 @many_examples
 @given(data=st.data())
 def test_one_flipped_byte_anywhere_is_found_in_its_file(data: st.DataObject, cache_of: CacheOf) -> None:
-    root = cache_of(kind="int8")
+    root = cache_of(kind="int8", store=data.draw(st.sampled_from(["zarr", "webdataset"])))
     path = data.draw(st.sampled_from(sorted(path for path in root.rglob("*") if path.is_file())))
     place, mask = data.draw(st.integers(0, path.stat().st_size - 1)), data.draw(st.integers(1, 255))
     flip(path, place, mask)
@@ -96,19 +91,22 @@ def test_one_flipped_byte_anywhere_is_found_in_its_file(data: st.DataObject, cac
 @pytest.mark.parametrize(
     ("name", "shard", "rows"),
     [
+        ("features/00001.tar", 1, (3, 6)),
         ("features/hidden/c/0/0/0/0/0", 0, (0, 3)),
         ("features/hidden.scale/c/2/0/0/0", 2, (6, 7)),
         ("images/00002.tar", 2, (8, 10)),
         ("images/index.npy", None, None),
         ("features/hidden/zarr.json", None, None),
         ("features/hidden.channel/c/0/0", None, None),
+        ("features/hidden.channel.npy", None, None),
         ("README.md", None, None),
     ],
 )
 def test_missing_and_truncated_files_are_named(
     copy: Callable[..., Path], name: str, shard: int | None, rows: tuple[int, int] | None
 ) -> None:
-    root = copy(kind="int8")
+    in_tars = name.startswith("features/") and name.endswith((".tar", ".npy"))
+    root = copy(kind="int8", store="webdataset" if in_tars else "zarr")
     data = (root / name).read_bytes()
     (root / name).write_bytes(data[:-1])
     (problem,) = verify(root)

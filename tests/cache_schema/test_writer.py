@@ -47,13 +47,16 @@ CacheOf = Callable[..., Path]
 HERE = Path(__file__).parent
 
 
+@pytest.mark.parametrize("store", ["zarr", "webdataset"])
 @pytest.mark.parametrize("kind", ["float32", "int8"])
-def test_two_builds_differ_in_nothing_but_their_provenance(tmp_path: Path, cache_of: CacheOf, kind: str) -> None:
-    other = build(tmp_path / "other", Provenance(created="later", seconds=3.0), kind=kind)
-    first, second = tree(cache_of(kind=kind)), tree(other)
+def test_two_builds_differ_in_nothing_but_their_provenance(
+    tmp_path: Path, cache_of: CacheOf, kind: str, store: str
+) -> None:
+    other = build(tmp_path / "other", Provenance(created="later", seconds=3.0), kind=kind, store=store)
+    first, second = tree(cache_of(kind=kind, store=store)), tree(other)
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == ["manifest.json"]
-    manifests = [open_cache(path).manifest for path in (cache_of(kind=kind), other)]
+    manifests = [open_cache(path).manifest for path in (cache_of(kind=kind, store=store), other)]
     assert manifests[0].model_copy(update={"provenance": manifests[1].provenance}) == manifests[1]
     assert manifests[1].provenance.created == "later"
 
@@ -64,8 +67,9 @@ def test_a_build_resumed_after_any_set_of_shards_gives_the_same_cache(
     data: st.DataObject, cache_of: CacheOf, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     root = tmp_path_factory.mktemp("resumed") / "cache"
-    kind = data.draw(st.sampled_from(["bfloat16", "int8"]))
-    first = start(root, kind=kind)
+    options = {"kind": data.draw(st.sampled_from(["bfloat16", "int8"]))}
+    options["store"] = data.draw(st.sampled_from(["zarr", "webdataset"]))
+    first = start(root, **options)
     pieces = [("features", k) for k in range(3)] + [("images", k) for k in range(3)]
     done = data.draw(st.lists(st.sampled_from(pieces), unique=True))
     for what, shard in done:
@@ -73,11 +77,11 @@ def test_a_build_resumed_after_any_set_of_shards_gives_the_same_cache(
             first.write_shard(shard, features_of(first.shard_rows(shard), first.manifest))
         else:
             first.write_images(shard, [image_of(row) for row in first.image_rows(shard)])
-    second = start(root, kind=kind)
+    second = start(root, **options)
     assert second.missing_shards() == [k for k in range(3) if ("features", k) not in done]
     assert second.missing_image_shards() == [k for k in range(3) if ("images", k) not in done]
     fill(second).seal()
-    assert tree(root) == tree(cache_of(kind=kind))
+    assert tree(root) == tree(cache_of(**options))
 
 
 def test_committed_shards_are_not_written_again(tmp_path: Path) -> None:
@@ -270,10 +274,11 @@ def test_the_card_is_for_people_and_holds_nothing_of_one_build(cache_of: CacheOf
     assert "| `single.3` | 4 (2x2) | 5 |" in card
 
 
+@pytest.mark.parametrize("store", ["zarr", "webdataset"])
 def test_a_full_disk_leaves_the_shard_uncommitted_and_the_build_resumable(
-    tmp_path: Path, cache_of: CacheOf, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache_of: CacheOf, monkeypatch: pytest.MonkeyPatch, store: str
 ) -> None:
-    unfinished = start(tmp_path / "cache")
+    unfinished = start(tmp_path / "cache", store=store)
     features = features_of(unfinished.shard_rows(0), unfinished.manifest)
     before = tree(tmp_path / "cache")
     original, written = os.write, [0]
@@ -290,7 +295,7 @@ def test_a_full_disk_leaves_the_shard_uncommitted_and_the_build_resumable(
             unfinished.write_shard(0, features)
     assert tree(tmp_path / "cache") == before
     fill(unfinished).seal()
-    assert tree(tmp_path / "cache") == tree(cache_of())
+    assert tree(tmp_path / "cache") == tree(cache_of(store=store))
 
 
 def test_two_builders_at_once_make_one_cache(

@@ -1,5 +1,7 @@
 """A tiny FLUX with random weights, made of the real classes and saved as a real diffusers folder."""
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,18 @@ from PIL import Image
 from pipeline.datasets.demo import DemoConfig, DemoDataset
 from pipeline.teachers.flux import FluxTeacher
 from pipeline.teachers.pretrain_demo import build_text_encoders
+
+# Test folders are no packages, so what several modules share is loaded by its path.
+_SHARED = {
+    "cache_building": Path(__file__).parent.parent / "cache_schema/building.py",
+    "dataset_layouts": Path(__file__).with_name("layouts.py"),
+}
+for _name in [name for name in _SHARED if name not in sys.modules]:
+    _spec = importlib.util.spec_from_file_location(_name, _SHARED[_name])
+    assert _spec is not None
+    assert _spec.loader is not None
+    sys.modules[_name] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules[_name])
 
 RESOLUTION = 32
 

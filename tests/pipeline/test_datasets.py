@@ -1,18 +1,20 @@
 """The data sets keep to their open-set protocol and say which file is wrong."""
 
-import io
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from dataset_layouts import save_image, write_cub, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from scipy.io import savemat
 
-from pipeline.datasets import DataError, open_dataset, split_counts
+from pipeline.datasets import DataError, DatasetOptionError, dataset_names, open_dataset, split_counts
+from pipeline.datasets.base import Sample, check_open_set
 from pipeline.datasets.birds import ATTRIBUTES, BirdAttributes, describe, random_attributes, render_scene
 from pipeline.datasets.demo import DemoConfig, DemoDataset, draw_classes
+from pipeline.scan import scan_sample
 
 attributes = st.builds(BirdAttributes, **{name: st.sampled_from(values) for name, values in ATTRIBUTES.items()})
 
@@ -82,101 +84,83 @@ def test_random_attributes_cover_every_value():
     assert all({getattr(d, name) for d in drawn} == set(values) for name, values in ATTRIBUTES.items())
 
 
-# --- Stanford Cars -----------------------------------------------------------------------------------------------
-
-
-def write_annotations(path: Path, rows, with_class=True):
-    names = ["bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", *(["class"] if with_class else []), "fname"]
-    table = np.zeros((1, len(rows)), dtype=[(n, object) for n in names])
-    for i, row in enumerate(rows):
-        for name in names:
-            table[0, i][name] = row[name]
-    savemat(path, {"annotations": table})
-
-
-def row(label, name, box=(1, 1, 20, 16)):
-    return dict(zip(["bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname"], [*box, label, name], strict=True))
-
-
-def write_cars(root: Path, test_half=True) -> Path:
-    """Stanford Cars in its official layout: 196 names, 1-based classes and boxes, two halves."""
-    (root / "devkit").mkdir(parents=True)
-    savemat(
-        root / "devkit/cars_meta.mat", {"class_names": np.array([[f"Make {i}" for i in range(1, 197)]], dtype=object)}
-    )
-    halves = {"cars_train": [1, 98, 99, 196]} | ({"cars_test": [1, 120]} if test_half else {})
-    for folder, labels in halves.items():
-        (root / folder).mkdir()
-        rows = []
-        for i, label in enumerate(labels, start=1):
-            rows.append(row(label, f"{i:05d}.jpg"))
-            Image.new("RGB", (24, 16), (label, 0, 0)).save(root / folder / f"{i:05d}.jpg")
-        name = "cars_train_annos.mat" if folder == "cars_train" else "cars_test_annos_withlabels.mat"
-        write_annotations(root / "devkit" / name, rows)
-    return root
-
-
-def test_cars_merges_both_halves_and_splits_by_class(tmp_path):
-    cars = open_dataset("cars", write_cars(tmp_path))
-    assert [(s.id, s.split, s.label) for s in cars.samples] == [
-        ("cars_train/00001", "train", 0),
-        ("cars_train/00002", "train", 97),
-        ("cars_train/00003", "test", 98),
-        ("cars_train/00004", "test", 195),
-        ("cars_test/00001", "train", 0),
-        ("cars_test/00002", "test", 119),
-    ]
-    assert cars.samples[1].class_name == "Make 98"
-    assert Image.open(io.BytesIO(cars.read(cars.samples[0]))).size == (24, 16)
-
-
-def test_cars_works_without_the_test_half(tmp_path):
-    cars = open_dataset("cars", write_cars(tmp_path, test_half=False))
-    assert split_counts(cars.samples) == {"train": 2, "test": 2}
-
-
-def test_matlab_boxes_become_zero_based_and_half_open(tmp_path):
-    assert open_dataset("cars", write_cars(tmp_path)).samples[0].box == (0.0, 0.0, 20.0, 16.0)
-
-
-def test_missing_cars_say_where_was_looked_what_belongs_there_and_where_it_is_published(tmp_path):
-    with pytest.raises(DataError) as caught:
-        open_dataset("cars", tmp_path / "nowhere")
-    message = str(caught.value)
-    assert str(tmp_path / "nowhere") in message
-    assert "devkit/cars_meta.mat" in message
-    assert "stanford.edu" in message
-    assert "\n" not in message
-
-
-def test_a_test_half_without_labels_is_refused(tmp_path):
-    write_cars(tmp_path)
-    (tmp_path / "devkit/cars_test_annos_withlabels.mat").unlink()
-    with pytest.raises(DataError, match=r"cars_test_annos_withlabels\.mat is not"):
-        open_dataset("cars", tmp_path)
-
-
-def test_a_truncated_matlab_file_is_named(tmp_path):
-    file = write_cars(tmp_path) / "devkit/cars_train_annos.mat"
-    file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(DataError, match=r"cars_train_annos\.mat"):
-        open_dataset("cars", tmp_path)
-
-
-def test_an_annotation_with_an_impossible_class_is_named_with_its_row(tmp_path):
-    write_cars(tmp_path)
-    write_annotations(tmp_path / "devkit/cars_train_annos.mat", [row(1, "00001.jpg"), row(197, "00002.jpg")])
-    with pytest.raises(DataError, match=r"annotation 2 \(00002.jpg\): class 197 is not in 1–196"):
-        open_dataset("cars", tmp_path)
-
-
-def test_annotations_without_classes_are_refused(tmp_path):
-    write_cars(tmp_path)
-    write_annotations(tmp_path / "devkit/cars_train_annos.mat", [row(1, "00001.jpg")], with_class=False)
-    with pytest.raises(DataError, match="annotation 1"):
-        open_dataset("cars", tmp_path)
-
-
 def test_an_unknown_data_set_is_answered_with_the_known_ones():
-    with pytest.raises(DataError, match="unknown data set 'cats'; known are cars, demo"):
+    with pytest.raises(DataError, match="unknown data set 'cats'; known are cars, cub, demo, dogs, folder, nabirds"):
         open_dataset("cats")
+
+
+@pytest.mark.parametrize("name", sorted(set(dataset_names()) - {"folder"}))
+@pytest.mark.parametrize("option", [{"train_ratio": 0.5}, {"train_classes": ["a"]}, {"superclass": "bird"}])
+def test_a_data_set_with_a_protocol_of_its_own_takes_no_other(tmp_path, name, option):
+    with pytest.raises(DatasetOptionError, match=rf"data set {name} has a protocol of its own and does not take --"):
+        open_dataset(name, tmp_path, **option)
+
+
+def test_the_demo_data_set_reads_no_directory(tmp_path):
+    with pytest.raises(DataError, match="leave out --data"):
+        open_dataset("demo", tmp_path)
+
+
+def test_the_limit_of_the_demo_data_set_counts_images_of_each_split(tiny_dataset):
+    some = DemoDataset(tiny_dataset.config, limit=3)
+    assert split_counts(some.samples) == {"train": 3, "unlabeled": 3, "test": 3}
+    assert set(some.samples) < set(tiny_dataset.samples)
+
+
+GOOD = [
+    Sample("a", "train", 0, "finch", "a.jpg", None, "", ""),
+    Sample("b", "test", 1, "gull", "b.jpg", None, "", ""),
+    Sample("c", "unlabeled", -1, "", "c.jpg", None, "", ""),
+]
+
+
+@pytest.mark.parametrize(
+    ("number", "change", "complaint"),
+    [
+        (0, {"label": 1}, "class 'gull' is in train and in test"),
+        (0, {"split": "test"}, "no training image found"),
+        (1, {"id": "a"}, "sample id 'a' occurs more than once"),
+        (1, {"label": -1}, "b is in split test and has label -1"),
+        (2, {"label": 2}, "c is in split unlabeled and has label 2"),
+    ],
+)
+def test_a_data_set_that_is_not_open_set_is_refused(number, change, complaint):
+    check_open_set(GOOD, "here")
+    with pytest.raises(DataError, match=f"here: {complaint}"):
+        check_open_set([replace(s, **change) if i == number else s for i, s in enumerate(GOOD)], "here")
+
+
+README = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_example_is_a_working_data_set(tmp_path):
+    section = README.split("## Adding a data set")[1].split("\n## ")[0]
+    example = re.search(r"```python\n(.*?)```", section, flags=re.S).group(1)
+    assert len(example.splitlines()) <= 35
+    module: dict = {}
+    exec(compile(example, "README.md", "exec"), module)
+    write_lines(
+        tmp_path / "labels.txt", ["a.jpg 1 rose (red)", "b.jpg 51 lily", "c.jpg 52 iris", "d.jpg 102 crown vetch"]
+    )
+    for name in "abc":
+        save_image(tmp_path / f"jpg/{name}.jpg")
+    flowers = module["FlowersDataset"](root=tmp_path)
+    assert [(s.split, s.class_name) for s in flowers.samples] == [
+        ("train", "rose (red)"), ("train", "lily"), ("test", "iris"), ("test", "crown vetch"),
+    ]  # fmt: skip
+    assert [scan_sample(flowers, s).ok for s in flowers.samples] == [True, True, True, False]
+    assert split_counts(module["FlowersDataset"](root=tmp_path, limit=1).samples) == {"train": 1, "test": 1}
+    write_lines(tmp_path / "labels.txt", ["a.jpg 1 rose", "b.jpg none lily"])
+    with pytest.raises(DataError, match=r"labels\.txt line 2: class id 'none' is not a whole number"):
+        module["FlowersDataset"](root=tmp_path)
+
+
+def test_the_readme_gives_the_layout_of_every_data_set():
+    section = README.split("## Data sets")[1].split("\n## ")[0]
+    assert all(f"| `{name}` |" in section for name in dataset_names())
+
+
+def test_a_built_in_layout_is_found_by_its_default_place(tmp_path, monkeypatch):
+    write_cub(tmp_path / "data/cub")
+    monkeypatch.chdir(tmp_path)
+    assert len(open_dataset("cub").samples) == 4

@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cache_schema import open_cache
+from cache_schema.convert import convert
 from trainer import loop
 from trainer.checkpoint import latest_checkpoint, load_checkpoint
 from trainer.config import OptimConfig
@@ -125,6 +127,13 @@ def test_evaluating_during_training_changes_nothing_but_the_log(run_of, tiny_con
 
 def test_worker_processes_do_not_change_the_result(run_of, tiny_config):
     assert weights(run_of(tiny_config(*RANDOM), "a")) == weights(run_of(tiny_config(*RANDOM, "workers=2"), "b"))
+
+
+def test_a_copy_of_the_cache_in_tars_gives_the_very_same_student(run_of, tiny_config, cache, tmp_path):
+    convert(cache.root, tmp_path / "tars", "webdataset")
+    config = tiny_config(*RANDOM)
+    train(config.model_copy(update={"cache": str(tmp_path / "tars")}), open_cache(tmp_path / "tars"), tmp_path / "b")
+    assert weights(run_of(config, "a")) == weights(tmp_path / "b")
 
 
 def test_standardized_tokens_take_their_scale_from_the_cache(run_of, tiny_config):

@@ -1,0 +1,90 @@
+"""From what the teacher computed of a sample to the arrays that a shard stores of it, and what that loses."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Union
+
+import numpy as np
+
+from cache_schema import fidelity, layout
+from cache_schema.codec import TapCodec
+from cache_schema.encoding import Array, FloatArray, first_not_finite
+from cache_schema.errors import InvalidFeatures
+from cache_schema.journal import FidelitySums
+from cache_schema.manifest import Manifest, TapInfo
+from cache_schema.reduction import teacher_shape
+
+if TYPE_CHECKING:
+    import torch
+
+Features = Union["torch.Tensor", np.ndarray]
+
+
+class RowEncoder:
+    """Encodes the samples of one shard, and measures on the first of them what their encoding loses."""
+
+    def __init__(self, manifest: Manifest, codecs: Mapping[str, TapCodec]) -> None:
+        self._manifest = manifest
+        self._codecs = codecs
+        # For every tap, what is to be preserved and what comes back, (V, T, L, C_teacher) each.
+        self._measured: dict[str, list[tuple[FloatArray, Array]]] = {tap.name: [] for tap in manifest.taps}
+
+    def encode(self, features: Mapping[str, FloatArray], who: str) -> dict[str, Array]:
+        """Return the stored arrays (V, T, *inner) of a sample by name, from features (V, T, L, C) of every tap.
+
+        Raises InvalidFeatures, naming the tap and `who` the sample is, for NaN, infinities and values beyond the
+        encoding's range.
+        """
+        parts: dict[str, Array] = {}
+        for tap in self._manifest.taps:
+            parts |= self._encode_tap(tap, features[tap.name], who)
+        return parts
+
+    def fidelity(self) -> list[FidelitySums]:
+        """Return what the samples so far lost, for every tap and timestep; nothing if there were none."""
+        sums = []
+        for tap in self._manifest.taps:
+            pairs = self._measured[tap.name]
+            for t, timestep in enumerate(self._manifest.curriculum.timesteps if pairs else []):
+                original, decoded = (np.concatenate([pair[which][:, t] for pair in pairs]) for which in (0, 1))
+                sums.append(fidelity.measure(tap.name, timestep, original, decoded))
+        return sums
+
+    def _encode_tap(self, tap: TapInfo, sample: FloatArray, who: str) -> dict[str, Array]:
+        check_finite(sample, tap, who)
+        codec, measured = self._codecs[tap.name], self._measured[tap.name]
+        try:
+            encoded = codec.encode(sample)
+        except InvalidFeatures as error:
+            raise InvalidFeatures(f"tap {tap.name} of {who}: {error}") from error
+        if len(measured) < fidelity.MEASURED_SAMPLES:
+            measured.append((codec.pooled(sample), codec.restore(codec.decode(encoded))))
+        parts = {}
+        for array in layout.feature_layouts(self._manifest, tap):
+            part = encoded.payload if array.part == "payload" else encoded.scale
+            assert part is not None
+            parts[array.name] = part
+        return parts
+
+
+def check_shapes(manifest: Manifest, features: Mapping[str, Features], count: int | None = None) -> None:
+    """Raise InvalidFeatures unless these are features (n, V, T, L, C) of every tap, of `count` samples if given."""
+    names = [tap.name for tap in manifest.taps]
+    if set(features) != set(names):
+        raise InvalidFeatures(f"features are given for taps {sorted(features)}, the cache has {sorted(names)}")
+    steps, views = len(manifest.curriculum.timesteps), len(manifest.views)
+    for tap in manifest.taps:
+        shape = tuple(features[tap.name].shape)
+        first = shape[0] if count is None and shape else count
+        expected = (first, views, steps, *teacher_shape(tap, manifest.encoding))
+        if shape != expected:
+            raise InvalidFeatures(f"features of tap {tap.name} have shape {shape}, expected {expected}")
+
+
+def check_finite(sample: FloatArray, tap: TapInfo, who: str) -> None:
+    """Raise InvalidFeatures, saying where, if the features (V, T, L, C) of a sample have a NaN or infinite value."""
+    bad = first_not_finite(sample)
+    if bad is not None:
+        raise InvalidFeatures(
+            f"tap {tap.name} of {who} is {sample[bad]} at (view, timestep, token, channel) = {bad}: the teacher failed "
+            "on it; quarantine the sample or compute it in a wider type"
+        )

@@ -1,0 +1,44 @@
+"""`dit-cache convert`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.commands.build import Compression
+from pipeline.options import DebugOption
+
+
+class Store(StrEnum):
+    zarr = "zarr"
+    webdataset = "webdataset"
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A sealed cache.")],
+    target: Annotated[Path, typer.Argument(help="Folder of the copy; a conversion begun there is continued.")],
+    store: Annotated[Store, typer.Option(help="How the copy stores features.")],
+    compression: Annotated[
+        Compression | None, typer.Option(help="Lossless compression of a zarr copy; default that of the source.")
+    ] = None,
+    samples_per_shard: Annotated[int | None, typer.Option(min=1, help="Default: as many as in the source.")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Copy a cache into another store without loss: the copy has the same cache id, features and images."""
+    from tqdm import tqdm
+
+    from cache_schema.convert import convert as copy
+    from cache_schema.manifest_file import load_manifest
+
+    total = load_manifest(source).dataset.feature_rows
+    with tqdm(total=total, desc="convert", unit="sample", delay=1) as bar:
+        sealed = copy(
+            source,
+            target,
+            store.value,
+            None if compression is None else compression.value,
+            samples_per_shard,
+            bar.update,
+        )
+    typer.echo(f"sealed {target}: {sealed.label} as {sealed.store.kind}, {(sealed.bytes_features or 0) / 1e6:.1f} MB")
