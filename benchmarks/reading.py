@@ -90,6 +90,7 @@ OURS = [
     Reader(BOUND, "", "cache", preadv),
     Reader("`cache.read` into a reused buffer", "dit-distill", "cache", reused),
     Reader("`cache.read`, fresh memory for every batch", "dit-distill", "cache", fresh),
+    Reader("`cache.read`, WebDataset store", "dit-distill", "cache-webdataset", reused),
     Reader(SUBSET, "dit-distill", "cache", one_timestep),
     Reader("NumPy memory map, gathered", "numpy", "cache", memory_map, lazy=True),
 ]
@@ -109,8 +110,9 @@ class _Buffers:
 
 
 def write_stores(place: Path, workload: Workload, samples: int) -> None:
-    """Write the same samples with every installed tool, each into a folder named after its distribution."""
+    """Write the same samples into caches of both kinds, and with every installed tool into a folder of its name."""
     cache = write_cache(place / "cache", workload, samples)
+    write_cache(place / "cache-webdataset", workload, samples, store="webdataset")
     payloads = mapped_payloads(cache, workload)
     for writer in WRITERS:
         if version(writer.distribution):
