@@ -19,12 +19,15 @@ from cache_schema.errors import (
     DitDistillError,
     InvalidEncoding,
     InvalidFeatures,
+    LoaderError,
     LowFidelity,
     UnsupportedSchema,
 )
 
 if TYPE_CHECKING:
     from cache_schema.batch import EncodedBatch
+    from cache_schema.dataset import CacheDataset, FeatureBatch
+    from cache_schema.loader import FeatureLoader
     from cache_schema.manifest import (
         Curriculum,
         DatasetInfo,
@@ -44,6 +47,9 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "EncodedBatch": "batch",
+    "CacheDataset": "dataset",
+    "FeatureBatch": "dataset",
+    "FeatureLoader": "loader",
     "Curriculum": "manifest",
     "DatasetInfo": "manifest",
     "Encoding": "manifest",
@@ -69,6 +75,7 @@ __all__ = [
     "SAMPLES_SCHEMA",
     "Cache",
     "CacheCorrupt",
+    "CacheDataset",
     "CacheError",
     "CacheMismatch",
     "CacheNotFound",
@@ -81,10 +88,13 @@ __all__ = [
     "DitDistillError",
     "EncodedBatch",
     "Encoding",
+    "FeatureBatch",
+    "FeatureLoader",
     "Fidelity",
     "ImagesInfo",
     "InvalidEncoding",
     "InvalidFeatures",
+    "LoaderError",
     "LowFidelity",
     "Manifest",
     "Provenance",

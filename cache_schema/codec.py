@@ -1,13 +1,14 @@
 """Everything that turns one tap's teacher features into what a cache stores, and back."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cache_schema import layout
 from cache_schema.encoding import Array, Encoded, FloatArray, decode, encode
-from cache_schema.errors import CacheCorrupt, CacheUnsealed
-from cache_schema.files import digest, read_bounded
-from cache_schema.journal import read_record
+from cache_schema.errors import CacheCorrupt, CacheMismatch, CacheUnsealed
+from cache_schema.files import digest, digest_file, write_file
+from cache_schema.journal import Record, committed_shards, file_record, read_committed, read_record, write_record
 from cache_schema.layout import CalibrationLayout, CalibrationPart
 from cache_schema.manifest import EncodingKind, Manifest, TapInfo
 from cache_schema.reduction import PrincipalComponents, pool_tokens
@@ -82,15 +83,32 @@ def load_calibration(root: Path, manifest: Manifest, array: CalibrationLayout) -
     """Return one of the statistics of a cache, float32; raises CacheCorrupt if it is not what was written."""
     store = store_of(manifest)
     name = store.calibration_file(array)
-    record = read_record(root, "calibration")
-    if record is None:
+    data = read_committed(root, "calibration", name)
+    if data is None and manifest.sealed:
+        raise CacheCorrupt(f"the journal of {root} has no record of the calibration")
+    if data is None:
         raise CacheUnsealed(f"cache {root} has no calibration {array.name} yet")
-    if name not in record.files:
-        raise CacheCorrupt(f"the calibration of cache {root} lacks {name}; run `dit-cache verify`")
-    try:
-        data = read_bounded(root / name, store.calibration_size(array))
-    except OSError as error:
-        raise CacheCorrupt(f"cannot read {root / name}: {error.strerror}") from error
-    if digest(data).crc32c != record.files[name].crc32c:
-        raise CacheCorrupt(f"{root / name} is damaged; run `dit-cache verify`")
     return store.parse_calibration(array, data, str(root / name))
+
+
+def commit_calibration(root: Path, documents: Mapping[str, bytes]) -> None:
+    """Store a calibration, path to contents, and record it; the caller holds the directory's lock.
+
+    Raises CacheMismatch where shards are there that were encoded with another one, as far as what is left of that, its
+    record or its files, can tell.
+    """
+    record = read_record(root, "calibration")
+    if committed_shards(root, "features"):
+        for name, data in documents.items():
+            path = root / name
+            before = None if record is None else record.files.get(name)
+            if before is None and path.is_file():
+                before = file_record(digest_file(path))
+            if before not in (None, file_record(digest(data))):
+                raise CacheMismatch(
+                    f"the calibration computed now is not {path}, with which the shards here were encoded: other "
+                    "hardware or libraries compute other features; repair the cache where it was built, or build it "
+                    "anew in another directory"
+                )
+    files = {name: file_record(write_file(root / name, data)) for name, data in documents.items()}
+    write_record(root, Record(kind="calibration", files=files))

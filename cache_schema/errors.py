@@ -53,3 +53,7 @@ class LowFidelity(CacheError):
 
 class CacheStorageError(CacheError):
     """The operating system refused to write: no space left, no permission, a read-only file system."""
+
+
+class LoaderError(DitDistillError):
+    """A loader cannot go on: a worker process died, or memory could not be page-locked."""

@@ -258,12 +258,15 @@ def read_bounded(path: Path, limit: int) -> bytes:
 
 
 def digest_file(path: Path) -> FileDigest:
-    """Return the digest of a file, read in blocks."""
+    """Return the digest of a file, read in blocks that stay in a CPU cache until they are checked."""
+    import numpy as np
+
     size, checksum = 0, 0
-    with path.open("rb") as file:
-        while block := file.read(_READ_BLOCK):
-            size += len(block)
-            checksum = crc32c(block, checksum)
+    block = np.empty(_READ_BLOCK, dtype=np.uint8)
+    with path.open("rb", buffering=0) as file:
+        while got := file.readinto(block.data):
+            size += got
+            checksum = google_crc32c.extend(checksum, block[:got])
     return FileDigest(size, f"{checksum:08x}")
 
 

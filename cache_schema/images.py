@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 
 from cache_schema import tar
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt
-from cache_schema.files import AsideFile, crc32c, read_bounded
+from cache_schema.files import AsideFile, crc32c
 from cache_schema.manifest import Manifest
 
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
@@ -42,11 +41,9 @@ def render_index(offsets: Sequence[tuple[int, int]]) -> bytes:
     return buffer.getvalue()
 
 
-def load_index(path: Path, rows: int) -> Array:
-    """Read `images/index.npy` of a cache with `rows` images, int64 (rows, 2); raises CacheCorrupt if it is not one."""
-    limit = 16 * rows + 4096
+def parse_index(data: bytes, rows: int, where: str) -> Array:
+    """Parse `images/index.npy` of a cache with `rows` images, int64 (rows, 2); raises CacheCorrupt if it is not one."""
     try:
-        data = read_bounded(path, limit)
         if not data.startswith(np.lib.format.magic(1, 0)):
             raise ValueError("no .npy file of version 1.0")
         stream = BytesIO(data)
@@ -55,8 +52,8 @@ def load_index(path: Path, rows: int) -> Array:
         if shape != (rows, 2) or fortran or dtype != np.dtype("<i8"):
             raise ValueError(f"an array {shape} of {dtype}, expected {(rows, 2)} of int64")
         return np.frombuffer(data, dtype="<i8", offset=stream.tell(), count=2 * rows).reshape(rows, 2)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise CacheCorrupt(f"{path} is not the index of this cache's images: {error}") from error
+    except (ValueError, SyntaxError) as error:
+        raise CacheCorrupt(f"{where} is not the index of this cache's images: {error}") from error
 
 
 def count_image_rows(manifest: Manifest, image_states: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field, FiniteFloat, ValidationError
 
 from cache_schema.errors import CacheCorrupt
-from cache_schema.files import FileDigest, read_bounded, write_file
+from cache_schema.files import FileDigest, digest, read_bounded, write_file
 from cache_schema.identity import canonical_json
 from cache_schema.manifest import Count, Part
 
@@ -135,6 +135,33 @@ def read_record(root: Path, kind: Kind, shard: int = 0) -> Record | None:
     if (record.kind, record.shard) != (kind, shard):
         raise CacheCorrupt(f"journal record {root / name} is that of {record.kind} {record.shard}")
     return record
+
+
+def read_committed(root: Path, kind: Kind, name: str) -> bytes | None:
+    """Return the contents of a file of the layout, the calibration or the seal, exactly as they were committed.
+
+    None where that piece was not committed; raises CacheCorrupt where the file is not what the record says.
+    """
+    record = read_record(root, kind)
+    if record is None:
+        return None
+    path, expected = root / name, record.files.get(name)
+    if expected is None:
+        raise CacheCorrupt(f"journal record {root / record_name(kind)} does not know {name}")
+    try:
+        data = read_bounded(path, expected.bytes)
+    except FileNotFoundError:
+        raise CacheCorrupt(f"{path} is missing") from None
+    except OSError as error:
+        raise CacheCorrupt(f"{path} cannot be read ({error.strerror})") from error
+    if (len(data), digest(data).crc32c) != (expected.bytes, expected.crc32c):
+        raise CacheCorrupt(f"{path} is damaged: it does not match its checksum")
+    return data
+
+
+def is_committed(root: Path, kind: Kind, shard: int = 0) -> bool:
+    """Say whether a piece is committed."""
+    return (root / record_name(kind, shard)).exists()
 
 
 def committed(root: Path) -> Iterator[tuple[Kind, int]]:

@@ -88,6 +88,12 @@ def revalidate(manifest: Manifest) -> Manifest:
         raise CacheError(f"this manifest contradicts itself: {error.errors()[0]['msg']}") from error
 
 
+def as_unsealed(manifest: Manifest) -> Manifest:
+    """Return the manifest of the same cache before it was sealed, without what only sealing finds out."""
+    unknown = {"sealed": False, "fidelity": [], "failed_rows": [], "bytes_features": None, "bytes_images": None}
+    return revalidate(manifest.model_copy(update=unknown))
+
+
 def _migrate(document: dict[str, Any], version: int, where: str) -> dict[str, Any]:
     while version != SCHEMA_VERSION:
         if version not in MIGRATIONS:

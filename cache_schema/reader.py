@@ -1,9 +1,8 @@
 """Reading a cache: whole batches of features in as few system calls as the request allows."""
 
-import itertools
 import os
 from collections.abc import Iterable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,19 @@ import torch
 
 from cache_schema import layout
 from cache_schema.batch import EncodedBatch
+from cache_schema.buffers import empty
+from cache_schema.chunks import ChunkRequest, ChunkSource
 from cache_schema.codec import load_channel, load_components
-from cache_schema.compression import decompress
+from cache_schema.damage import damaged
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt, CacheError, CacheRequestError, CacheUnsealed
-from cache_schema.images import load_index
-from cache_schema.journal import committed_shards, read_record, record_name
+from cache_schema.image_reader import ImageReader
+from cache_schema.journal import committed_shards, read_committed, read_record, record_name
 from cache_schema.layout import ArrayLayout
 from cache_schema.manifest import Manifest, TapInfo
 from cache_schema.manifest_file import load_manifest
-from cache_schema.open_shards import OpenFile, OpenShards
-from cache_schema.samples import check_against_manifest, count_usable, load_samples
-from cache_schema.shard import chunk_bytes
-from cache_schema.stores import store_of
+from cache_schema.open_shards import OpenShards
+from cache_schema.samples import check_against_manifest, count_usable, parse_samples
 
 Buffer = torch.Tensor | np.ndarray[Any, np.dtype[Any]]
 
@@ -40,20 +39,30 @@ _TORCH_DTYPES = {
 _NUMPY_BITS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
 
 
-def open_cache(path: str | os.PathLike[str], allow_partial: bool = False) -> "Cache":
+def open_cache(path: str | os.PathLike[str], allow_partial: bool = False, verify: bool = True) -> "Cache":
     """Open the cache at `path` (a directory or a file:// URL) for reading.
+
+    With `verify`, every chunk and image is checked against its checksum in the journal as it is read: damage on a disk
+    that is shared for months is then an error and not a slightly wrong feature. Reading from the page cache, the
+    fastest there is, takes about half as long again with it; from a disk or a network it costs next to nothing. In
+    caches that schema version 1 wrote, checksums are of whole rows: there, what is read of a part of a row (some of the
+    timesteps, one of several views) is not checked.
 
     Raises CacheNotFound, CacheUnsealed (an unfinished cache, unless `allow_partial`), CacheCorrupt, UnsupportedSchema.
     """
     root = local_path(path)
-    manifest = load_manifest(root)
+    try:
+        manifest = load_manifest(root)
+    except CacheCorrupt as error:
+        raise CacheCorrupt(f"{error}; copy the cache here again, or build it anew in an empty directory") from error
+    cache = Cache(root, manifest, verify)
     if not manifest.sealed and not allow_partial:
-        done = len(committed_shards(root, "features"))
         raise CacheUnsealed(
-            f"cache {root} is not complete ({done} of {manifest.store.feature_shards} feature shards); run the build "
-            "again, it resumes, or open what is there with allow_partial"
+            f"cache {root} is not sealed: {cache.missing_samples} of {manifest.dataset.feature_rows} samples have no "
+            "features yet; run the build again, it resumes, or read what is there with --allow-partial "
+            "(in Python: allow_partial=True)"
         )
-    return Cache(root, manifest)
+    return cache
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
@@ -72,18 +81,17 @@ class Cache:
     A partial cache is read as it was when it was opened: open it again to see what was built since.
     """
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
+    def __init__(self, root: Path, manifest: Manifest, verify: bool = True) -> None:
         self.root = root
         self.manifest = manifest
-        self._store = store_of(manifest)
-        self._shards = OpenShards()
-        self._pid = os.getpid()
+        self.verify = verify
         self._channels: dict[str, torch.Tensor] = {}
         self._components: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        self._image_offsets: dict[int, Array] = {}
+        self._layouts: dict[str, list[ArrayLayout]] = {}
+        self._open_nothing()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (open_cache, (str(self.root.absolute()), True))
+        return (open_cache, (str(self.root.absolute()), True, self.verify))
 
     def __repr__(self) -> str:
         state = "sealed" if self.manifest.sealed else "partial"
@@ -96,11 +104,21 @@ class Cache:
     @cached_property
     def samples(self) -> pa.Table:
         """The samples table: row i of it is row i of the features, if it has any, and of the images."""
-        table = load_samples(self.root / layout.SAMPLES_NAME)
+        path = self.root / layout.SAMPLES_NAME
         try:
+            data = read_committed(self.root, "layout", layout.SAMPLES_NAME)
+            if data is None:
+                if not self.manifest.sealed:
+                    raise CacheUnsealed(f"cache {self.root} has no samples table yet; run the build again, it resumes")
+                raise CacheCorrupt(f"the journal of {self.root} has no record of {layout.SAMPLES_NAME}")
+            table = parse_samples(data, str(path))
             check_against_manifest(table, self.manifest)
+        except CacheCorrupt as error:
+            raise damaged(self.root, error) from error
+        except CacheUnsealed:
+            raise
         except CacheError as error:
-            raise CacheCorrupt(f"{self.root / layout.SAMPLES_NAME} is not that of this cache: {error}") from error
+            raise damaged(self.root, f"{path} is not that of this cache: {error}") from error
         return table
 
     @cached_property
@@ -113,6 +131,13 @@ class Cache:
         elif not self._failed:
             return range(rows)
         return [row for row in built if row not in self._failed]
+
+    @property
+    def missing_samples(self) -> int:
+        """The number of samples whose features are still to be built: none in a sealed cache."""
+        rows, per_shard = self.manifest.dataset.feature_rows, self.manifest.store.samples_per_shard
+        built = () if self._built is None else self._built
+        return 0 if self._built is None else rows - sum(len(layout.rows_of_shard(k, per_shard, rows)) for k in built)
 
     def has_features(self, row: int) -> bool:
         """Say whether a row of the samples table has features in this cache."""
@@ -132,27 +157,25 @@ class Cache:
 
         `view` is a view's number or name, or one number per row. `out`, a contiguous CPU tensor or NumPy array
         (B, T, L, C) of the stored type, receives the payload. Raises CacheRequestError for what the cache does not
-        hold, CacheUnsealed for rows a partial cache lacks, CacheCorrupt for damaged files.
+        hold, CacheUnsealed for rows a partial cache lacks, CacheCorrupt, naming file, shard and sample, for damage.
         """
         info = self._tap(tap)
         steps = self._timestep_indices(timesteps)
         samples = self._row_indices(rows, self.manifest.dataset.feature_rows, "features")
         views = self._view_indices(view, len(samples))
         self._check_built(samples)
-        payload: torch.Tensor | None = None
-        scale: torch.Tensor | None = None
-        for array in layout.feature_layouts(self.manifest, info):
-            places = self._locate(array, samples, views, steps)
+        if tap not in self._layouts:
+            self._layouts[tap] = layout.feature_layouts(self.manifest, info)
+        parts: dict[str, torch.Tensor] = {}
+        for array in self._layouts[tap]:
+            request = ChunkRequest(self._opened, array, samples, views, steps)
             shape = (len(samples), len(steps), *array.inner)
-            if array.part == "payload":
-                payload = self._output(out, shape)
-                self._fill(array, places, payload)
-            else:
-                scale = torch.empty(shape, dtype=torch.float32)
-                self._fill(array, places, scale)
-        assert payload is not None
-        channel = None if scale is None else self._channel(info)[steps]
-        return EncodedBatch(payload, scale, channel, self.manifest.encoding.kind)
+            payload = array.part == "payload"
+            tensor = self._output(out, shape) if payload else torch.empty(shape, dtype=torch.float32)
+            request.read_into(tensor.reshape(-1).view(torch.uint8).numpy())
+            parts[array.part] = tensor
+        channel = self._channel(info)[steps] if "scale" in parts else None
+        return EncodedBatch(parts["payload"], parts.get("scale"), channel, self.manifest.encoding.kind)
 
     def restore(self, tap: str, features: torch.Tensor) -> torch.Tensor:
         """Return decoded features (..., C) of a tap in the teacher's channels (..., C_teacher), on the same device.
@@ -166,7 +189,10 @@ class Cache:
         if self.manifest.encoding.pca is None:
             return features
         if tap not in self._components:
-            stored = load_components(self.root, self.manifest, info)
+            try:
+                stored = load_components(self.root, self.manifest, info)
+            except CacheCorrupt as error:
+                raise damaged(self.root, f"the components of tap {tap} cannot be used: {error}") from error
             parts = (torch.from_numpy(array) for array in (stored.amplitude, stored.mean, stored.basis))
             self._components[tap] = (next(parts), next(parts), next(parts))
         amplitude, mean, basis = (array.to(features) for array in self._components[tap])
@@ -176,15 +202,9 @@ class Cache:
         """Return the encoded student images of the given rows, each by one read of just its bytes."""
         if self.manifest.images is None:
             raise CacheRequestError(f"cache {self.manifest.label} was built without images")
-        images = []
-        for row in self._row_indices(rows, self._image_count, "an image").tolist():
-            shard, local = divmod(row, self.manifest.store.images_per_shard)
-            offset, size = (int(value) for value in self._offsets(shard)[local])
-            file = self._files.file(f"{self.root}/{layout.image_file(shard)}")
-            if offset < 0 or size < 0 or offset + size > file.size:
-                raise CacheCorrupt(f"the image of row {row} is not inside {file.path}; run `dit-cache verify`")
-            images.append(file.read(offset, size))
-        return images
+        wanted = self._row_indices(rows, self._image_count, "an image")
+        self._leave_parents_files()
+        return [self._image_reader.read(row) for row in wanted]
 
     @cached_property
     def _built(self) -> set[int] | None:
@@ -204,11 +224,19 @@ class Cache:
         return count_usable(self.samples)
 
     @property
-    def _files(self) -> OpenShards:
+    def _opened(self) -> ChunkSource:
+        self._leave_parents_files()
+        return self._source
+
+    def _leave_parents_files(self) -> None:
         if self._pid != os.getpid():
-            # Another thread may have held the lock at the moment of the fork.
-            self._pid, self._shards = os.getpid(), OpenShards()
-        return self._shards
+            # Another thread may have held a lock at the moment of the fork.
+            self._open_nothing()
+
+    def _open_nothing(self) -> None:
+        self._pid = os.getpid()
+        self._source = ChunkSource(self.root, self.manifest, self.verify, OpenShards())
+        self._image_reader = ImageReader(self._source, lambda: self._image_count)
 
     def _tap(self, name: str) -> TapInfo:
         info = self.manifest.tap(name)
@@ -230,7 +258,7 @@ class Cache:
             )
         return [have.index(step) for step in timesteps]
 
-    def _view_indices(self, view: int | str | Sequence[int] | Array, count: int) -> Array:
+    def _view_indices(self, view: int | str | Sequence[int] | Array, count: int) -> list[int]:
         names = self.manifest.views
         if isinstance(view, str):
             if view not in names:
@@ -241,24 +269,23 @@ class Cache:
             raise CacheRequestError(f"{count} rows need one view or {count}, not {indices.shape}")
         if indices.size and (indices.min() < 0 or indices.max() >= len(names)):
             raise CacheRequestError(f"cache {self.manifest.label} has the views 0 to {len(names) - 1}")
-        return np.broadcast_to(indices, (count,))
+        return [int(indices)] * count if indices.ndim == 0 else indices.tolist()
 
-    def _row_indices(self, rows: Sequence[int] | Array, limit: int, what: str) -> Array:
+    def _row_indices(self, rows: Sequence[int] | Array, limit: int, what: str) -> list[int]:
         indices = np.asarray(rows)
         if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
             raise CacheRequestError("rows must be a sequence of row numbers")
-        indices = indices.astype(np.int64)
-        outside = indices[(indices < 0) | (indices >= limit)]
-        if outside.size:
+        if indices.size and (indices.min() < 0 or indices.max() >= limit):
+            row = next(row for row in indices.tolist() if not 0 <= row < limit)
             raise CacheRequestError(
-                f"row {outside[0]} of cache {self.manifest.label} does not have {what}: rows 0 to {limit - 1} do"
+                f"row {row} of cache {self.manifest.label} does not have {what}: rows 0 to {limit - 1} do"
             )
-        return indices
+        return indices.tolist()
 
-    def _check_built(self, rows: Array) -> None:
+    def _check_built(self, rows: list[int]) -> None:
         if self._built is None and not self._failed:
             return
-        for row in rows.tolist():
+        for row in rows:
             if row in self._failed:
                 record = record_name("features", row // self.manifest.store.samples_per_shard)
                 raise CacheRequestError(
@@ -271,7 +298,7 @@ class Cache:
     def _output(self, out: Buffer | None, shape: tuple[int, ...]) -> torch.Tensor:
         dtype = _TORCH_DTYPES[self.manifest.encoding.kind]
         if out is None:
-            return torch.empty(shape, dtype=dtype)
+            return empty(shape, dtype)
         if isinstance(out, np.ndarray):
             if not out.flags.writeable:
                 raise CacheRequestError("out is read-only")
@@ -285,75 +312,12 @@ class Cache:
             raise CacheRequestError("out must be contiguous and in CPU memory")
         return tensor
 
-    def _locate(self, array: ArrayLayout, rows: Array, views: Array, steps: list[int]) -> "_Places":
-        """Find every chunk asked for before any memory is set aside for it, so that a lying index costs none."""
-        offsets = np.empty((len(rows), len(steps)), dtype=np.int64)
-        lengths = np.empty_like(offsets)
-        shards, inverse = np.unique(rows // array.samples_per_shard, return_inverse=True)
-        files = []
-        for number, shard in enumerate(shards.tolist()):
-            file = self._files.file(f"{self.root}/{self._store.array_file(array, shard)}")
-            parse = partial(self._store.read_index, array=array, shard=shard)
-            index = self._files.index(file, array.name, parse)
-            files.append(file)
-            mine = np.flatnonzero(inverse == number)
-            place = (rows[mine, None] % array.samples_per_shard, views[mine, None], steps)
-            offsets[mine], lengths[mine] = index.offsets[place], index.lengths[place]
-            if (offsets[mine] < 0).any():
-                row = rows[mine][(offsets[mine] < 0).any(axis=1)][0]
-                raise CacheCorrupt(f"{file.path} lacks the features of row {row}; run `dit-cache verify`")
-        return _Places(files, np.repeat(inverse, len(steps)), offsets.reshape(-1), lengths.reshape(-1))
-
-    def _fill(self, array: ArrayLayout, places: "_Places", tensor: torch.Tensor) -> None:
-        """Read the located chunks into a tensor, neighbours in the file with one system call."""
-        if not places.offsets.size:
-            return
-        target: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-        size = chunk_bytes(array)
-        view = memoryview(target)
-        for first, last in places.runs():
-            file, offset = places.files[places.owners[first]], int(places.offsets[first])
-            if array.compression == "none":
-                file.read_into(view[first * size : last * size], offset)
-                continue
-            data = memoryview(file.read(offset, int(places.lengths[first:last].sum())))
-            for chunk in range(first, last):
-                start = int(places.offsets[chunk]) - offset
-                frame = bytes(data[start : start + int(places.lengths[chunk])])
-                decompress(frame, target[chunk * size : (chunk + 1) * size], array.compression, str(file.path))
-
     def _channel(self, tap: TapInfo) -> torch.Tensor:
         channel = self._channels.get(tap.name)
         if channel is None:
-            channel = torch.from_numpy(load_channel(self.root, self.manifest, tap))
+            try:
+                channel = torch.from_numpy(load_channel(self.root, self.manifest, tap))
+            except CacheCorrupt as error:
+                raise damaged(self.root, f"the calibration of tap {tap.name} cannot be used: {error}") from error
             self._channels[tap.name] = channel
         return channel
-
-    def _offsets(self, shard: int) -> Array:
-        """Return where the images of a shard are, int64 (rows, 2)."""
-        per_shard = self.manifest.store.images_per_shard
-        if shard not in self._image_offsets:
-            if self.manifest.sealed:
-                table = load_index(self.root / layout.IMAGE_INDEX_NAME, self._image_count)
-                for number in range(self.manifest.store.image_shards):
-                    self._image_offsets[number] = table[number * per_shard : (number + 1) * per_shard]
-            else:
-                record = read_record(self.root, "images", shard)
-                if record is None:
-                    raise CacheUnsealed(f"image shard {shard} of {self.root} is not built yet")
-                self._image_offsets[shard] = np.array(record.offsets, dtype=np.int64).reshape(-1, 2)
-        return self._image_offsets[shard]
-
-
-class _Places:
-    """The file (by number), offset and length of every chunk of a request, in the order of the output."""
-
-    def __init__(self, files: list[OpenFile], owners: Array, offsets: Array, lengths: Array) -> None:
-        self.files, self.owners, self.offsets, self.lengths = files, owners, offsets, lengths
-
-    def runs(self) -> list[tuple[int, int]]:
-        """Group chunks that follow each other both in the output and in one file, as [first, last) ranges."""
-        follows = (self.offsets[1:] == self.offsets[:-1] + self.lengths[:-1]) & (self.owners[1:] == self.owners[:-1])
-        edges = np.flatnonzero(~follows) + 1
-        bounds = [0, *edges.tolist(), len(self.offsets)]
-        return list(itertools.pairwise(bounds))

@@ -11,11 +11,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cache_schema.errors import CacheCorrupt, CacheError
+from cache_schema.files import read_bounded
 from cache_schema.identity import canonical_json
 from cache_schema.manifest import Manifest
 
 SPLITS = ("train", "test", "unlabeled")
 STATES = ("ok", "quarantined")
+# About 10 million images with long captions.
+MAX_SAMPLES_BYTES = 4 << 30
 
 SAMPLES_SCHEMA = pa.schema(
     [
@@ -118,8 +121,8 @@ def check_samples(table: pa.Table) -> None:
             raise CacheError(
                 f"the samples table has the {column} {sorted(unknown)[0]!r}; allowed: {', '.join(allowed)}"
             )
-    states = table["state"].to_pylist()
-    if "quarantined" in states and "ok" in states[states.index("quarantined") :]:
+    usable = count_usable(table)
+    if usable != count_usable(table.slice(0, usable)):
         raise CacheError("quarantined samples must come last in the samples table")
 
 
@@ -157,8 +160,21 @@ def render_samples(table: pa.Table) -> bytes:
 def load_samples(path: Path) -> pa.Table:
     """Read a samples table; raises CacheCorrupt unless it is a valid one."""
     try:
-        table = pq.read_table(path, memory_map=False, partitioning=None)
+        data = read_bounded(path, MAX_SAMPLES_BYTES)
+    except OSError as error:
+        raise CacheCorrupt(f"{path} is not a samples table: {error.strerror}") from error
+    return parse_samples(data, str(path))
+
+
+def parse_samples(data: bytes, where: str) -> pa.Table:
+    """Turn the bytes of `samples.parquet` into a table; `where` names them. Raises CacheCorrupt unless it is valid."""
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data))
+        # Every row has an id of its own, so an honest file has some bytes for each; a hostile one may promise billions.
+        if file.metadata.num_rows > len(data):
+            raise CacheError(f"{file.metadata.num_rows} rows cannot be in {len(data)} bytes")
+        table = file.read()
         check_samples(table)
     except (OSError, pa.ArrowException, CacheError) as error:
-        raise CacheCorrupt(f"{path} is not a samples table: {str(error).splitlines()[0]}") from error
+        raise CacheCorrupt(f"{where} is not a samples table: {str(error).splitlines()[0]}") from error
     return table

@@ -2,11 +2,16 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import pyarrow as pa
+
 from cache_schema import layout
+from cache_schema.damage import how_to_mend
 from cache_schema.errors import CacheCorrupt, CacheError
 from cache_schema.files import crc32c, digest_file, is_aside, read_bounded
 from cache_schema.journal import FileRecord, Kind, Record, committed, read_record, record_name
@@ -24,21 +29,34 @@ _KINDS_WITH_SHARDS: tuple[Kind, Kind] = ("features", "images")
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong in a cache: the file, relative to it, and, where it is one's, the shard and its rows [a, b)."""
+    """Something wrong in a cache: the file, relative to it, and, where it is one's, the shard and its rows [a, b).
+
+    `samples` are the ids of the first and the last of those rows, where the samples table can be read; `kind` is the
+    kind of the piece that the file is of, None for the manifest and for what does not belong to the cache.
+    """
 
     file: str
     shard: int | None
     rows: tuple[int, int] | None
     reason: str
+    kind: Kind | None = field(default=None, compare=False)
+    samples: tuple[str, str] | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
-        shard = "" if self.shard is None else f" (shard {self.shard}"
-        rows = "" if self.rows is None else f", rows {self.rows[0]} to {self.rows[1] - 1}"
-        return f"{self.file}{shard}{rows}{')' if shard else ''}: {self.reason}"
+        where = [] if self.shard is None else [f"shard {self.shard}"]
+        if self.rows is not None:
+            first, last = self.rows[0], self.rows[1] - 1
+            one = first == last
+            where.append(f"row {first}" if one else f"rows {first} to {last}")
+            if self.samples is not None:
+                names = [repr(name) for name in self.samples]
+                where.append(f"sample {names[0]}" if one else f"samples {names[0]} to {names[1]}")
+        place = f" ({', '.join(where)})" if where else ""
+        return f"{self.file}{place}: {self.reason}"
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A piece that the manifest promises: its record, the rows it covers and the files it consists of.
 
     Files of features come with the arrays that are in them.
@@ -54,11 +72,11 @@ class _Piece:
         return self.shard if self.kind in _KINDS_WITH_SHARDS else None
 
 
-def verify(path: str | os.PathLike[str]) -> list[Problem]:
-    """Check every file of a cache and return all that is wrong with it, in a stable order.
+def verify(path: str | os.PathLike[str], threads: int = 4) -> list[Problem]:
+    """Check every file of a cache and return all that is wrong with it, in an order that only depends on the damage.
 
-    In a cache that is not sealed, pieces that were never committed are no problem. Raises CacheNotFound where there is
-    no cache and UnsupportedSchema for one this release cannot read.
+    `threads` files are read at a time. In a cache that is not sealed, pieces that were never committed are no problem.
+    Raises CacheNotFound where there is no cache and UnsupportedSchema for one this release cannot read.
     """
     root = local_path(path)
     try:
@@ -68,36 +86,85 @@ def verify(path: str | os.PathLike[str]) -> list[Problem]:
     problems = list(_check_manifest_bytes(root))
     known = {MANIFEST_NAME}
     store, done = store_of(manifest), set(committed(root))
-    for piece in _pieces(store, done, _image_rows(root, manifest)):
-        name = record_name(piece.kind, piece.shard)
-        known.add(name)
-        if (piece.kind, piece.shard) in done:
-            problems += _check_piece(root, store, piece)
-        elif manifest.sealed:
-            problems.append(Problem(name, piece.problem_shard, piece.rows, "the journal record is missing"))
+    samples = _load_table(root, manifest)
+
+    def check(piece: Piece) -> list[Problem]:
+        return [_named(problem, piece, samples) for problem in _check_if_due(root, store, piece, done)]
+
+    for piece, found in _in_threads(check, _pieces(store, done, samples), threads):
+        problems += found
         # Files of an uncommitted piece are what a builder was putting in place; it will write them again.
-        known.update(piece.files)
+        known.update([record_name(piece.kind, piece.shard), *piece.files])
     problems += [Problem(name, None, None, reason) for name, reason in _strangers(root, known)]
     return problems
 
 
-def _pieces(store: FeatureStore, done: set[tuple[Kind, int]], image_rows: int | None) -> Iterator[_Piece]:
+def advice(problems: list[Problem], path: str | os.PathLike[str]) -> str:
+    """Return one line that counts the problems of the cache at `path` and says what to do about them."""
+    root = local_path(path)
+    count = f"{len(problems)} problem{'' if len(problems) == 1 else 's'} in {root}"
+    if any(problem.kind is not None for problem in problems):
+        return f"{count}; {how_to_mend(root)}"
+    if any(problem.file == MANIFEST_NAME for problem in problems):
+        return f"{count}; copy the cache here again, or build it anew in an empty directory"
+    return f"{count}; nothing of the cache itself is damaged: remove what does not belong to it"
+
+
+def _check_if_due(root: Path, store: FeatureStore, piece: Piece, done: set[tuple[Kind, int]]) -> Iterator[Problem]:
+    if piece.kind == "seal" and not store.manifest.sealed:
+        # Whoever was sealing the cache did not finish, and will write this again.
+        return
+    if (piece.kind, piece.shard) in done:
+        yield from _check_piece(root, store, piece)
+    elif store.manifest.sealed:
+        name = record_name(piece.kind, piece.shard)
+        yield Problem(name, piece.problem_shard, piece.rows, "the journal record is missing")
+
+
+def _named(problem: Problem, piece: Piece, samples: pa.Table | None) -> Problem:
+    rows = problem.rows
+    if samples is None or rows is None or not rows[0] < rows[1] <= samples.num_rows:
+        return replace(problem, kind=piece.kind)
+    ids = (samples["id"][rows[0]].as_py(), samples["id"][rows[1] - 1].as_py())
+    return replace(problem, kind=piece.kind, samples=ids)
+
+
+def _in_threads(
+    check: Callable[[Piece], list[Problem]], pieces: Iterable[Piece], threads: int
+) -> Iterator[tuple[Piece, list[Problem]]]:
+    """Yield every piece with its problems, in order, checking a few of them at a time."""
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: deque[tuple[Piece, Future[list[Problem]]]] = deque()
+        for piece in pieces:
+            ahead.append((piece, pool.submit(check, piece)))
+            if len(ahead) > 2 * threads:
+                piece, future = ahead.popleft()
+                yield piece, future.result()
+        for piece, future in ahead:
+            yield piece, future.result()
+
+
+def pieces_of(root: Path, manifest: Manifest) -> Iterator[Piece]:
+    """Yield what the cache at `root` should consist of."""
+    return _pieces(store_of(manifest), set(committed(root)), _load_table(root, manifest))
+
+
+def _pieces(store: FeatureStore, done: set[tuple[Kind, int]], samples: pa.Table | None) -> Iterator[Piece]:
     """Yield what the cache should consist of; without a table to bear the manifest out, what the journal speaks of."""
     manifest, sizes = store.manifest, store.manifest.store
-    yield _Piece("layout", 0, None, _plain([*store.documents(), layout.SAMPLES_NAME]))
+    image_rows = None if samples is None else count_usable(samples)
+    yield Piece("layout", 0, None, _plain([*store.documents(), layout.SAMPLES_NAME]))
     if manifest.encoding.calibrated:
-        yield _Piece("calibration", 0, None, _plain(map(store.calibration_file, layout.all_calibrations(manifest))))
+        yield Piece("calibration", 0, None, _plain(map(store.calibration_file, layout.all_calibrations(manifest))))
     for shard in _shards(sizes.feature_shards, "features", done, image_rows):
         rows = layout.rows_of_shard(shard, sizes.samples_per_shard, manifest.dataset.feature_rows)
-        yield _Piece("features", shard, (rows.start, rows.stop), store.shard_files(shard))
+        yield Piece("features", shard, (rows.start, rows.stop), store.shard_files(shard))
     for shard in _shards(sizes.image_shards, "images", done, image_rows):
         rows = layout.rows_of_shard(shard, sizes.images_per_shard, image_rows or 0)
         known_rows = None if image_rows is None else (rows.start, rows.stop)
-        yield _Piece("images", shard, known_rows, _plain([layout.image_file(shard)]))
-    if manifest.sealed:
-        yield _Piece(
-            "seal", 0, None, _plain([layout.CARD_NAME] + ([] if manifest.images is None else [layout.IMAGE_INDEX_NAME]))
-        )
+        yield Piece("images", shard, known_rows, _plain([layout.image_file(shard)]))
+    sealed = [layout.CARD_NAME] + ([] if manifest.images is None else [layout.IMAGE_INDEX_NAME])
+    yield Piece("seal", 0, None, _plain(sealed))
 
 
 def _plain(files: Iterable[str]) -> dict[str, Sequence[ArrayLayout]]:
@@ -110,8 +177,8 @@ def _shards(count: int, kind: Kind, done: set[tuple[Kind, int]], image_rows: int
     return sorted(shard for found, shard in done if found == kind and shard < count)
 
 
-def _image_rows(root: Path, manifest: Manifest) -> int | None:
-    """Return how many rows can have an image, or None unless the samples table bears the manifest out.
+def _load_table(root: Path, manifest: Manifest) -> pa.Table | None:
+    """Return the samples table, or None unless it bears the manifest out.
 
     A damaged table is reported with the other files; here it means that the manifest's counts, which could be in the
     billions, are not to be believed.
@@ -121,7 +188,7 @@ def _image_rows(root: Path, manifest: Manifest) -> int | None:
         check_against_manifest(samples, manifest)
     except CacheError:
         return None
-    return count_usable(samples)
+    return samples
 
 
 def _check_manifest_bytes(root: Path) -> Iterator[Problem]:
@@ -134,7 +201,7 @@ def _check_manifest_bytes(root: Path) -> Iterator[Problem]:
         yield Problem(MANIFEST_NAME, None, None, "the checksum of the manifest is missing")
 
 
-def _check_piece(root: Path, store: FeatureStore, piece: _Piece) -> Iterator[Problem]:
+def _check_piece(root: Path, store: FeatureStore, piece: Piece) -> Iterator[Problem]:
     name = record_name(piece.kind, piece.shard)
     try:
         record = read_record(root, piece.kind, piece.shard)
@@ -156,7 +223,7 @@ def _check_piece(root: Path, store: FeatureStore, piece: _Piece) -> Iterator[Pro
 
 
 def _check_file(
-    root: Path, store: FeatureStore, piece: _Piece, record: Record, name: str, expected: FileRecord
+    root: Path, store: FeatureStore, piece: Piece, record: Record, name: str, expected: FileRecord
 ) -> Iterator[Problem]:
     path, shard = root / name, piece.problem_shard
     if not path.is_file() or path.is_symlink():
@@ -175,7 +242,7 @@ def _check_file(
 
 
 def _locate_damage(
-    path: Path, store: FeatureStore, piece: _Piece, record: Record, name: str, expected: FileRecord
+    path: Path, store: FeatureStore, piece: Piece, record: Record, name: str, expected: FileRecord
 ) -> Iterator[Problem]:
     """Say which rows of a file of the right size are damaged."""
     checksums = expected.piece_checksums()

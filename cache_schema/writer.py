@@ -9,7 +9,8 @@ import pyarrow as pa
 from cache_schema import fidelity, layout
 from cache_schema.calibration import Calibrator
 from cache_schema.card import render_card
-from cache_schema.codec import TapCodec, load_codec
+from cache_schema.codec import TapCodec, commit_calibration, load_codec
+from cache_schema.damage import how_to_mend
 from cache_schema.encoding import Array, as_features
 from cache_schema.errors import (
     CacheCorrupt,
@@ -38,11 +39,12 @@ from cache_schema.journal import (
     Record,
     committed_shards,
     file_record,
+    is_committed,
     read_record,
     write_record,
 )
 from cache_schema.manifest import Manifest, Provenance, TapInfo
-from cache_schema.manifest_file import MANIFEST_NAME, load_manifest, render_manifest, revalidate
+from cache_schema.manifest_file import MANIFEST_NAME, as_unsealed, load_manifest, render_manifest, revalidate
 from cache_schema.reader import local_path
 from cache_schema.row_encoder import Features, RowEncoder, check_finite, check_shapes
 from cache_schema.samples import (
@@ -69,11 +71,7 @@ def create_cache(path: str | os.PathLike[str], manifest: Manifest, samples: pa.T
     CacheError for a directory that holds something else; CacheStorageError where it cannot be written.
     """
     root = local_path(path)
-    planned = revalidate(
-        manifest.model_copy(
-            update={"sealed": False, "fidelity": [], "failed_rows": [], "bytes_features": None, "bytes_images": None}
-        )
-    )
+    planned = as_unsealed(manifest)
     check_samples(samples)
     check_against_manifest(samples, planned)
     existing = _establish_manifest(root, planned)
@@ -164,15 +162,19 @@ class CacheWriter:
         return layout.rows_of_shard(shard, store.images_per_shard, count_usable(self.samples))
 
     def needs_calibration(self) -> bool:
-        """Say whether `calibrate` must be called before the first `write_shard`."""
-        return self.manifest.encoding.calibrated and read_record(self.root, "calibration") is None
+        """Say whether `calibrate` must be called: before the first `write_shard`, or after damage to what it stored."""
+        if not self.manifest.encoding.calibrated:
+            return False
+        record = read_record(self.root, "calibration")
+        return record is None or not all((self.root / name).exists() for name in record.files)
 
     def calibrate(self, features: Mapping[str, Features] | Iterable[Mapping[str, Features]]) -> None:
         """Store the statistics that the encoding rests on, from the teacher's features of a fixed choice of rows.
 
         `features` are (n, V, T, L, C) of every tap, or batches of them, of which one at a time is held in memory. Does
         nothing, and takes no batch, for encodings without calibration and where one is stored already: the first one
-        counts. Raises InvalidFeatures, naming the sample by its place, for NaN and infinities.
+        counts. Raises InvalidFeatures, naming the sample by its place, for NaN and infinities, and CacheMismatch if
+        shards are there that were encoded with another calibration than the one that follows from these features.
         """
         if not self.needs_calibration():
             return
@@ -195,16 +197,17 @@ class CacheWriter:
         )
 
     def store_calibration(self, statistics: Mapping[layout.CalibrationLayout, Array]) -> None:
-        """Store statistics as they are, for every one of `layout.all_calibrations`, unless they are stored already."""
+        """Store statistics as they are, for every one of `layout.all_calibrations`, unless they are stored already.
+
+        Raises CacheMismatch if shards are there that were encoded with others.
+        """
+        documents = {
+            self._store.calibration_file(array): self._store.render_calibration(array, values)
+            for array, values in statistics.items()
+        }
         with directory_lock(self.root):
-            if not self.needs_calibration():
-                return
-            files = {}
-            for array, values in statistics.items():
-                path = self._store.calibration_file(array)
-                data = self._store.render_calibration(array, values)
-                files[path] = file_record(write_file(self.root / path, data))
-            write_record(self.root, Record(kind="calibration", files=files))
+            if self.needs_calibration():
+                commit_calibration(self.root, documents)
 
     def write_shard(
         self, shard: int, features: Mapping[str, Features], failed: Mapping[int, str] | None = None
@@ -220,7 +223,7 @@ class CacheWriter:
         strange = sorted(row for row in failed if row not in rows)
         if strange:
             raise CacheError(f"row {strange[0]} cannot have failed in shard {shard}: it is not one of its rows")
-        if shard in committed_shards(self.root, "features"):
+        if is_committed(self.root, "features", shard):
             return
         if self.needs_calibration():
             raise CacheUnsealed(f"cache {self.root} must be calibrated before its first shard is written")
@@ -277,7 +280,7 @@ class CacheWriter:
         rows = self.image_rows(shard)
         settings = self.manifest.images
         assert settings is not None
-        if shard in committed_shards(self.root, "images"):
+        if is_committed(self.root, "images", shard):
             return
         if len(images) != len(rows):
             raise CacheError(f"image shard {shard} has {len(rows)} rows, {len(images)} images were given")
@@ -324,11 +327,7 @@ class CacheWriter:
                     }
                 )
             )
-            documents = {layout.CARD_NAME: render_card(sealed)}
-            if sealed.images is not None:
-                documents[layout.IMAGE_INDEX_NAME] = render_index([place for item in images for place in item.offsets])
-            files = {name: file_record(write_file(self.root / name, data)) for name, data in documents.items()}
-            write_record(self.root, Record(kind="seal", files=files))
+            write_seal(self.root, sealed)
             # The last write: up to here the cache is unsealed, and sealing it again writes the same bytes.
             write_file(self.root / MANIFEST_NAME, render_manifest(sealed))
         sweep_aside_files(self.root)
@@ -338,7 +337,7 @@ class CacheWriter:
     def _commit(self, record: Record, asides: list[AsideFile]) -> None:
         with directory_lock(self.root):
             # Another builder may have been faster; its files and its record belong together, so ours are dropped.
-            if record.shard in committed_shards(self.root, record.kind):
+            if is_committed(self.root, record.kind, record.shard):
                 return
             for aside in asides:
                 aside.publish()
@@ -355,6 +354,10 @@ class CacheWriter:
             if missing:
                 some = ", ".join(str(shard) for shard in missing[:8]) + (", ..." if len(missing) > 8 else "")
                 raise CacheUnsealed(f"cannot seal {self.root}: {len(missing)} {what} shards are missing ({some})")
+        if self.manifest.store.feature_shards and self.needs_calibration():
+            raise CacheUnsealed(f"cannot seal {self.root}: its calibration is missing")
+        if not is_committed(self.root, "layout"):
+            raise CacheUnsealed(f"cannot seal {self.root}: its samples table is missing; create_cache writes it")
 
     def _records(self, kind: Kind, count: int) -> Iterator[Record]:
         """Yield the records of all shards of a kind, after checking that their files are there."""
@@ -366,11 +369,23 @@ class CacheWriter:
                 size = path.stat().st_size if path.is_file() else None
                 if size != expected.bytes:
                     found = "is gone" if size is None else f"has {size} bytes instead of {expected.bytes}"
-                    raise CacheCorrupt(f"{path} {found}; `dit-cache verify` lists all damage")
+                    raise CacheCorrupt(f"{path} {found}; {how_to_mend(self.root)}")
             yield record
 
     def _name(self, row: int) -> str:
         return f"sample {self.samples['id'][row].as_py()!r} (row {row})"
+
+
+def write_seal(root: Path, manifest: Manifest) -> None:
+    """Write what is derived from a complete cache, and its record: the card and the index of the images."""
+    documents = {layout.CARD_NAME: render_card(manifest)}
+    if manifest.images is not None:
+        records = (read_record(root, "images", shard) for shard in range(manifest.store.image_shards))
+        documents[layout.IMAGE_INDEX_NAME] = render_index(
+            [place for record in records if record is not None for place in record.offsets]
+        )
+    files = {name: file_record(write_file(root / name, data)) for name, data in documents.items()}
+    write_record(root, Record(kind="seal", files=files))
 
 
 def _check_shard(shard: int, count: int, what: str) -> None:

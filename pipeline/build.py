@@ -219,7 +219,7 @@ def _write_features(
     usable: Sequence[ScannedSample],
 ) -> None:
     missing = writer.missing_shards()
-    if not missing:
+    if not missing and not writer.needs_calibration():
         return
     sigmas = writer.manifest.curriculum.sigmas
     rows = writer.manifest.dataset.feature_rows

@@ -10,6 +10,7 @@ import typer
 from cache_schema import cli as commands
 
 if TYPE_CHECKING:
+    from cache_schema import Cache
     from trainer.config import TrainConfig
 
 DEFAULT_CACHE = Path("runs/demo/cache")
@@ -90,12 +91,11 @@ def eval_command(
     """Recall@1/2/4/8 and mAP@R on the test split: every image queries all the others."""
     import json
 
-    from cache_schema import open_cache
     from trainer import evaluate
     from trainer.device import choose_device
     from trainer.rundir import write_json
 
-    opened = open_cache(cache or evaluate.cache_of_run(run), allow_partial=allow_partial)
+    opened = _open(cache or evaluate.cache_of_run(run), allow_partial)
     scores, embeddings, test = evaluate.evaluate_run(run, opened, choose_device(device))
     if run.is_dir():
         write_json(run / "eval.json", scores)
@@ -120,12 +120,11 @@ def report_command(
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Accept an unsealed cache.")] = False,
 ) -> None:
     """One HTML page and one JSON file on a set of runs: recalls, loss curves, a retrieval gallery."""
-    from cache_schema import open_cache
     from trainer import report
     from trainer.device import choose_device
     from trainer.evaluate import cache_of_run
 
-    opened = open_cache(cache or cache_of_run(runs[0]), allow_partial=allow_partial)
+    opened = _open(cache or cache_of_run(runs[0]), allow_partial)
     where = choose_device(device)
     finished = report.load_runs(runs, opened, where)
     report.write_report(finished, opened, output, where, started)
@@ -173,8 +172,20 @@ def _config_of_run(
     return config
 
 
+def _open(path: str, allow_partial: bool, verify: bool = True) -> Cache:
+    """Open a cache; where it is not complete and that is accepted, say how much is missing."""
+    from cache_schema import open_cache
+
+    cache = open_cache(path, allow_partial=allow_partial, verify=verify)
+    if not cache.manifest.sealed:
+        missing, total = cache.missing_samples, cache.manifest.dataset.feature_rows
+        note = f"note: cache {path} is not sealed: {missing} of {total} samples have no features yet"
+        typer.echo(note, err=True)
+    return cache
+
+
 def _train(config: TrainConfig, output: Path, resume: bool, overwrite: bool, allow_partial: bool) -> None:
-    from cache_schema import CacheNotFound, open_cache
+    from cache_schema import CacheNotFound
     from trainer.config import describe
     from trainer.errors import TrainError
     from trainer.rundir import check_run, is_finished, load_result
@@ -185,7 +196,7 @@ def _train(config: TrainConfig, output: Path, resume: bool, overwrite: bool, all
         typer.echo(f"{output} is finished already: {result['student_updates']} updates")
         return
     try:
-        cache = open_cache(config.cache, allow_partial=allow_partial)
+        cache = _open(config.cache, allow_partial, config.verify_reads)
     except CacheNotFound as error:
         raise TrainError(f"{error}; make one with dit-cache build, or name one with --cache") from None
     typer.echo(f"cache {cache.manifest.label}: {len(cache)} rows with features\n{describe(config)}")

@@ -109,6 +109,7 @@ class TrainConfig(_Frozen):
     workers: int = Field(default=0, ge=0)  # 0: one prefetch thread
     threads: int | None = Field(default=None, ge=1)  # None: torch's own choice
     image_memory_gb: float = Field(default=1.0, ge=0)  # decoded images stay in memory up to this
+    verify_reads: bool = True  # hold what is read from the cache against its checksums
     log_every: int = Field(default=10, ge=1)  # updates
     eval_every: int = Field(default=0, ge=0)  # epochs; 0: never during training
     checkpoint_every: int = Field(default=1, ge=0)  # epochs; 0: only when interrupted
@@ -120,7 +121,8 @@ class TrainConfig(_Frozen):
 
 # Fields that change neither the numbers nor their order: a run may be resumed with other values of them.
 FREE_ON_RESUME = {
-    "cache", "device", "workers", "threads", "image_memory_gb", "log_every", "eval_every", "checkpoint_every",
+    "cache", "device", "workers", "threads", "image_memory_gb", "verify_reads", "log_every", "eval_every",
+    "checkpoint_every",
 }  # fmt: skip
 
 # Small enough for two CPU cores. The choices below were made by measurement: see benchmarks/README.md.

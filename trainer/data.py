@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import signal
-from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from cache_schema.errors import DitDistillError
+from cache_schema.dataset import CacheDataset, FeatureBatch
+from cache_schema.read_ahead import ReadAhead
+from cache_schema.sampler import AUGMENT, VIEWS, EpochSampler, StreamSampler, generator
 from trainer.config import TrainConfig
 from trainer.errors import TrainError
 from trainer.images import ImageStore
-from trainer.sampler import AUGMENT, VIEWS, EpochSampler, StreamSampler, generator
 
 if TYPE_CHECKING:
     from cache_schema import Cache
 
 PAIRED_VIEWS = ("canonical", "hflip")  # the views whose student image can be made from the stored one
-PREFETCH = 3  # batches
 
 
 @dataclass
@@ -33,7 +30,7 @@ class Batch:
 
     images: Tensor  # (B+U, 3, S, S) uint8
     labels: Tensor  # (B+U,) int64, -1 = unlabelled
-    features: Any | None = None  # cache_schema.EncodedBatch
+    features: FeatureBatch | None = None
     tokens: Tensor | None = None  # (B+U, P, L, C_t) float32
 
     def to(self, device: torch.device) -> Batch:
@@ -98,7 +95,7 @@ def token_shape(cache: Cache, tap: str, timesteps: tuple[int, ...]) -> tuple[int
     return len(timesteps), taps[tap].tokens, taps[tap].channels
 
 
-class TrainingBatches(Dataset):
+class TrainingBatches:
     """`batches[update]` is the whole batch of that update: a pure function, the same in any process."""
 
     def __init__(self, cache: Cache, config: TrainConfig, image_size: int):
@@ -124,6 +121,9 @@ class TrainingBatches(Dataset):
             self.unlabelled = StreamSampler(extra, config.unlabeled_per_batch, config.seed)
             rows = np.concatenate([rows, extra])
         self.images = ImageStore(cache, image_size, rows, config.image_memory_gb)
+        self.features: CacheDataset | None = None
+        if self.distill:
+            self.features = CacheDataset(cache, config.tap, self.timesteps, batch_size=self.batch_rows)
 
     @property
     def per_epoch(self) -> int:
@@ -148,10 +148,7 @@ class TrainingBatches(Dataset):
                 images[place] = images[place].flip(-1)
         if self.config.augment == "color":
             images = jitter_color(images, generator(self.config.seed, AUGMENT, update))
-        features = None
-        if self.distill:
-            views = [self.view_index[i] for i in draw]
-            features = self.cache.read(rows.tolist(), tap=self.config.tap, timesteps=list(self.timesteps), view=views)
+        features = None if self.features is None else self.features.read(rows, np.array(self.view_index)[draw])
         return Batch(images, labels, features)
 
 
@@ -165,51 +162,11 @@ def jitter_color(images: Tensor, random: np.random.Generator, strength: float = 
     return x.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def iterate(batches: Dataset, start: int, stop: int, workers: int) -> Generator[Batch, None, None]:
+def iterate(batches: TrainingBatches, start: int, stop: int, workers: int) -> Generator[Batch, None, None]:
     """Yield batches start..stop-1 in order, made ahead of time by one thread or by `workers` processes."""
-    if workers:
-        loader = DataLoader(
-            _Caught(batches),
-            batch_size=None,
-            sampler=range(start, stop),
-            num_workers=workers,
-            worker_init_fn=_leave_interrupts_to_parent,
-        )
-        for batch in loader:
-            if isinstance(batch, DitDistillError):
-                raise batch
-            yield batch
-        return
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-        ahead: deque[Future[Batch]] = deque()
-        try:
-            for update in range(start, stop):
-                ahead.append(thread.submit(batches.__getitem__, update))
-                if len(ahead) > PREFETCH:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()
-
-
-def _leave_interrupts_to_parent(worker: int) -> None:
-    """A terminal's Ctrl-C reaches every process; the parent alone decides when to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-class _Caught(Dataset):
-    """Hand errors meant for people through the worker's pipe as values: torch would wrap them in tracebacks."""
-
-    def __init__(self, batches: Dataset):
-        self.batches = batches
-
-    def __getitem__(self, update: int) -> Batch | DitDistillError:
-        try:
-            return self.batches[update]
-        except DitDistillError as error:
-            return error
+    with closing(ReadAhead(batches.__getitem__, workers, in_thread=True, stop=stop)) as ahead:
+        for update in range(start, stop):
+            yield ahead.get(update)
 
 
 def _name(cache: Cache) -> str:

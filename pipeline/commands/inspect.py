@@ -30,11 +30,12 @@ def verify(
     debug: DebugOption = False,
 ) -> None:
     """Check every file against the checksums in the journal; exit code 1 if anything is wrong."""
+    from cache_schema.verify import advice
     from cache_schema.verify import verify as check
 
     problems = check(cache)
     for problem in problems:
         typer.echo(str(problem))
     if problems:
-        raise DitDistillError(f"{len(problems)} problems in {cache}; build again into an empty folder")
+        raise DitDistillError(advice(problems, cache))
     typer.echo(f"{cache}: every file is as it was written")

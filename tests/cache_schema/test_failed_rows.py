@@ -153,7 +153,7 @@ def test_a_chunk_that_is_missing_without_a_failure_is_damage(tmp_path: Path) -> 
     root = build(tmp_path / "whole")
     name = "features/hidden/c/0/0/0/0/0"
     (root / name).write_bytes((tmp_path / "failed" / name).read_bytes())
-    with pytest.raises(CacheCorrupt, match="lacks the features of row 1"):
+    with pytest.raises(CacheCorrupt, match=r"lacks the features: shard 0, sample 'sample-5' \(row 1\)"):
         open_cache(root).read([1])
 
 

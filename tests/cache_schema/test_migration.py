@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_building import features_of, tiny_manifest, tiny_samples
+from cache_building import damage, features_of, tiny_manifest, tiny_samples
 
-from cache_schema import create_cache, open_cache
+from cache_schema import CacheCorrupt, create_cache, open_cache
 from cache_schema.verify import verify
 
 # A sealed int8 cache, as `building.build(path, kind="int8")` made it when the schema version was 1.
@@ -41,6 +41,17 @@ def test_a_cache_of_version_1_is_verified_with_its_own_checksums(old_cache: Path
 
     (problem,) = verify(old_cache)
     assert (problem.file, problem.shard, problem.rows) == ("features/hidden/c/1/0/0/0/0", 1, (3, 4))
+
+
+def test_whole_rows_of_version_1_are_checked_as_they_are_read(old_cache: Path) -> None:
+    damage(old_cache / "features/hidden/c/1/0/0/0/0", 5)
+    cache = open_cache(old_cache)
+
+    # Row 3 in its two views: its checksum covers both, so a single one of them cannot be checked.
+    with pytest.raises(CacheCorrupt, match=r"shard 1, sample 'sample-3' \(row 3\)"):
+        cache.read([0, 3, 3, 4], view=[0, 0, 1, 1])
+    assert cache.read([3, 4, 4], view=[0, 0, 1]).shape == (3, 3, 6, 8)
+    assert len(cache.images(range(10))) == 10
 
 
 def test_the_same_inputs_find_the_old_cache_again(old_cache: Path) -> None:

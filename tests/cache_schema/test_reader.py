@@ -18,6 +18,7 @@ from cache_building import (
     IMAGE_ROWS,
     TIMESTEPS,
     build,
+    commit_again,
     features_of,
     fill,
     image_of,
@@ -205,7 +206,8 @@ def bytes_read() -> int:
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_a_subset_costs_hardly_more_than_the_bytes_asked_for(tmp_path: Path, store: str, kind: str) -> None:
     taps = [TapInfo(name=name, tokens=64, channels=96, grid=(8, 8)) for name in ("hidden", "velocity")]
-    root = build(tmp_path / "cache", kind=kind, store=store, taps=taps, views=["canonical"], feature_rows=24)
+    options = {"taps": taps, "views": ["canonical"], "feature_rows": 24, "samples_per_shard": 12}
+    root = build(tmp_path / "cache", kind=kind, store=store, **options)
     cache = open_cache(root)
     cache.read([0])
     before = bytes_read()
@@ -253,10 +255,11 @@ def test_an_unfinished_cache_opens_only_when_that_is_asked_for(tmp_path: Path, s
     writer = start(tmp_path / "cache", kind="int8", store=store)
     writer.write_shard(1, features_of(writer.shard_rows(1), writer.manifest))
     writer.write_images(0, [image_of(row) for row in writer.image_rows(0)])
-    with pytest.raises(CacheUnsealed, match="1 of 3 feature shards"):
+    with pytest.raises(CacheUnsealed, match=r"4 of 7 samples have no features yet.*--allow-partial"):
         open_cache(tmp_path / "cache")
     cache = open_cache(tmp_path / "cache", allow_partial=True)
     assert len(cache) == 3
+    assert cache.missing_samples == 4
     assert list(cache.feature_rows) == [3, 4, 5]
     assert [row for row in range(-1, 12) if cache.has_features(row)] == [3, 4, 5]
     assert_close(cache.read([4]).decode(), features_of([4], cache.manifest)["hidden"][:, 0], "int8")
@@ -319,10 +322,14 @@ def test_an_image_index_is_never_unpickled_nor_believed_beyond_its_file(cache_of
     root = tmp_path / "cache"
     shutil.copytree(cache_of(), root)
     np.save(root / "images/index.npy", np.array([{"a": 1}] * 10, dtype=object), allow_pickle=True)
+    commit_again(root, "seal", "images/index.npy")
     with pytest.raises(CacheCorrupt, match=r"index.npy"):
         open_cache(root).images([0])
     for place in ([0, 1 << 40], [1 << 40, 1], [-5, 10], [0, -1]):
         np.save(root / "images/index.npy", np.array([place] * 10, dtype="<i8"))
+        with pytest.raises(CacheCorrupt, match="does not match its checksum"):
+            open_cache(root).images([0])
+        commit_again(root, "seal", "images/index.npy")
         with pytest.raises(CacheCorrupt, match="not inside"):
             open_cache(root).images([0])
 
@@ -352,18 +359,20 @@ def _read_row_as_list(cache: Cache) -> list:
 
 def test_a_forked_process_opens_its_own_files(cache_of: CacheOf, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = open_cache(cache_of())
-    before = cache._files
-    assert cache._files is before
+    before = cache._opened
+    assert cache._opened is before
     monkeypatch.setattr(os, "getpid", lambda: -1)
-    assert cache._files is not before
+    assert cache._opened is not before
 
 
 def test_few_files_stay_open_however_many_shards_are_read(tmp_path: Path) -> None:
     cache = open_cache(build(tmp_path / "cache", samples_per_shard=1, kind="int8"))
-    cache._shards = OpenShards(max_files=3)
+    cache._source.opened = OpenShards(max_files=3)
     for _ in range(3):
         cache.read(range(FEATURE_ROWS))
-    assert len(cache._shards._files) == 3
+        cache.images(range(IMAGE_ROWS))
+    assert len(cache._source.opened.shards) == 3
+    assert len(cache._source.opened.files) == 3
 
 
 def test_a_batch_moves_between_devices_still_encoded(cache_of: CacheOf) -> None:

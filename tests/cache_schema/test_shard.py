@@ -13,7 +13,7 @@ from cache_schema import CacheCorrupt
 from cache_schema.compression import decompress
 from cache_schema.files import AsideFile, crc32c
 from cache_schema.layout import ArrayLayout
-from cache_schema.open_shards import OpenFile, OpenShards
+from cache_schema.open_shards import ChunkPlaces, OpenFile, OpenShards, RecentlyUsed
 from cache_schema.shard import (
     ShardIndex,
     ShardWriter,
@@ -121,24 +121,67 @@ def test_reading_past_the_end_of_a_file_is_called_truncated(tmp_path: Path) -> N
 def test_open_files_and_indexes_are_bounded_and_reused(tmp_path: Path) -> None:
     parsed = []
 
-    def parse(file: OpenFile) -> ShardIndex:
+    def parse(file: OpenFile) -> ChunkPlaces:
         parsed.append(file.path)
-        return ShardIndex(np.zeros((1, 1, 1), np.int64), np.zeros((1, 1, 1), np.int64))
+        return ChunkPlaces(ShardIndex(np.zeros((1, 1, 1), np.int64), np.zeros((1, 1, 1), np.int64)), None)
 
-    shards = OpenShards(max_files=2, max_index_bytes=48)
+    shards = OpenShards(max_files=2, max_index_bytes=3 * 600)
     paths = []
     for name in "abcd":
         (tmp_path / name).write_bytes(name.encode())
         paths.append(str(tmp_path / name))
     kept = shards.file(paths[0])
     for path in paths:
-        shards.index(shards.file(path), "hidden", parse)
-    assert len(shards._files) == 2
-    assert len(shards._indexes) == 3
+        shards.places(shards.file(path), "hidden", parse)
+    assert len(shards.files) == 2
     assert kept.read(0, 1) == b"a", "a file in use stays open when it is pushed out"
     assert shards.file(paths[3]) is shards.file(paths[3])
-    shards.index(shards.file(paths[3]), "hidden", parse)
-    assert parsed == paths
-    (tmp_path / "b").write_bytes(b"replaced")
-    shards.index(shards.file(paths[1]), "hidden", parse)
-    assert parsed == [*paths, paths[1]], "a replaced file's index is parsed again"
+    for path in paths[1:]:
+        shards.places(shards.file(path), "hidden", parse)
+    assert parsed == paths, "an index outlives its open file"
+    shards.places(shards.file(paths[0]), "hidden", parse)
+    assert parsed == [*paths, paths[0]], "the longest unused index had to go"
+    (tmp_path / "d").write_bytes(b"replaced")
+    shards.places(OpenFile(paths[3]), "hidden", parse)
+    assert parsed[-1] == paths[3], "a replaced file's index is parsed again"
+
+
+@many_examples
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 9)), max_size=30))
+def test_what_is_remembered_stays_within_its_bounds(puts: list[tuple[int, int]]) -> None:
+    recent: RecentlyUsed[int, tuple[int, int]] = RecentlyUsed(max_items=4, max_weight=20)
+    weights: dict[int, int] = {}
+    for key, weight in puts:
+        recent.put(key, (key, weight), weight)
+        weights[key] = weight
+        assert recent.get(key) == (key, weight)
+        held = [weights[k] for k in weights if recent.get(k) is not None]
+        assert recent.get(key) is not None
+        assert recent.weight == sum(held)
+        assert len(held) == len(recent) <= 4
+        assert recent.weight <= 20 or len(recent) == 1
+
+
+@many_examples
+@given(data=st.data())
+def test_places_say_the_same_as_the_index_they_were_made_of(data: st.DataObject) -> None:
+    """Whether the chunks lie evenly, with gaps between the rows, in any order, or are partly missing."""
+    S, V, T, chunk = (data.draw(st.integers(1, 4)) for _ in range(4))
+    gap = data.draw(st.integers(0, 3))
+    offsets = np.array([7 + s * (V * T * chunk + gap) + i * chunk for s in range(S) for i in range(V * T)])
+    kind = data.draw(st.sampled_from(["even", "short", "shuffled", "holes"]))
+    if kind == "short":
+        offsets[data.draw(st.integers(0, S)) * V * T :] = -1
+    elif kind == "shuffled":
+        offsets = offsets[data.draw(st.permutations(range(len(offsets))))]
+    elif kind == "holes":
+        offsets[data.draw(st.lists(st.integers(0, len(offsets) - 1)))] = -1
+    lengths = np.where(offsets < 0, 0, chunk)
+    places = ChunkPlaces(ShardIndex(offsets.reshape(S, V, T), lengths.reshape(S, V, T)), chunk)
+    assert places.offsets is None or kind != "even"
+    for number, offset in enumerate(offsets.tolist()):
+        if places.offsets is not None:
+            assert places.offsets[number] == offset
+        else:
+            row, rest = divmod(number, V * T)
+            assert (places.start + row * places.row + rest * chunk if row < places.rows else -1) == offset

@@ -53,7 +53,9 @@ def test_a_flipped_byte_of_features_is_found_with_its_file_shard_and_row(
     flip(shard, (shard.stat().st_size - 16 * 18 - 4) // 2)
     (problem,) = verify(root)
     assert (problem.file, problem.shard, problem.rows) == (name, 1, (4, 5))
-    assert str(problem) == f"{name} (shard 1, rows 4 to 4): the contents are damaged (checksum)"
+    assert str(problem) == (f"{name} (shard 1, row 4, sample 'sample-2'): the contents are damaged (checksum)"), (
+        "row 4 is that of sample-2, for the tiny table is given in reverse"
+    )
 
 
 def test_a_flipped_byte_of_an_image_is_found_with_its_row(copy: Callable[..., Path]) -> None:
@@ -69,8 +71,10 @@ def test_damage_to_an_index_concerns_all_rows_of_its_shard(copy: Callable[..., P
     flip(root / "features/single.3/c/2/0/0/0/0", -1)
     (problem,) = verify(root)
     assert (problem.file, problem.shard, problem.rows) == ("features/single.3/c/2/0/0/0/0", 2, (6, 7))
+    assert str(problem).startswith("features/single.3/c/2/0/0/0/0 (shard 2, row 6, sample 'sample-0'): ")
     flip(root / "images/00000.tar", 0)
     assert [(p.file, p.rows) for p in verify(root)][1:] == [("images/00000.tar", (0, 4))]
+    assert "shard 0, rows 0 to 3, samples 'sample-6' to 'sample-3'" in str(verify(root)[1])
 
 
 @many_examples

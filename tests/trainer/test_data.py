@@ -1,10 +1,8 @@
-from collections import Counter
+import multiprocessing
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cache_schema.errors import DitDistillError
 from trainer.data import (
@@ -19,7 +17,6 @@ from trainer.data import (
 )
 from trainer.errors import TrainError
 from trainer.images import ImageStore
-from trainer.sampler import EpochSampler, StreamSampler
 
 SIZE, ROW, VIEW, TIMESTEP = 24, 0, 1, 2  # the synthetic features say their row, view and timestep in channels 0 to 2
 
@@ -33,31 +30,6 @@ def same(a: Batch, b: Batch) -> bool:
     assert a.tokens is not None
     assert b.tokens is not None
     return all(torch.equal(x, y) for x, y in ((a.images, b.images), (a.labels, b.labels), (a.tokens, b.tokens)))
-
-
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 5))
-def test_an_epoch_shows_each_row_at_most_once_and_leaves_out_less_than_a_batch(count, batch_size, seed):
-    sampler = EpochSampler(np.arange(100, 100 + count), batch_size, seed)
-    for epoch in range(2):
-        updates = range(epoch * sampler.batches_per_epoch, (epoch + 1) * sampler.batches_per_epoch)
-        shown = np.concatenate([sampler.batch(update) for update in updates])
-        assert len(set(shown.tolist())) == len(shown) == sampler.batches_per_epoch * sampler.batch_size
-        assert count - len(shown) < sampler.batch_size
-
-
-@given(st.integers(1, 20), st.integers(1, 30))
-def test_a_stream_shows_all_rows_equally_often_whatever_the_batch_size(count, batch_size):
-    sampler = StreamSampler(np.arange(count), batch_size, seed=1)
-    shown = np.concatenate([sampler.batch(update) for update in range(count)])  # batch_size full passes
-    assert set(Counter(shown.tolist()).values()) == {batch_size}
-
-
-def test_orders_differ_between_epochs_and_seeds_but_not_between_runs():
-    rows = np.arange(64)
-    first, second = EpochSampler(rows, 64, seed=0), EpochSampler(rows, 64, seed=1)
-    assert first.batch(0).tolist() == EpochSampler(rows, 64, seed=0).batch(0).tolist()
-    assert first.batch(0).tolist() != first.batch(1).tolist()
-    assert first.batch(0).tolist() != second.batch(0).tolist()
 
 
 def test_images_and_features_of_a_batch_are_of_the_same_rows_in_the_same_view(cache, tiny_config):
@@ -126,6 +98,15 @@ def test_an_error_of_the_cache_reaches_the_caller_as_it_is(make_cache, tiny_conf
     with pytest.raises(DitDistillError) as caught:
         list(iterate(batches, 0, 2, workers))
     assert "Traceback" not in str(caught.value)
+
+
+def test_a_killed_loader_process_is_an_error_in_one_line(cache, tiny_config):
+    stream = iterate(batches_of(cache, tiny_config()), 0, 10_000, workers=2)
+    next(stream)
+    multiprocessing.active_children()[0].kill()
+    with pytest.raises(DitDistillError, match="a worker process of the loader was killed"):
+        list(stream)
+    assert not multiprocessing.active_children()
 
 
 def test_images_are_the_same_whether_they_are_kept_in_memory_or_not(cache):
