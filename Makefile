@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
+EXAMPLES ?= 2000
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -17,11 +18,11 @@ RUN ?= runs/$(DATASET)
 data_option = $(if $(DATA),--data "$(DATA)")
 teacher_option = $(if $(TEACHER),--teacher "$(TEACHER)")
 
-.PHONY: help setup demo demo-teacher cache train eval test lint format bench clean
+.PHONY: help setup demo demo-teacher cache train eval test fuzz lint format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
-	@echo "  variables: DATASET=demo|cars|cub|dogs|nabirds|folder DATA=/path TEACHER=demo|flux-kontext|/folder|owner/repo PRESET=demo|small|paper"
+	@echo "  variables: DATASET=demo|cars|cub|dogs|nabirds|folder DATA=/path TEACHER=demo|flux-kontext|flux2-klein-base|/folder|owner/repo PRESET=demo|small|paper"
 	@echo "  more options for one step: REFINE=\"--steps 200\" BUILD=\"--timesteps 22,28\" TRAIN=\"--epochs 10\""
 
 setup: $(READY) ## Create the environment (.venv)
@@ -59,6 +60,9 @@ demo-teacher: $(READY) ## Train the demo teacher again from nothing (about 40 mi
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest
+
+fuzz: $(READY) ## Run the property tests with EXAMPLES=2000 examples each (hours; for the night)
+	HYPOTHESIS_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -m property --timeout 0
 
 lint: $(READY) ## Style, types and the house rules
 	$(BIN)/ruff check .

@@ -1,17 +1,22 @@
 """The one way both commands run: errors in one line, exit codes that scripts can rely on."""
 
+import contextlib
 import errno
+import signal
 import sys
+import threading
 import traceback
-from types import TracebackType
-from typing import NoReturn
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
 
 import typer
 
-from cache_schema.errors import DitDistillError
+from cache_schema.errors import DitDistillError, printable
 
 EXIT_ERROR = 1
-EXIT_INTERRUPTED = 130
+# What typer itself exits with on Ctrl-C, without a word.
+_TYPER_INTERRUPTED = 130
 
 # Failures of the machine rather than of the program: a traceback would tell the user nothing.
 _USER_ERRNOS = {
@@ -36,16 +41,17 @@ def run(
 ) -> NoReturn:
     """Run a typer app and leave the process with a meaningful exit code.
 
-    Exit codes: 0 success, 1 a reported error, 2 wrong usage, 130 interrupted. `--debug`, wherever it stands among the
-    options, adds the full traceback; it is taken out of the arguments, so an app declares it only to list it in its
-    help. `argv` defaults to the process's own arguments, `name` to the program's own name.
+    Exit codes: 0 success, 1 a reported error or an interruption (Ctrl-C, SIGTERM), 2 wrong usage. `--debug`, wherever
+    it stands among the options, adds the full traceback; it is taken out of the arguments, so an app declares it only
+    to list it in its help. `argv` defaults to the process's own arguments, `name` to the program's own name.
     """
     arguments, debug = _take_debug(sys.argv[1:] if argv is None else argv)
     if not debug:
         sys.excepthook = _report_bug
     command = typer.main.get_command(app)
     try:
-        command.main(args=arguments, prog_name=name, standalone_mode=True)
+        with _interruptible():
+            command.main(args=arguments, prog_name=name, standalone_mode=True)
     except DitDistillError as error:
         _fail(str(error), debug)
     except OSError as error:
@@ -55,11 +61,34 @@ def run(
     except KeyboardInterrupt:
         _interrupted(interrupted_hint)
     except SystemExit as leaving:
-        # typer turns Ctrl-C into this exit code by itself, and says nothing.
-        if leaving.code == EXIT_INTERRUPTED:
+        if leaving.code == _TYPER_INTERRUPTED:
             _interrupted(interrupted_hint)
         raise
     sys.exit(0)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Make SIGTERM end the command as Ctrl-C does: undoing what is half done. A second signal acts at once."""
+
+    changed: dict[signal.Signals, Any] = {}
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in changed:
+            signal.signal(each, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+            # A parent that had a signal ignored, as nohup does, wants it ignored.
+            if signal.getsignal(number) is usual:
+                changed[number] = usual
+                signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in changed.items():
+            signal.signal(number, handler)
 
 
 def _take_debug(argv: list[str]) -> tuple[list[str], bool]:
@@ -72,13 +101,14 @@ def _take_debug(argv: list[str]) -> tuple[list[str], bool]:
 def _fail(message: str, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
+    # Messages name what is in files that somebody else may have made.
+    print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(EXIT_ERROR)
 
 
 def _interrupted(hint: str) -> NoReturn:
     print(f"interrupted: {hint}", file=sys.stderr)
-    sys.exit(EXIT_INTERRUPTED)
+    sys.exit(EXIT_ERROR)
 
 
 def _describe_os_error(error: OSError) -> str:
@@ -88,5 +118,5 @@ def _describe_os_error(error: OSError) -> str:
 
 def _report_bug(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
     """Replace Python's traceback of an unexpected exception by one line that says how to see it."""
-    summary = f"{kind.__name__}: {value}".replace("\n", " ")
+    summary = printable(f"{kind.__name__}: {value}".replace("\n", " "))
     print(f"error: this is a bug: {summary}; run again with --debug for the traceback", file=sys.stderr)

@@ -216,6 +216,14 @@ def make_directory(path: Path) -> None:
     flush_directory(path.parent)
 
 
+def refuse_linked_folders(root: Path) -> None:
+    """Raise CacheCorrupt if there is a link to a directory under `root`: writing into it would change what it names."""
+    for directory, folders, _ in os.walk(root):
+        for path in (Path(directory, name) for name in folders):
+            if path.is_symlink():
+                raise CacheCorrupt(f"{path} is a link, so nothing is written here; put the directory itself there")
+
+
 def flush_directory(path: Path) -> None:
     """Flush a directory's entries to the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -249,13 +257,16 @@ def read_bounded(path: Path, limit: int) -> bytes:
     """Return the contents of a file of at most `limit` bytes; a larger one, or no plain file, raises CacheCorrupt."""
     # Without O_NONBLOCK, opening a named pipe that someone put here would wait for ever.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with open(fd, "rb") as file:  # noqa: PTH123
+    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise CacheCorrupt(f"{path} is not a plain file")
-        # Never asks for the whole limit: Python would allocate it.
-        data = file.read(min(limit, status.st_size) + 1)
-    if len(data) > limit:
+        with open(fd, "rb", closefd=False) as file:
+            # Never asks for the whole limit: Python would allocate it. Nor for a file that is too large anyway.
+            data = file.read(status.st_size + 1) if status.st_size <= limit else b""
+    finally:
+        os.close(fd)
+    if max(len(data), status.st_size) > limit:
         raise CacheCorrupt(f"{path} is larger than the {limit} bytes such a file may have")
     return data
 

@@ -1,87 +1,59 @@
 """The cache build: run the frozen, refined DiT once per image, view and timestep, and write what it saw."""
 
-import io
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from threading import Event
 
 import pyarrow as pa
 import torch
-from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from cache_schema import create_cache
+from cache_schema.claims import Claims
 from cache_schema.errors import DitDistillError
+from cache_schema.journal import committed_shards, read_record
 from cache_schema.manifest import (
-    Compression,
     Curriculum,
     DatasetInfo,
     Encoding,
-    EncodingKind,
     ImagesInfo,
     Manifest,
     Provenance,
     TapInfo,
     TeacherInfo,
 )
+from cache_schema.manifest_file import load_manifest
 from cache_schema.plan import plan_manifest
-from cache_schema.samples import fingerprint_samples, samples_table
+from cache_schema.repair import repair as mend
+from cache_schema.samples import count_usable, fingerprint_samples, samples_table
 from cache_schema.writer import CacheWriter
-from pipeline.conditions import decode_image, encode_conditions
-from pipeline.curriculum import DEFAULT_STEPS, DEFAULT_TIMESTEPS, add_noise, check_timesteps, sample_noise
-from pipeline.datasets.base import SPLITS, Dataset, Sample
+from pipeline.build_config import BuildConfig
+from pipeline.datasets.base import SPLITS, Dataset
+from pipeline.features import FeatureBuilder
 from pipeline.scan import ScannedSample, scan
+from pipeline.student_images import write_student_images
 from pipeline.teachers.base import Teacher
 from pipeline.teachers.lora import lora_file
 from pipeline.teachers.weights import file_digest
-from pipeline.views import VIEWS, resize_square
+from pipeline.tolerance import BadSamples, Tolerance
 
-_CALIBRATION_IMAGES = 64
 _VERSIONED = ("dit-distill", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
+DEFAULT_TOLERANCE = Tolerance()
 
 
-@dataclass(frozen=True)
-class BuildConfig:
-    """What to cache and how. taps, timesteps, views and splits as in the manifest; batch counts images per forward."""
-
-    taps: tuple[str, ...] = ("hidden",)
-    timesteps: tuple[int, ...] = DEFAULT_TIMESTEPS
-    num_steps: int = DEFAULT_STEPS
-    views: tuple[str, ...] = ("canonical",)
-    feature_splits: tuple[str, ...] = ("train", "unlabeled")
-    encoding: EncodingKind = "int8"
-    compression: Compression = "none"
-    seed: int = 0
-    text: Literal["caption", "none"] = "caption"
-    batch: int = 8
-    image_size: int = 224
-    image_format: Literal["jpeg", "png"] = "jpeg"
-    image_quality: int = 95
-    with_images: bool = True
-    samples_per_shard: int | None = None
-
-    def __post_init__(self) -> None:
-        check_timesteps(list(self.timesteps), self.num_steps)
-        for value, known, option in (
-            (self.views, VIEWS, "--views"),
-            (self.feature_splits, SPLITS, "--features"),
-        ):
-            unknown = [v for v in value if v not in known]
-            if unknown or not value or len(set(value)) != len(value):
-                raise DitDistillError(f"{option} {','.join(value)}: name one or more of {', '.join(known)}, each once")
-        if len(set(self.taps)) != len(self.taps) or not self.taps:
-            raise DitDistillError(f"--taps {','.join(self.taps)}: name at least one tap, each once")
-        for name in ("batch", "image_size"):
-            if getattr(self, name) < 1:
-                raise DitDistillError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+def scan_for(
+    dataset: Dataset, config: BuildConfig, tolerance: Tolerance, log: Callable[[str], None] = tqdm.write
+) -> list[ScannedSample]:
+    """Scan a data set for a build, which needs no teacher; raises TooManyBadSamples where it would stop."""
+    bad = BadSamples(tolerance, len(dataset.samples), log)
+    return scan(dataset, config.feature_splits, use_captions=config.text == "caption", bad=bad)
 
 
 def build(
@@ -90,39 +62,46 @@ def build(
     config: BuildConfig,
     output: Path,
     *,
-    log: Callable[[str], None] = print,
+    tolerance: Tolerance = DEFAULT_TOLERANCE,
+    scanned: Sequence[ScannedSample] | None = None,
+    repair: bool = False,
+    log: Callable[[str], None] = tqdm.write,
 ) -> Manifest:
     """Build, or resume, the cache of a data set at `output` and seal it.
 
-    A shard that is already there is not computed again. Raises CacheMismatch if another cache is at `output`.
+    A shard that is already there is not computed again, nor one that another builder of the same cache is computing.
+    scanned: what `scan_for` returned, if it was called before. repair: take out what is damaged first, so that exactly
+    that is built again. Raises CacheMismatch if another cache is at `output`, TooManyBadSamples if the scan or the
+    teacher finds more bad samples than `tolerance` allows, LowFidelity if the encoding loses more than
+    `config.min_cosine` permits.
     """
     started = time.monotonic()
     for tap in config.taps:
         teacher.tap_shape(tap)
-    scanned = scan(dataset, config.feature_splits)
-    usable = [s for s in scanned if s.ok]
-    bad = [s for s in scanned if not s.ok]
-    for entry in bad[:5]:
-        log(f"quarantined {entry.sample.source}: {entry.reason}")
-    if bad:
-        log(f"{len(bad)} of {len(scanned)} images are quarantined; samples.parquet names each and why")
+    if scanned is None:
+        scanned = scan_for(dataset, config, tolerance, log)
+    quarantined = sum(not s.ok for s in scanned)
+    if quarantined:
+        log(f"{quarantined} of {len(scanned)} images are quarantined; `dit-cache info` names each and why")
     table = samples_table([s.row() for s in scanned])
     manifest = describe_cache(teacher, dataset, config, table)
+    # Another cache is not touched; create_cache refuses it.
+    if repair and load_manifest(output).cache_id == manifest.cache_id:
+        for found in mend(output):
+            log(str(found))
     writer = create_cache(output, manifest, table)
-    log(f"cache {manifest.cache_id[:12]} at {output}: {len(writer.missing_shards())} feature shards to compute")
-    if config.with_images:
-        _write_images(writer, dataset, config, usable)
-    _write_features(writer, teacher, dataset, config, usable)
-    sealed = writer.seal(provenance=_provenance(teacher, time.monotonic() - started))
+    missing = len(writer.missing_shards())
+    log(f"cache {manifest.cache_id[:12]} at {output}: {missing} feature shards to compute")
+    if missing or writer.missing_image_shards() or writer.needs_calibration():
+        _fill(writer, teacher, dataset, config, scanned, BadSamples(tolerance, len(scanned), log))
+    sealed = writer.seal(_provenance(teacher, time.monotonic() - started), min_cosine=config.min_cosine)
     log(f"sealed {output}: {sealed.dataset.feature_rows} images with features, {_megabytes(sealed)}")
     return sealed
 
 
 def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samples: pa.Table) -> Manifest:
     """The manifest of a build that is about to start; the cache id follows from it. samples: in cache row order."""
-    splits = [
-        s for s, state in zip(*(samples[c].to_pylist() for c in ("split", "state")), strict=True) if state == "ok"
-    ]
+    splits = samples.slice(0, count_usable(samples))["split"].to_pylist()
     counts = {split: splits.count(split) for split in SPLITS if split in splits}
     with_features = [s for s in counts if s in config.feature_splits]
     if not with_features:
@@ -131,7 +110,8 @@ def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samp
     sigmas = teacher.sigmas(config.num_steps)
     quality = config.image_quality if config.image_format == "jpeg" else None
     images = ImagesInfo(size=config.image_size, format=config.image_format, quality=quality)
-    return plan_manifest(
+    plan = partial(
+        plan_manifest,
         dataset=DatasetInfo(
             name=dataset.name,
             protocol=dataset.protocol,
@@ -140,6 +120,7 @@ def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samp
             counts=counts,
             feature_splits=with_features,
             feature_rows=sum(counts[s] for s in with_features),
+            quarantined=samples.num_rows - len(splits),
         ),
         teacher=TeacherInfo(
             family=teacher.family,
@@ -160,94 +141,53 @@ def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samp
             seed=config.seed,
         ),
         taps=[TapInfo(name=s.name, tokens=s.tokens, channels=s.channels, grid=s.grid) for s in shapes],
-        encoding=Encoding(kind=config.encoding, compression=config.compression),
+        encoding=Encoding(kind=config.encoding, pool=config.pool, pca=config.pca, compression=config.compression),
         views=list(config.views),
         images=images if config.with_images else None,
         image_rows=len(splits),
-        samples_per_shard=config.samples_per_shard,
+        store=config.store,
     )
+    if config.samples_per_shard:
+        return plan(samples_per_shard=config.samples_per_shard)
+    # Batches start at a shard's first row: a shard of whole batches keeps the last of them from being nearly empty.
+    by_bytes = plan().store.samples_per_shard
+    return plan(samples_per_shard=max(by_bytes - by_bytes % config.batch, min(by_bytes, config.batch)))
 
 
-def student_image(image: Image.Image, config: BuildConfig) -> bytes:
-    """The whole image at the student's resolution, encoded."""
-    buffer = io.BytesIO()
-    options = {"quality": config.image_quality, "subsampling": 0} if config.image_format == "jpeg" else {}
-    resize_square(image, config.image_size).save(buffer, format=config.image_format, **options)
-    return buffer.getvalue()
-
-
-def _write_images(writer: CacheWriter, dataset: Dataset, config: BuildConfig, usable: Sequence[ScannedSample]) -> None:
-    missing = writer.missing_image_shards()
-    with tqdm(total=sum(len(writer.image_rows(k)) for k in missing), desc="student images", unit="image") as bar:
-        for k in missing:
-            encoded = []
-            for row in writer.image_rows(k):
-                encoded.append(student_image(decode_image(dataset.read(usable[row].sample)), config))
-                bar.update()
-            writer.write_images(k, encoded)
-
-
-@torch.no_grad()
-def teacher_features(
-    teacher: Teacher,
-    dataset: Dataset,
-    samples: Sequence[Sample],
-    config: BuildConfig,
-    sigmas: Sequence[float],
-) -> dict[str, Tensor]:
-    """E_{O,t} of a batch of samples: {tap: (B, V, T, L, C)}; all timesteps of an image go through the DiT together."""
-    B, T = len(samples), len(sigmas)
-    per_view: dict[str, list[Tensor]] = {tap: [] for tap in config.taps}
-    for view in config.views:
-        conditions = encode_conditions(teacher, dataset, samples, view, use_captions=config.text == "caption")
-        shape = tuple(conditions.object.shape[1:])
-        noise = torch.stack([sample_noise(s.id, view, config.seed, shape) for s in samples]).to(conditions.object)
-        sigma = torch.tensor(list(sigmas)).repeat(B).to(conditions.object.device)  # B·T, timesteps fastest
-        noisy = add_noise(conditions.object.repeat_interleave(T, 0), noise.repeat_interleave(T, 0), sigma)
-        context = conditions.context.repeat_interleave(T, 0)
-        found = teacher.features(noisy, context, sigma, conditions.text.repeat(T), config.taps)
-        for tap, tokens in found.items():
-            per_view[tap].append(tokens.unflatten(0, (B, T)))  # B, T, L, C
-    return {tap: torch.stack(parts, dim=1) for tap, parts in per_view.items()}
-
-
-def _write_features(
+def _fill(
     writer: CacheWriter,
     teacher: Teacher,
     dataset: Dataset,
     config: BuildConfig,
-    usable: Sequence[ScannedSample],
+    scanned: Sequence[ScannedSample],
+    bad: BadSamples,
 ) -> None:
-    missing = writer.missing_shards()
-    if not missing and not writer.needs_calibration():
-        return
-    sigmas = writer.manifest.curriculum.sigmas
-    rows = writer.manifest.dataset.feature_rows
+    """Write all that is missing: student images beside the teacher's work, which they would otherwise delay."""
+    usable = [s for s in scanned if s.ok]
+    quarantined = len(scanned) - len(usable)
+    bad.recount(quarantined + _count_failed(writer))
+    stop = Event()
+    with Claims(writer.root) as claims, ThreadPoolExecutor(1) as pool:
+        images = pool.submit(write_student_images, writer, claims, dataset, config, usable, stop=stop)
 
-    def batches(chosen: Sequence[int], bar: tqdm) -> Iterator[dict[str, Tensor]]:
-        # Batches start at the shard's first row, so what a shard holds never depends on where an earlier run stopped.
-        for start in range(0, len(chosen), config.batch):
-            batch = [usable[r].sample for r in chosen[start : start + config.batch]]
-            features = teacher_features(teacher, dataset, batch, config, sigmas)
-            yield {tap: tokens.float().cpu() for tap, tokens in features.items()}
-            bar.update(len(batch))
+        def check() -> None:
+            if images.done():
+                images.result()
 
-    if writer.needs_calibration():
-        spread = sorted({round(i * (rows - 1) / (_CALIBRATION_IMAGES - 1)) for i in range(_CALIBRATION_IMAGES)})
-        with tqdm(total=len(spread), desc="calibrate", unit="image") as bar:
-            writer.calibrate(batches(spread, bar))
-    total = sum(len(writer.shard_rows(k)) for k in missing)
-    # One shard is encoded and written while the next is computed; never more than one waits.
-    with ThreadPoolExecutor(1) as pool, tqdm(total=total, desc="teacher", unit="image") as bar:
-        pending: Future[None] | None = None
-        for k in missing:
-            parts = list(batches(writer.shard_rows(k), bar))
-            features = {tap: torch.cat([part[tap] for part in parts]) for tap in config.taps}
-            if pending:
-                pending.result()
-            pending = pool.submit(writer.write_shard, k, features)
-        if pending:
-            pending.result()
+        try:
+            FeatureBuilder(writer, claims, teacher, dataset, config, usable, bad, check).run()
+            images.result()
+            write_student_images(writer, claims, dataset, config, usable, stop=stop, wait=True)
+        finally:
+            stop.set()
+    bad.recount(quarantined + _count_failed(writer))
+    bad.check()
+
+
+def _count_failed(writer: CacheWriter) -> int:
+    """The number of rows that the journal says the teacher failed on."""
+    records = (read_record(writer.root, "features", k) for k in committed_shards(writer.root, "features"))
+    return sum(len(record.failed) for record in records if record)
 
 
 def _provenance(teacher: Teacher, seconds: float) -> Provenance:

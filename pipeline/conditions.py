@@ -1,6 +1,7 @@
 """From samples to what the DiT is conditioned on: object latents, context latents and text."""
 
 import io
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,12 +10,14 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from pipeline.datasets.base import Dataset, Sample
+from pipeline.datasets.base import DataError, Dataset, Sample
 from pipeline.teachers.base import Teacher, TextEmbedding
 from pipeline.views import Box, apply_view, object_view, resize_square
 
 # What PIL raises for bytes that are no image, or an image cut short or too large to be one.
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+UNREADABLE = (
+    OSError, ValueError, SyntaxError, EOFError, NotImplementedError, struct.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,20 @@ def decode_with_box(data: bytes, box: Box | None) -> tuple[Image.Image, Box]:
         rgb = rgb.transpose(turn)
     upright = (0.0, 0.0, float(rgb.width), float(rgb.height))
     return rgb, _turn_box(box, rgb.size, turn) if box else upright
+
+
+def box_on_stored_pixels(data: bytes, image: Image.Image, box: Box) -> Box:
+    """Where a box of the upright image that `decode_image` made of `data` lies on the stored pixels (`Sample.box`)."""
+    with Image.open(io.BytesIO(data)) as stored:
+        turn = _UPRIGHT.get(stored.getexif().get(ExifTags.Base.Orientation, 1))
+    if turn is None:
+        return box
+    size = image.size if turn in _KEEPS_SIDES else image.size[::-1]
+    back = {
+        Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90,
+        Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270,
+    }
+    return _turn_box(box, size, back.get(turn, turn))
 
 
 # What must be done to the stored pixels for each value of EXIF's Orientation (EXIF 2.32, 4.6.4 A).
@@ -93,31 +110,79 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def read_image(dataset: Dataset, sample: Sample) -> tuple[Image.Image, Box]:
+    """A sample that the scan has found intact, as from `decode_with_box`; raises DataError if it no longer is."""
+    try:
+        return decode_with_box(dataset.read(sample), sample.box)
+    except UNREADABLE as error:
+        raise DataError(
+            f"{sample.source} was intact a while ago and cannot be read now: {error}; put it back and run the same "
+            "command again: it resumes"
+        ) from error
+
+
 def caption_of(sample: Sample, superclass: str) -> str:
     """The sample's caption, or a neutral one that names only the super-class."""
     article = "an" if superclass[:1].lower() in "aeiou" else "a"
-    return sample.caption or f"a photo of {article} {superclass}"
+    return sample.caption if sample.caption.strip() else f"a photo of {article} {superclass}"
 
 
-def teacher_pixels(dataset: Dataset, sample: Sample, resolution: int, view: str) -> tuple[np.ndarray, np.ndarray]:
-    """(I_O, I) of one sample under a view, each (3, R, R) uint8."""
-    image, box = decode_with_box(dataset.read(sample), sample.box)
-    pair = (object_view(image, box, resolution), resize_square(image, resolution))
-    crop, whole = (np.asarray(apply_view(p, view)).transpose(2, 0, 1) for p in pair)
-    return crop, whole
+@dataclass(frozen=True)
+class Pixels:
+    """I_O and I of a batch under one view: uint8 (B, 3, R, R) each."""
+
+    object: Tensor
+    context: Tensor
+
+
+def read_pixels(
+    dataset: Dataset, samples: Sequence[Sample], resolution: int, views: Sequence[str]
+) -> dict[str, Pixels]:
+    """Read and crop a batch of samples under each of some views; an image is decoded once for all of them.
+
+    Raises DataError for an image that cannot be read.
+    """
+    batch = [_sample_pixels(dataset, sample, resolution, views) for sample in samples]
+    pixels = {}
+    for v, view in enumerate(views):
+        objects, contexts = (torch.from_numpy(np.stack([pairs[v][side] for pairs in batch])) for side in (0, 1))
+        pixels[view] = Pixels(objects, contexts)
+    return pixels
+
+
+def _sample_pixels(
+    dataset: Dataset, sample: Sample, resolution: int, views: Sequence[str]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(I_O, I) of one sample under each view, each (3, R, R) uint8."""
+    image, box = read_image(dataset, sample)
+    crop, whole = object_view(image, box, resolution), resize_square(image, resolution)
+    return [(_channels_first(apply_view(crop, view)), _channels_first(apply_view(whole, view))) for view in views]
+
+
+def _channels_first(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def encode_pixels(teacher: Teacher, pixels: Pixels, captions: Sequence[str]) -> Conditions:
+    """Encode a batch of views and their captions as the teacher will see them."""
+    return Conditions(
+        object=teacher.encode_images(pixels.object),
+        context=teacher.encode_images(pixels.context),
+        text=teacher.encode_text(captions),
+    )
 
 
 def encode_conditions(
     teacher: Teacher, dataset: Dataset, samples: Sequence[Sample], view: str, use_captions: bool = True
 ) -> Conditions:
-    """Read, crop and encode a batch of samples as the teacher will see them.
+    """Read, crop and encode a batch of samples.
 
     Without captions the text is empty, as an unconditional prompt is.
     """
-    pairs = [teacher_pixels(dataset, s, teacher.resolution, view) for s in samples]
-    objects, contexts = (torch.from_numpy(np.stack(side)) for side in zip(*pairs, strict=True))
-    return Conditions(
-        object=teacher.encode_images(objects),
-        context=teacher.encode_images(contexts),
-        text=teacher.encode_text([caption_of(s, dataset.superclass) if use_captions else "" for s in samples]),
-    )
+    pixels = read_pixels(dataset, samples, teacher.resolution, [view])[view]
+    return encode_pixels(teacher, pixels, captions_of(dataset, samples, use_captions))
+
+
+def captions_of(dataset: Dataset, samples: Sequence[Sample], use_captions: bool = True) -> list[str]:
+    """The text a batch of samples is conditioned on."""
+    return [caption_of(sample, dataset.superclass) if use_captions else "" for sample in samples]

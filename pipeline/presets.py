@@ -8,7 +8,7 @@ from pathlib import Path
 class Preset:
     """Defaults of one data set; every field has an option of the same name that overrides it.
 
-    refine_*: Stage I. The other fields: the build (see `pipeline.build.BuildConfig`).
+    refine_*: Stage I. The other fields: the build (see `pipeline.build_config.BuildConfig`).
     """
 
     teacher: str = "flux-kontext"

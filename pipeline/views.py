@@ -1,5 +1,7 @@
 """What the teacher looks at: the object-centric view I_O and the context view I, both square."""
 
+import math
+
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -19,6 +21,8 @@ def object_view(image: Image.Image, box: Box, resolution: int) -> Image.Image:
 
     Raises ValueError if the box has no pixel inside the image.
     """
+    if not all(map(math.isfinite, box)):
+        raise ValueError(f"box {tuple(box)} is not made of finite numbers")
     x0, y0 = max(0.0, box[0]), max(0.0, box[1])
     x1, y1 = min(float(image.width), box[2]), min(float(image.height), box[3])
     if x1 - x0 < 1 or y1 - y0 < 1:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pipeline.options import (
+    AnnotationsOption,
     DataOption,
     DatasetOption,
     DebugOption,
@@ -21,9 +22,11 @@ from pipeline.options import (
     TeacherOption,
     TrainClassesOption,
     TrainRatioOption,
-    open_inputs,
+    open_data,
+    open_teacher,
     parse_names,
     parse_numbers,
+    parse_share,
 )
 from pipeline.presets import preset_for, run_folder
 
@@ -33,11 +36,19 @@ class Encoding(StrEnum):
     float16 = "float16"
     bfloat16 = "bfloat16"
     int8 = "int8"
+    float8_e4m3 = "float8_e4m3"
 
 
 class Compression(StrEnum):
     none = "none"
     zstd = "zstd"
+    blosc_lz4 = "blosc:lz4"
+    blosc_zstd = "blosc:zstd"
+
+
+class Store(StrEnum):
+    zarr = "zarr"
+    webdataset = "webdataset"
 
 
 class ImageFormat(StrEnum):
@@ -56,6 +67,7 @@ def build(
     train_classes: TrainClassesOption = None,
     train_ratio: TrainRatioOption = None,
     superclass: SuperclassOption = None,
+    annotations: AnnotationsOption = None,
     teacher: TeacherOption = None,
     revision: RevisionOption = None,
     lora: Annotated[
@@ -72,10 +84,16 @@ def build(
     ] = 28,
     views: Annotated[str | None, typer.Option(help="canonical, hflip or both; each gets features of its own.")] = None,
     features: Annotated[str | None, typer.Option(help="Splits that get features: train, unlabeled, test.")] = None,
-    encoding: Annotated[Encoding, typer.Option(help="How features are stored.")] = Encoding.int8,
+    store: Annotated[Store, typer.Option(help="Zarr v3 arrays, or WebDataset tar files.")] = Store.zarr,
+    encoding: Annotated[Encoding, typer.Option(help="Number format in which features are stored.")] = Encoding.int8,
+    pool: Annotated[int, typer.Option(min=1, help="Store the mean over N x N tokens.")] = 1,
+    pca: Annotated[int | None, typer.Option(min=1, help="Store the K strongest principal components.")] = None,
     compression: Annotated[
         Compression, typer.Option(help="Lossless compression of the stored bytes.")
     ] = Compression.none,
+    min_cosine: Annotated[
+        float | None, typer.Option(help="Refuse a cache whose mean cosine to the teacher is below this, e.g. 0.995.")
+    ] = None,
     text: Annotated[Text, typer.Option(help="Condition on captions, or on an empty prompt.")] = Text.caption,
     seed: Annotated[int, typer.Option(help="Seed of the noise; one noise per image and view.")] = 0,
     batch: Annotated[int | None, typer.Option(help="Images per forward pass (times the timesteps).")] = None,
@@ -86,6 +104,14 @@ def build(
     samples_per_shard: Annotated[
         int | None, typer.Option(min=1, help="Default: about 64 MB, at most 512 samples.")
     ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad image, caption or feature.")] = False,
+    max_bad: Annotated[str, typer.Option(help="Stop above this share of bad samples: 1% or 0.01.")] = "1%",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a begun cache, and fail if there is none; without it, do either.")
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Check the cache first, and build again exactly what is damaged.")
+    ] = False,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     resolution: ResolutionOption = None,
@@ -95,13 +121,15 @@ def build(
 ) -> None:
     """Build the cache, or resume it: a shard that is there is not computed again."""
     preset = preset_for(dataset)
+    place = output or run_folder(dataset) / "cache"
+    bad_share = parse_share(max_bad, "--max-bad")
     chosen_steps = preset.timesteps if timesteps is None else parse_numbers(timesteps, "--timesteps")
-    opened, loaded = open_inputs(
-        dataset, data, teacher, revision, lora, dtype, device, resolution, guidance, limit,
-        train_classes=train_classes, train_ratio=train_ratio, superclass=superclass,
-    )  # fmt: skip
-    from pipeline.build import BuildConfig
+    if resume or repair:
+        _check_begun(place, "--repair" if repair else "--resume")
     from pipeline.build import build as run_build
+    from pipeline.build import scan_for
+    from pipeline.build_config import BuildConfig
+    from pipeline.tolerance import Tolerance
 
     config = BuildConfig(
         taps=parse_names(taps),
@@ -109,8 +137,12 @@ def build(
         num_steps=num_steps,
         views=preset.views if views is None else parse_names(views),
         feature_splits=preset.feature_splits if features is None else parse_names(features),
+        store=store.value,
         encoding=encoding.value,
+        pool=pool,
+        pca=pca,
         compression=compression.value,
+        min_cosine=min_cosine,
         seed=seed,
         text=text.value,
         batch=preset.batch if batch is None else batch,
@@ -120,4 +152,23 @@ def build(
         with_images=images,
         samples_per_shard=samples_per_shard,
     )
-    run_build(loaded, opened, config, output or run_folder(dataset) / "cache")
+    opened = open_data(
+        dataset, data, limit,
+        train_classes=train_classes, train_ratio=train_ratio, superclass=superclass, annotations=annotations,
+    )  # fmt: skip
+    tolerance = Tolerance(max_bad=bad_share, strict=strict)
+    # Before the teacher: a broken image should not wait for 24 GB of weights.
+    scanned = scan_for(opened, config, tolerance)
+    loaded = open_teacher(dataset, teacher, revision, lora, dtype, device, resolution, guidance)
+    run_build(loaded, opened, config, place, tolerance=tolerance, scanned=scanned, repair=repair)
+
+
+def _check_begun(cache: Path, option: str) -> None:
+    """Raise unless there is a cache to continue, as the option demands."""
+    from cache_schema.errors import CacheNotFound
+    from cache_schema.manifest_file import load_manifest
+
+    try:
+        load_manifest(cache)
+    except CacheNotFound:
+        raise CacheNotFound(f"{option}: there is no cache at {cache}; leave {option} out to begin one") from None

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 
@@ -30,6 +31,8 @@ def fail(kind: str) -> None:
         raise OSError(errno.EIO, "Input/output error")
     if kind == "interrupt":
         raise KeyboardInterrupt
+    if kind.startswith("SIG"):
+        os.kill(os.getpid(), signal.Signals[kind])
     if kind == "bug":
         raise ValueError("two\nlines")
     typer.echo(f"done with {kind}")
@@ -59,8 +62,18 @@ def test_a_full_disk_is_one_line_and_1(capsys: pytest.CaptureFixture[str]) -> No
     assert outcome(capsys, "fail", "full") == (1, "", "error: No space left on device: /data/file\n")
 
 
-def test_an_interrupt_is_one_line_and_130(capsys: pytest.CaptureFixture[str]) -> None:
-    assert outcome(capsys, "fail", "interrupt") == (130, "", "interrupted: try again\n")
+@pytest.mark.parametrize("kind", ["interrupt", "SIGINT", "SIGTERM"])
+def test_an_interrupt_is_one_line_and_1(capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    assert outcome(capsys, "fail", kind) == (1, "", "interrupted: try again\n")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_that_the_parent_had_ignored_stays_ignored(capsys: pytest.CaptureFixture[str]) -> None:
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert outcome(capsys, "fail", "SIGINT") == (0, "done with SIGINT\n", "")
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def test_wrong_usage_is_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """A tiny FLUX with random weights, made of the real classes and saved as a real diffusers folder."""
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,9 @@ from pipeline.teachers.pretrain_demo import build_text_encoders
 _SHARED = {
     "cache_building": Path(__file__).parent.parent / "cache_schema/building.py",
     "dataset_layouts": Path(__file__).with_name("layouts.py"),
+    "tiny_teachers": Path(__file__).with_name("tiny_teachers.py"),
+    "build_process": Path(__file__).with_name("build_process.py"),
+    "tiny_annotators": Path(__file__).with_name("tiny_annotators.py"),
 }
 for _name in [name for name in _SHARED if name not in sys.modules]:
     _spec = importlib.util.spec_from_file_location(_name, _SHARED[_name])
@@ -80,6 +84,18 @@ def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def guided_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_flux(tmp_path_factory.mktemp("guided"), guidance=True)
+
+
+@pytest.fixture(scope="session")
+def builds(flux_folder: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Starts `dit-cache build` processes with the tiny FLUX."""
+    from build_process import BuildProcesses
+
+    here, root = Path(__file__).parent, Path(__file__).parents[2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (here, root))))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield BuildProcesses(flux_folder, tmp_path_factory.mktemp("logs"))
 
 
 @pytest.fixture

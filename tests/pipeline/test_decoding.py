@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
-from pipeline.conditions import decode_image, decode_with_box, teacher_pixels
+from pipeline.conditions import decode_image, decode_with_box, read_pixels
 from pipeline.datasets import open_dataset
 from pipeline.scan import scan_sample
 
@@ -56,7 +56,8 @@ def test_the_teacher_sees_the_object_of_an_image_that_exif_turns(tmp_path):
     exif[ExifTags.Base.Orientation] = 6
     image.save(tmp_path / "cars_train/00001.jpg", exif=exif, quality=100, subsampling=0)
     cars = open_dataset("cars", tmp_path)
-    crop, whole = teacher_pixels(cars, cars.samples[0], 8, "canonical")
+    pixels = read_pixels(cars, cars.samples[:1], 8, ["canonical"])["canonical"]
+    crop, whole = pixels.object[0], pixels.context[0]
     assert crop[0, 1:-1].min() > 200
     assert whole[0, :3].min() > 200
     assert whole[0, -3:].max() < 60

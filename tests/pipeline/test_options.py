@@ -8,6 +8,7 @@ from cache_schema import open_cache
 from pipeline.cli import app
 from pipeline.datasets import DataError, dataset_names
 from pipeline.options import parse_classes
+from pipeline.teachers import PRESETS
 
 
 def dit_cache(*arguments):
@@ -17,6 +18,11 @@ def dit_cache(*arguments):
 @pytest.mark.parametrize("command", ["build", "refine", "probe"])
 def test_help_lists_every_data_set(command):
     assert f"Data set: {', '.join(dataset_names())}" in dit_cache(command, "--help").output
+
+
+@pytest.mark.parametrize("command", ["build", "refine", "probe"])
+def test_help_lists_every_teacher(command):
+    assert f"Preset ({', '.join(PRESETS)})" in dit_cache(command, "--help").output
 
 
 @pytest.mark.parametrize("command", ["build", "refine", "probe"])
@@ -50,7 +56,7 @@ def test_a_folder_is_built_with_the_chosen_training_classes(tmp_path, flux_folde
     done = dit_cache(
         "build", "--dataset", "folder", "--data", tmp_path / "data", "--train-classes", names, "--superclass", "insect",
         "--teacher", flux_folder, "--resolution", 32, "--image-size", 16, "--encoding", "float32",
-        "--output", tmp_path / "cache", "--device", "cpu",
+        "--output", tmp_path / "cache", "--device", "cpu", "--max-bad", "25%",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     cache = open_cache(tmp_path / "cache")

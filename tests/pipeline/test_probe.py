@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from cache_schema.errors import DitDistillError
-from pipeline.build import BuildConfig, teacher_features
+from pipeline.build_config import BuildConfig
 from pipeline.curriculum import DEFAULT_TIMESTEPS
+from pipeline.features import teacher_features
 from pipeline.probe import ProbeConfig, Score, advise, choose_samples, probe, score_all
 from pipeline.probe_scores import high_frequency_ratio, linear_accuracy, pool_cells, recall_at_1, standardise
 from pipeline.teachers.base import TeacherError

@@ -1,0 +1,233 @@
+"""The heavy part of a build: the teacher's features, computed shard by shard while the shard before is written."""
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cache_schema.claims import Claims
+from cache_schema.writer import CacheWriter
+from pipeline.build_config import BuildConfig
+from pipeline.conditions import Pixels, captions_of, encode_pixels, read_pixels
+from pipeline.curriculum import add_noise, sample_noise
+from pipeline.datasets.base import Dataset, Sample
+from pipeline.scan import ScannedSample
+from pipeline.teachers.base import Teacher
+from pipeline.tolerance import BadSamples, TooManyBadSamples
+
+_CALIBRATION_IMAGES = 64
+
+Rows = TypeVar("Rows", bound=Sequence[int])
+
+
+@torch.no_grad()
+def teacher_features(
+    teacher: Teacher,
+    dataset: Dataset,
+    samples: Sequence[Sample],
+    config: BuildConfig,
+    sigmas: Sequence[float],
+    pixels: Mapping[str, Pixels] | None = None,
+) -> dict[str, Tensor]:
+    """E_{O,t} of a batch of samples: {tap: (B, V, T, L, C)}; all timesteps of an image go through the DiT together.
+
+    pixels: the samples' views, where they were read already.
+    """
+    B, T = len(samples), len(sigmas)
+    pixels = pixels or read_pixels(dataset, samples, teacher.resolution, config.views)
+    captions = captions_of(dataset, samples, config.text == "caption")
+    per_view: dict[str, list[Tensor]] = {tap: [] for tap in config.taps}
+    for view in config.views:
+        conditions = encode_pixels(teacher, pixels[view], captions)
+        shape = tuple(conditions.object.shape[1:])
+        noise = torch.stack([sample_noise(s.id, view, config.seed, shape) for s in samples]).to(conditions.object)
+        sigma = torch.tensor(list(sigmas)).repeat(B).to(conditions.object.device)  # B·T, timesteps fastest
+        noisy = add_noise(conditions.object.repeat_interleave(T, 0), noise.repeat_interleave(T, 0), sigma)
+        context = conditions.context.repeat_interleave(T, 0)
+        found = teacher.features(noisy, context, sigma, conditions.text.repeat(T), config.taps)
+        for tap, tokens in found.items():
+            per_view[tap].append(tokens.unflatten(0, (B, T)))  # B, T, L, C
+    # One view is stacked without a copy.
+    return {tap: torch.stack(p, dim=1) if len(p) > 1 else p[0].unsqueeze(1) for tap, p in per_view.items()}
+
+
+def find_failures(features: Mapping[str, Tensor], config: BuildConfig) -> dict[int, str]:
+    """Index in the batch → where {tap: (B, V, T, L, C)} has NaN or infinities, for the samples of which it has any."""
+    failures: dict[int, str] = {}
+    for tap, tokens in features.items():
+        # NaN and infinities show in the extremes, which take a fraction of the time that looking at every value does.
+        flat = tokens.flatten(3)
+        finite = torch.isfinite(flat.amax(3)) & torch.isfinite(flat.amin(3))  # B, V, T
+        for i, v, t in (~finite).nonzero().tolist():
+            place = f"tap {tap} at timestep {config.timesteps[t]}, view {config.views[v]}"
+            failures.setdefault(i, f"the teacher's features are NaN or infinite: {place}")
+    return failures
+
+
+@dataclass
+class _OpenShard:
+    """A shard that is being computed; features: {tap: (rows, V, T, L, C)} in memory that is used again afterwards."""
+
+    rows: range
+    features: dict[str, Tensor] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+
+    def add(self, rows: range, computed: Mapping[str, Tensor], failures: Mapping[int, str]) -> None:
+        start = rows.start - self.rows.start
+        for tap, tokens in computed.items():
+            self.features[tap][start : start + len(rows)].copy_(tokens)
+        self.failed |= {rows[i]: reason for i, reason in failures.items()}
+
+
+class FeatureBuilder:
+    """Computes and commits what a cache lacks of features.
+
+    usable: the samples that are not quarantined, in cache row order. bad: counts the samples that the teacher fails on.
+    check: called before every batch; may raise to end the build.
+    Memory does not depend on the data set: one shard is computed while the one before is encoded and written, and a
+    store that is slower than the teacher makes the teacher wait.
+    """
+
+    def __init__(
+        self,
+        writer: CacheWriter,
+        claims: Claims,
+        teacher: Teacher,
+        dataset: Dataset,
+        config: BuildConfig,
+        usable: Sequence[ScannedSample],
+        bad: BadSamples,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._writer, self._claims, self._teacher, self._dataset = writer, claims, teacher, dataset
+        self._config, self._usable, self._bad, self._check = config, usable, bad, check
+        self._sigmas = writer.manifest.curriculum.sigmas
+        self._buffers: list[dict[str, Tensor]] = [{}, {}]
+
+    def run(self) -> None:
+        """Compute and commit every missing shard that no other builder computes; then those that others gave up."""
+        self._calibrate()
+        if not self._writer.missing_shards():
+            return
+        self._bad.check()
+        with ThreadPoolExecutor(1) as pool, tqdm(desc="teacher", unit="image", total=self._missing_rows()) as bar:
+            self._build(self._claims.missing("features", self._writer.missing_shards()), pool, bar)
+            others = self._writer.missing_shards()
+            if others:
+                self._bad.log(f"waiting for the other builder of this cache, which has {len(others)} shards left")
+            # Nothing is claimed while waiting for the next, so that two builders cannot wait for each other.
+            for shard in self._claims.missing("features", others, wait=True):
+                self._build([shard], pool, bar)
+
+    def _missing_rows(self) -> int:
+        return sum(len(self._writer.shard_rows(k)) for k in self._writer.missing_shards())
+
+    def _calibrate(self) -> None:
+        """Measure the statistics an encoding needs, on images spread evenly over the rows with features."""
+        if not self._writer.needs_calibration():
+            return
+        if not self._claims.take("calibration"):
+            self._bad.log("waiting for the other builder of this cache, which is calibrating it")
+            self._claims.take("calibration", wait=True)
+        rows = self._writer.manifest.dataset.feature_rows
+        spread = sorted({round(i * (rows - 1) / (_CALIBRATION_IMAGES - 1)) for i in range(_CALIBRATION_IMAGES)})
+        batches = [spread[i : i + self._config.batch] for i in range(0, len(spread), self._config.batch)]
+
+        with tqdm(total=len(spread), desc="calibrate", unit="image") as bar, closing(self._ahead(batches)) as ahead:
+            self._writer.calibrate(self._calibration_features(ahead, bar))
+        self._claims.drop("calibration")
+
+    def _calibration_features(
+        self, batches: Iterable[tuple[Sequence[int], dict[str, Pixels]]], bar: tqdm
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield the features of calibration batches; samples that the teacher fails on count where they are stored."""
+        nothing = True
+        failures: dict[int, str] = {}
+        for rows, pixels in batches:
+            computed, failures = self._compute(rows, pixels)
+            if failures and self._bad.tolerance.strict:
+                self._bad.add(self._usable[rows[min(failures)]].sample.source, failures[min(failures)])
+            good = [i for i in range(len(rows)) if i not in failures]
+            if good:
+                yield {tap: tokens[good] for tap, tokens in computed.items()}
+                nothing = False
+            bar.update(len(rows))
+        if nothing:
+            raise TooManyBadSamples(f"no image is left to calibrate the encoding on: {failures[0]}")
+
+    def _build(self, shards: Iterable[int], pool: ThreadPoolExecutor, bar: tqdm) -> None:
+        """Compute shards and hand each to the writing thread, where never more than one waits."""
+        pending: Future[None] | None = None
+        shard: _OpenShard | None = None
+        turn = 0
+        with closing(self._ahead(self._batches(shards))) as ahead:
+            for rows, pixels in ahead:
+                computed, failures = self._compute(rows, pixels)
+                number = rows.start // self._writer.manifest.store.samples_per_shard
+                if shard is None:
+                    shard = _OpenShard(self._writer.shard_rows(number))
+                    shard.features = self._room(turn % 2, len(shard.rows), computed)
+                shard.add(rows, computed, failures)
+                for i, reason in failures.items():
+                    self._bad.add(self._usable[rows[i]].sample.source, reason)
+                self._bad.check()
+                bar.update(len(rows))
+                if rows.stop == shard.rows.stop:
+                    if pending:
+                        pending.result()
+                    pending = pool.submit(self._write, number, shard)
+                    shard, turn = None, turn + 1
+        if pending:
+            pending.result()
+
+    def _batches(self, shards: Iterable[int]) -> Iterator[range]:
+        # Batches start at the shard's first row, so what a shard holds never depends on where an earlier run stopped.
+        for shard in shards:
+            rows = self._writer.shard_rows(shard)
+            for start in range(0, len(rows), self._config.batch):
+                yield rows[start : start + self._config.batch]
+
+    def _ahead(self, batches: Iterable[Rows]) -> Generator[tuple[Rows, dict[str, Pixels]], None, None]:
+        """Yield batches of rows with their pixels, which are read while the teacher computes the batch before."""
+
+        def read(rows: Sequence[int]) -> dict[str, Pixels]:
+            samples = [self._usable[row].sample for row in rows]
+            return read_pixels(self._dataset, samples, self._teacher.resolution, self._config.views)
+
+        with ThreadPoolExecutor(1) as reader:
+            waiting: tuple[Rows, Future[dict[str, Pixels]]] | None = None
+            for rows in batches:
+                coming = rows, reader.submit(read, rows)
+                if waiting:
+                    yield waiting[0], waiting[1].result()
+                waiting = coming
+            if waiting:
+                yield waiting[0], waiting[1].result()
+
+    def _compute(self, rows: Sequence[int], pixels: Mapping[str, Pixels]) -> tuple[dict[str, Tensor], dict[int, str]]:
+        self._check()
+        samples = [self._usable[row].sample for row in rows]
+        features = teacher_features(self._teacher, self._dataset, samples, self._config, self._sigmas, pixels)
+        return features, find_failures(features, self._config)
+
+    def _room(self, turn: int, rows: int, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Memory for a shard; two shards take turns, so that one is written while the other is computed."""
+        buffer = self._buffers[turn]
+        for tap, tokens in like.items():
+            if tap not in buffer or len(buffer[tap]) < rows:
+                buffer[tap] = torch.empty((rows, *tokens.shape[1:]), dtype=tokens.dtype)
+        return {tap: values[:rows] for tap, values in buffer.items()}
+
+    def _write(self, number: int, shard: _OpenShard) -> None:
+        try:
+            self._writer.write_shard(number, shard.features, shard.failed)
+            if self._config.min_cosine is not None:
+                # Rather now than after the last of a hundred hours.
+                self._writer.check_fidelity(self._config.min_cosine)
+        finally:
+            self._claims.drop("features", number)
