@@ -1,5 +1,6 @@
 """Batches for training come in an order that nothing disturbs, in memory that is used again but never too early."""
 
+import contextlib
 import gc
 import json
 import multiprocessing
@@ -334,8 +335,9 @@ def test_workers_leave_interrupts_and_a_schedulers_sigterm_to_the_parent(cache: 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_workers_end_with_the_process_that_uses_them(cache: Cache, number: int) -> None:
     script = """
-        import multiprocessing, sys
+        import multiprocessing, signal, sys
         from cache_schema import FeatureLoader, open_cache
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
         with FeatureLoader(open_cache(sys.argv[1]), 3, workers=2) as loader:
             told = False
             while True:
@@ -347,14 +349,18 @@ def test_workers_end_with_the_process_that_uses_them(cache: Cache, number: int) 
     command = [sys.executable, "-c", textwrap.dedent(script), str(cache.root)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
     assert process.stdout is not None
-    workers = [int(pid) for pid in process.stdout.readline().split()]
-    assert len(workers) == 2
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does
-    else:
-        process.kill()
-    # The workers hold the other end of both pipes: these end when the last of them has ended.
-    _, errors = process.communicate(timeout=60)
+    try:
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(workers) == 2
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.kill()
+        # The workers hold the other end of both pipes: these end when the last of them has ended.
+        _, errors = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == -number
     if number == signal.SIGINT:
         assert errors.count("Traceback") == 1  # the script's own KeyboardInterrupt
