@@ -1,5 +1,8 @@
 """The card of a cache: its README.md, for people, written from the manifest and from nothing that changes."""
 
+import re
+
+from cache_schema.errors import printable
 from cache_schema.manifest import Encoding, Manifest, StoreKind
 
 _STORES: dict[StoreKind, str] = {
@@ -38,9 +41,9 @@ def render_card(manifest: Manifest) -> bytes:
 def _heading(manifest: Manifest) -> str:
     data, teacher = manifest.dataset, manifest.teacher
     return (
-        f"# Teacher cache {manifest.label}\n\n"
-        f"Features of {data.feature_rows - len(manifest.failed_rows)} images of `{data.name}` as a diffusion "
-        f"transformer ({teacher.family}, `{teacher.source}`) sees them. "
+        f"# Teacher cache {_plain(manifest.label)}\n\n"
+        f"Features of {data.feature_rows - len(manifest.failed_rows)} images of {_code(data.name)} as a diffusion "
+        f"transformer ({_plain(teacher.family)}, {_code(teacher.source)}) sees them. "
         "Students are distilled from this cache without the teacher."
     )
 
@@ -55,20 +58,20 @@ def _contents(manifest: Manifest) -> str:
         images = f"{manifest.images.size} px {manifest.images.format}{quality}, {format_bytes(manifest.bytes_images)}"
     facts = {
         "cache id": f"`{manifest.cache_id}`",
-        "data set": f"{data.name}, protocol {data.protocol}, super-class {data.superclass}",
-        "images": counts,
-        "features of": ", ".join(data.feature_splits) or "no split",
+        "data set": _plain(f"{data.name}, protocol {data.protocol}, super-class {data.superclass}"),
+        "images": _plain(counts),
+        "features of": _plain(", ".join(data.feature_splits)) or "no split",
         "without features": f"{len(manifest.failed_rows)} images that the teacher failed on",
-        "teacher": f"{teacher.family} at {teacher.resolution} px in {teacher.dtype}, text: {teacher.text}",
-        "teacher weights": ", ".join(f"{name} `{sha[:12]}`" for name, sha in sorted(teacher.digests.items())),
+        "teacher": _plain(f"{teacher.family} at {teacher.resolution} px in {teacher.dtype}, text: {teacher.text}"),
+        "teacher weights": ", ".join(f"{_plain(name)} `{sha[:12]}`" for name, sha in sorted(teacher.digests.items())),
         "refined (LoRA)": f"`{teacher.lora_digest[:12]}`" if teacher.lora_digest else "no",
         "timesteps": f"{levels} of {curriculum.num_steps}; seed {curriculum.seed}",
-        "views": ", ".join(manifest.views),
+        "views": _plain(", ".join(manifest.views)),
         "encoding": format_encoding(manifest.encoding),
         "size of features": format_bytes(manifest.bytes_features),
         "student images": images,
     }
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {_cell(text)} |" for name, text in facts.items())])
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {text} |" for name, text in facts.items())])
 
 
 def _taps(manifest: Manifest) -> str:
@@ -87,7 +90,7 @@ def _fidelity(manifest: Manifest) -> str:
     pool = manifest.encoding.pool
     reference = "what the teacher computed" if pool == 1 else f"the mean of {pool}x{pool} tokens of the teacher"
     rows = [
-        f"| `{item.tap}` | {item.timestep} | {item.cosine_mean:.6f} | {item.cosine_min:.6f} | "
+        f"| {_code(item.tap)} | {item.timestep} | {item.cosine_mean:.6f} | {item.cosine_min:.6f} | "
         f"{item.relative_error:.2e} | {item.channel_error:.2e} |"
         for item in manifest.fidelity
     ]
@@ -118,5 +121,10 @@ def _use(manifest: Manifest) -> str:
     )
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def _plain(text: str) -> str:
+    """Return text that stays text in Markdown: no link, no HTML, no table, no line of its own."""
+    return re.sub(r"[\\\[\]<>|`*]", lambda letter: f"\\{letter[0]}", printable(" ".join(text.split())))
+
+
+def _code(text: str) -> str:
+    return "`" + printable(" ".join(text.split())).replace("`", "'").replace("|", "/") + "`"

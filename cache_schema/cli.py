@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from cache_schema.errors import DitDistillError
+from cache_schema.errors import DitDistillError, printable
 
 EXIT_ERROR = 1
 # What typer itself exits with on Ctrl-C, without a word.
@@ -101,7 +101,8 @@ def _take_debug(argv: list[str]) -> tuple[list[str], bool]:
 def _fail(message: str, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
+    # Messages name what is in files that somebody else may have made.
+    print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(EXIT_ERROR)
 
 
@@ -117,5 +118,5 @@ def _describe_os_error(error: OSError) -> str:
 
 def _report_bug(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
     """Replace Python's traceback of an unexpected exception by one line that says how to see it."""
-    summary = f"{kind.__name__}: {value}".replace("\n", " ")
+    summary = printable(f"{kind.__name__}: {value}".replace("\n", " "))
     print(f"error: this is a bug: {summary}; run again with --debug for the traceback", file=sys.stderr)

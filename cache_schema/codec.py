@@ -83,7 +83,7 @@ def load_calibration(root: Path, manifest: Manifest, array: CalibrationLayout) -
     """Return one of the statistics of a cache, float32; raises CacheCorrupt if it is not what was written."""
     store = store_of(manifest)
     name = store.calibration_file(array)
-    data = read_committed(root, "calibration", name)
+    data = read_committed(root, "calibration", name, store.calibration_size(array))
     if data is None and manifest.sealed:
         raise CacheCorrupt(f"the journal of {root} has no record of the calibration")
     if data is None:

@@ -56,6 +56,11 @@ def compress(chunk: Array, compression: Compression) -> bytes:
     return bytes(codec.encode(chunk))
 
 
+def max_compressed(size: int) -> int:
+    """Return more bytes than any codec makes of `size` bytes that it cannot compress."""
+    return size + size // 128 + 4096
+
+
 def decompress(data: bytes, out: Array, compression: Compression, where: str) -> None:
     """Decompress one chunk into `out` (uint8), whose size it must have exactly.
 

@@ -18,6 +18,7 @@ from cache_schema.compression import decompress
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt, CacheError, CacheMismatch, CacheUnsealed
 from cache_schema.files import crc32c, digest_file
+from cache_schema.images import check_places
 from cache_schema.journal import FidelitySums, Record, read_record, record_name
 from cache_schema.layout import ArrayLayout
 from cache_schema.manifest import Compression, Manifest, StoreInfo, StoreKind
@@ -208,6 +209,8 @@ class _Source:
         checksums = record.files[name].piece_checksums()
         if checksums is None or not local < len(checksums) == len(record.offsets):
             raise CacheCorrupt(f"{self.root / record_name('images', shard)} does not have the checksums of {name}")
+        if local == 0:
+            check_places(np.array(record.offsets, dtype=np.int64).reshape(-1, 2), record_name("images", shard))
         image = file.read(*record.offsets[local])
         if crc32c(image) != checksums[local]:
             raise self._damaged(file, row, shard)

@@ -1,156 +1,169 @@
 """What `dit-cache info` says about a cache: one dictionary for scripts, one text for people."""
 
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cache_schema import layout
-from cache_schema.card import format_bytes, format_encoding
-from cache_schema.journal import committed_shards, read_record
-from cache_schema.manifest import Manifest
+import pyarrow as pa
+
+from cache_schema import fidelity, layout
+from cache_schema.description_text import render_description
+from cache_schema.errors import CacheCorrupt, CacheError
+from cache_schema.journal import Kind, Record, committed_shards, read_record
+from cache_schema.layout import ArrayLayout
+from cache_schema.manifest import Fidelity, Manifest
 from cache_schema.manifest_file import load_manifest
 from cache_schema.reader import local_path
+from cache_schema.samples import check_against_manifest, count_usable, load_samples
+from cache_schema.stores import store_of
 
 
-def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+def describe(path: str | os.PathLike[str], shard_table: bool = False) -> dict[str, Any]:
     """Return everything there is to say about the cache at `path`, sealed or not, as plain JSON values.
 
-    Keys: `path`, `state` ("sealed" or "partial"), `manifest` (the whole document), `shards` (done and total, of
-    features and images), `samples_with_features`, `quarantined` (list of id and reason), `failed` (list of row and
-    reason, of the samples that the teacher failed on), `shapes` (of the arrays).
+    `path`, `state` ("sealed" or "partial"), `manifest` (the whole document), `shards` (done and total, of features and
+    images), `samples_with_features`; `arrays` by name: shape, dtype and bytes on disk; `bytes` on disk: features
+    (calibration included), images, total; `splits` by name: rows, rows with features, and bytes of features and images
+    (a shard that holds rows of several splits is divided by rows); `fidelity` (of a partial cache, that of the shards
+    so far); `quarantined` (id, reason) and `failed` (row, reason: the teacher failed on these), complete lists.
+    With `shard_table` also that, one entry per shard of features and then of images: kind, shard, rows [first, last
+    + 1), committed, and where it is bytes, files, cosine_min (least cosine of what was measured) and failed (rows).
+
+    Raises CacheNotFound, UnsupportedSchema, and CacheCorrupt for a manifest, samples table or journal that is damaged.
     """
     root = local_path(path)
     manifest = load_manifest(root)
-    store = manifest.store
-    features, images = committed_shards(root, "features"), committed_shards(root, "images")
-    failed = _failed(root, manifest, features)
-    per_shard, rows = store.samples_per_shard, manifest.dataset.feature_rows
-    return {
+    store, samples = manifest.store, _samples(root)
+    records: dict[str, dict[int, Record]] = {"features": _records(root, "features"), "images": _records(root, "images")}
+    failed = [item for _, record in sorted(records["features"].items()) for item in record.failed]
+    calibration = read_record(root, "calibration")
+    sizes = {kind: sum(map(_bytes, found.values())) for kind, found in records.items()}
+    sizes["features"] += _bytes(calibration) if calibration else 0
+    description = {
         "path": str(root),
         "state": "sealed" if manifest.sealed else "partial",
         "manifest": manifest.model_dump(mode="json"),
         "shards": {
-            "features": {"done": len(features), "total": store.feature_shards},
-            "images": {"done": len(images), "total": store.image_shards},
+            "features": {"done": len(records["features"]), "total": store.feature_shards},
+            "images": {"done": len(records["images"]), "total": store.image_shards},
         },
-        "samples_with_features": sum(len(layout.rows_of_shard(shard, per_shard, rows)) for shard in features)
+        "samples_with_features": sum(record.rows[1] - record.rows[0] for record in records["features"].values())
         - len(failed),
-        "quarantined": _quarantined(root / layout.SAMPLES_NAME),
-        "failed": failed,
-        "shapes": _shapes(manifest),
+        "arrays": _arrays(manifest, records["features"]),
+        "bytes": {**sizes, "total": sum(sizes.values())},
+        "splits": {} if samples is None else _splits(manifest, samples, records),
+        "fidelity": [item.model_dump() for item in _fidelity(manifest, records["features"])],
+        "quarantined": [] if samples is None else _quarantined(samples),
+        "failed": [item.model_dump() for item in failed],
     }
+    if shard_table:
+        if samples is not None:
+            _check_counts(root, samples, manifest)
+        description["shard_table"] = list(_shard_table(manifest, samples, records))
+    return description
 
 
-def describe_text(path: str | os.PathLike[str]) -> str:
-    """Return the description of the cache at `path` as plain text, one fact to a line, without a final newline."""
-    description = describe(path)
-    document, shards = description["manifest"], description["shards"]
-    manifest = Manifest.model_validate(document)
-    facts = [
-        ("cache", f"{manifest.label} at {description['path']}"),
-        ("id", manifest.cache_id),
-        ("state", _state(description)),
-        *_content_facts(manifest),
-        (
-            "shards of features",
-            f"{_progress(shards['features'])}, {manifest.store.samples_per_shard} samples each",
-        ),
-        ("shards of images", f"{_progress(shards['images'])}, {manifest.store.images_per_shard} images each"),
-        (
-            "size",
-            f"features {format_bytes(manifest.bytes_features)}, images {format_bytes(manifest.bytes_images)}",
-        ),
-    ]
-    facts += [(f"array {name}", f"{tuple(shape)}") for name, shape in description["shapes"].items()]
-    facts += _fidelity_facts(manifest) + _provenance_facts(manifest)
-    quarantined = description["quarantined"]
-    facts.append(("quarantined", str(len(quarantined))))
-    facts += [(f"  {item['id']}", item["reason"]) for item in quarantined]
-    facts.append(("the teacher failed on", str(len(description["failed"]))))
-    facts += [(f"  row {item['row']}", item["reason"]) for item in description["failed"]]
-    width = max(len(name) for name, _ in facts)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in facts)
+def describe_text(path: str | os.PathLike[str], shard_table: bool = False) -> str:
+    """Return the description of the cache at `path` as plain text, without a final newline. Raises as `describe`."""
+    return render_description(describe(path, shard_table))
 
 
-def _progress(shards: dict[str, int]) -> str:
-    return f"{shards['done']} of {shards['total']}"
+def _samples(root: Path) -> pa.Table | None:
+    """The samples table; None where a build died before it wrote it."""
+    path = root / layout.SAMPLES_NAME
+    return load_samples(path) if path.exists() else None
 
 
-def _state(description: dict[str, Any]) -> str:
-    if description["state"] == "sealed":
-        return "sealed"
-    total = description["manifest"]["dataset"]["feature_rows"]
-    return f"partial: {description['samples_with_features']} of {total} samples have features"
+def _check_counts(root: Path, samples: pa.Table, manifest: Manifest) -> None:
+    try:
+        check_against_manifest(samples, manifest)
+    except CacheError as error:
+        raise CacheCorrupt(f"{root / layout.SAMPLES_NAME} is not that of this cache: {error}") from error
 
 
-def _content_facts(manifest: Manifest) -> list[tuple[str, str]]:
-    data, teacher, curriculum = manifest.dataset, manifest.teacher, manifest.curriculum
-    counts = ", ".join(f"{count} {split}" for split, count in sorted(data.counts.items()))
-    steps = ", ".join(f"{p} (sigma {s:.4f})" for p, s in zip(curriculum.timesteps, curriculum.sigmas, strict=True))
-    images = manifest.images
-    return [
-        ("data set", f"{data.name}, protocol {data.protocol}, super-class {data.superclass}; {counts}"),
-        ("features of", f"{', '.join(data.feature_splits) or 'no split'}: {data.feature_rows} samples"),
-        ("teacher", f"{teacher.family} {teacher.source} ({teacher.pipeline_class}, {teacher.dtype})"),
-        ("resolution", f"{teacher.resolution} px, text: {teacher.text}, guidance: {teacher.guidance}"),
-        ("refined", f"LoRA {teacher.lora_digest[:12]}" if teacher.lora_digest else "no"),
-        ("timesteps", f"{steps} of {curriculum.num_steps}; seed {curriculum.seed}"),
-        ("views", ", ".join(manifest.views)),
-        ("store", manifest.store.kind),
-        ("encoding", format_encoding(manifest.encoding)),
-        ("images", "none" if images is None else f"{images.size} px {images.format}"),
-    ]
+def _records(root: Path, kind: Kind) -> dict[int, Record]:
+    found = ((shard, read_record(root, kind, shard)) for shard in committed_shards(root, kind))
+    return {shard: record for shard, record in found if record is not None}
 
 
-def _fidelity_facts(manifest: Manifest) -> list[tuple[str, str]]:
-    return [
-        (
-            f"fidelity {item.tap} at {item.timestep}",
-            f"cosine {item.cosine_mean:.6f} (least {item.cosine_min:.6f}), relative error {item.relative_error:.2e}, "
-            f"per channel {item.channel_error:.2e}",
-        )
-        for item in manifest.fidelity
-    ]
+def _bytes(record: Record) -> int:
+    return sum(file.bytes for file in record.files.values())
 
 
-def _provenance_facts(manifest: Manifest) -> list[tuple[str, str]]:
-    source = manifest.provenance
-    versions = ", ".join(f"{name} {version}" for name, version in sorted(source.versions.items()))
-    seconds = None if source.seconds is None else f"{source.seconds:.0f} s"
-    facts = {
-        "created": source.created,
-        "device": source.device,
-        "took": seconds,
-        "versions": versions,
-        "command": source.command,
-        "converted": source.converted,
+def _arrays(manifest: Manifest, records: Mapping[int, Record]) -> dict[str, dict[str, Any]]:
+    """Shape and type of every array and its bytes on disk; a file of several arrays is divided by their sizes."""
+    store = store_of(manifest)
+    arrays = layout.all_layouts(manifest)
+    on_disk = dict.fromkeys((array.name for array in arrays), 0.0)
+    for shard, record in records.items():
+        for name, held in store.shard_files(shard).items():
+            size = record.files[name].bytes if name in record.files else 0
+            whole = sum(array.row_bytes for array in held)
+            for array in held:
+                on_disk[array.name] += size * array.row_bytes / whole
+    return {array.name: _array(array, round(on_disk[array.name])) for array in arrays}
+
+
+def _array(array: ArrayLayout, on_disk: int) -> dict[str, Any]:
+    return {"shape": [*array.outer, *array.inner], "dtype": array.dtype, "bytes": on_disk}
+
+
+def _splits(
+    manifest: Manifest, samples: pa.Table, records: Mapping[str, Mapping[int, Record]]
+) -> dict[str, dict[str, int]]:
+    usable = samples["split"].slice(0, count_usable(samples)).to_pylist()
+    rows = manifest.dataset.feature_rows
+    found = {
+        split: {"rows": count, "rows_with_features": usable[:rows].count(split), "features": 0, "images": 0}
+        for split, count in sorted(Counter(usable).items())
     }
-    return [(name, text) for name, text in facts.items() if text]
+    for kind, shards in records.items():
+        shares: Counter[str] = Counter()
+        for record in shards.values():
+            held = Counter(usable[slice(*record.rows)])
+            for split, count in held.items():
+                shares[split] += _bytes(record) * count / held.total()  # type: ignore[assignment]
+        for split, share in shares.items():
+            found[split][kind] = round(share)
+    return found
 
 
-def _shapes(manifest: Manifest) -> dict[str, list[int]]:
-    shapes = {}
-    for array in layout.all_layouts(manifest):
-        shapes[array.name] = [*array.outer, *array.inner]
-    return shapes
-
-
-def _failed(root: Path, manifest: Manifest, shards: Iterable[int]) -> list[dict[str, Any]]:
+def _fidelity(manifest: Manifest, records: Mapping[int, Record]) -> list[Fidelity]:
     if manifest.sealed:
-        # Of a large cache, only the records that have something to say are read.
-        shards = {row // manifest.store.samples_per_shard for row in manifest.failed_rows}
-    records = (read_record(root, "features", shard) for shard in sorted(shards))
-    return [item.model_dump() for record in records if record is not None for item in record.failed]
+        return manifest.fidelity
+    return fidelity.merge([item for _, record in sorted(records.items()) for item in record.fidelity])
 
 
-def _quarantined(path: Path) -> list[dict[str, str]]:
-    import pyarrow.compute as pc
+def _quarantined(samples: pa.Table) -> list[dict[str, str]]:
+    # They come last.
+    return samples.slice(count_usable(samples)).select(["id", "reason"]).to_pylist()
 
-    from cache_schema.samples import load_samples
 
-    if not path.exists():
-        # A build that died before it wrote its table has nothing to list yet.
-        return []
-    table = load_samples(path)
-    return table.filter(pc.equal(table["state"], "quarantined")).select(["id", "reason"]).to_pylist()
+def _shard_table(
+    manifest: Manifest, samples: pa.Table | None, records: Mapping[str, Mapping[int, Record]]
+) -> Iterator[dict[str, Any]]:
+    store = manifest.store
+    usable = 0 if samples is None else count_usable(samples)
+    for kind, total, per_shard, rows in (
+        ("features", store.feature_shards, store.samples_per_shard, manifest.dataset.feature_rows),
+        ("images", store.image_shards, store.images_per_shard, usable),
+    ):
+        # Without a table that bears the manifest out, its counts, which could be in the billions, are not believed.
+        honest = samples is not None and rows <= samples.num_rows
+        for shard in range(total) if honest else sorted(records[kind]):
+            held = layout.rows_of_shard(shard, per_shard, rows)
+            record = records[kind].get(shard)
+            entry: dict[str, Any] = {"kind": kind, "shard": shard, "rows": [held.start, held.stop]}
+            if record is None:
+                yield {**entry, "committed": False}
+                continue
+            yield {
+                **entry,
+                "committed": True,
+                "bytes": _bytes(record),
+                "files": len(record.files),
+                "cosine_min": min((item.cosine_min for item in record.fidelity), default=None),
+                "failed": [item.row for item in record.failed],
+            }

@@ -4,7 +4,24 @@ Every class here is a *user-facing* error: its message is one clear line that sa
 do about it. A programming mistake raises an ordinary Python exception instead.
 """
 
+import unicodedata
+
 # ruff: noqa: N818 -- the names below are part of the public contract and read as what happened.
+
+
+# Control, format (bidirectional overrides) and surrogate characters, and the separators that some terminals break at.
+_UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+_MAX_PRINTED = 2000
+
+
+def printable(text: str) -> str:
+    """Return text that somebody else may have chosen as one line that says nothing to a terminal but its letters."""
+    if len(text) > _MAX_PRINTED:
+        text = f"{text[: _MAX_PRINTED - 3]}..."
+    return "".join(
+        letter.encode("unicode_escape").decode("ascii") if unicodedata.category(letter) in _UNPRINTABLE else letter
+        for letter in text
+    )
 
 
 class DitDistillError(Exception):

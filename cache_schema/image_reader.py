@@ -10,8 +10,8 @@ from cache_schema.chunks import ChunkSource
 from cache_schema.damage import damaged
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt, CacheUnsealed
-from cache_schema.images import parse_index
-from cache_schema.journal import read_committed, read_record
+from cache_schema.images import check_places, index_size, parse_index
+from cache_schema.journal import read_committed, read_record, record_name
 
 
 class ImageReader:
@@ -46,16 +46,17 @@ class ImageReader:
             root, store = self._source.root, self._source.manifest.store
             if self._source.manifest.sealed:
                 name = layout.IMAGE_INDEX_NAME
-                data = read_committed(root, "seal", name)
+                data = read_committed(root, "seal", name, index_size(self._count()))
                 if data is None:
                     raise CacheCorrupt(f"the journal of {root} has no record of its sealing")
                 table = parse_index(data, self._count(), f"{root}/{name}")
                 for number in range(store.image_shards):
                     start = number * store.images_per_shard
-                    self._offsets[number] = table[start : start + store.images_per_shard]
+                    self._offsets[number] = check_places(table[start : start + store.images_per_shard], name)
             else:
                 record = read_record(root, "images", shard)
                 if record is None:
                     raise CacheUnsealed(f"image shard {shard} of {root} is not built yet")
-                self._offsets[shard] = np.array(record.offsets, dtype=np.int64).reshape(-1, 2)
+                places = np.array(record.offsets, dtype=np.int64).reshape(-1, 2)
+                self._offsets[shard] = check_places(places, record_name("images", shard))
         return self._offsets[shard]

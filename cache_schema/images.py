@@ -11,6 +11,8 @@ from cache_schema.errors import CacheCorrupt
 from cache_schema.files import AsideFile, crc32c
 from cache_schema.manifest import Manifest
 
+# Far more than the largest student image; a hostile index must not have a whole sparse tar read at once.
+MAX_IMAGE_BYTES = 1 << 28
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 
 
@@ -33,6 +35,20 @@ def write_tar(
     return offsets, checksums
 
 
+def check_tar(file: tar.ReadablePlaces, rows: range, places: Sequence[tuple[int, int]], image_format: str) -> None:
+    """Raise CacheCorrupt unless a file is the tar of the images of these rows, each where `places` says."""
+    if len(places) != len(rows):
+        raise CacheCorrupt(f"the journal speaks of {len(places)} images in {file.path}, there are {len(rows)}")
+    tar.check_members(
+        file, ((member_name(row, image_format), size) for row, (_, size) in zip(rows, places, strict=True))
+    )
+    end = 0
+    for offset, size in places:
+        if offset != end + tar.BLOCK:
+            raise CacheCorrupt(f"the journal speaks of an image at byte {offset} of {file.path}, where there is none")
+        end = offset + tar.padded(size)
+
+
 def render_index(offsets: Sequence[tuple[int, int]]) -> bytes:
     """Return the bytes of `images/index.npy`: int64 (rows, 2), the offset and length of every image in its shard."""
     buffer = BytesIO()
@@ -41,19 +57,36 @@ def render_index(offsets: Sequence[tuple[int, int]]) -> bytes:
     return buffer.getvalue()
 
 
+def index_size(rows: int) -> int:
+    """Return the size in bytes of `images/index.npy` of a cache with `rows` images."""
+    return len(_index_header(rows)) + 16 * rows
+
+
 def parse_index(data: bytes, rows: int, where: str) -> Array:
     """Parse `images/index.npy` of a cache with `rows` images, int64 (rows, 2); raises CacheCorrupt if it is not one."""
-    try:
-        if not data.startswith(np.lib.format.magic(1, 0)):
-            raise ValueError("no .npy file of version 1.0")
-        stream = BytesIO(data)
-        np.lib.format.read_magic(stream)
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-        if shape != (rows, 2) or fortran or dtype != np.dtype("<i8"):
-            raise ValueError(f"an array {shape} of {dtype}, expected {(rows, 2)} of int64")
-        return np.frombuffer(data, dtype="<i8", offset=stream.tell(), count=2 * rows).reshape(rows, 2)
-    except (ValueError, SyntaxError) as error:
-        raise CacheCorrupt(f"{where} is not the index of this cache's images: {error}") from error
+    # The header is known to the byte, so nothing in it needs to be interpreted, least of all a pickled object.
+    header = _index_header(rows)
+    if len(data) != index_size(rows) or not data.startswith(header):
+        raise CacheCorrupt(f"{where} is not the index of this cache's images: no .npy file of {(rows, 2)} int64")
+    return np.frombuffer(data, dtype="<i8", offset=len(header)).reshape(rows, 2)
+
+
+def _index_header(rows: int) -> bytes:
+    stream = BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "<i8", "fortran_order": False, "shape": (rows, 2)})
+    return stream.getvalue()
+
+
+def check_places(places: Array, where: str) -> Array:
+    """Return the places (rows, 2) of the images of one shard if they can be those of a tar file.
+
+    Raises CacheCorrupt where images overlap, leave no room for the header before them, or are larger than an image.
+    """
+    offsets, sizes = places[:, 0], places[:, 1]
+    possible = (sizes >= 0) & (sizes <= MAX_IMAGE_BYTES) & (offsets >= tar.BLOCK) & (offsets <= 1 << 62)
+    if not possible.all() or (offsets[1:] - tar.BLOCK < offsets[:-1] + sizes[:-1]).any():
+        raise CacheCorrupt(f"{where} speaks of images that are not inside their file, one after the other")
+    return places
 
 
 def count_image_rows(manifest: Manifest, image_states: Sequence[str]) -> int:

@@ -131,16 +131,19 @@ def read_record(root: Path, kind: Kind, shard: int = 0) -> Record | None:
         data = read_bounded(root / name, MAX_RECORD_BYTES)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise CacheCorrupt(f"journal record {root / name} cannot be read ({error.strerror})") from error
     record = parse_record(data, str(root / name))
     if (record.kind, record.shard) != (kind, shard):
         raise CacheCorrupt(f"journal record {root / name} is that of {record.kind} {record.shard}")
     return record
 
 
-def read_committed(root: Path, kind: Kind, name: str) -> bytes | None:
+def read_committed(root: Path, kind: Kind, name: str, limit: int) -> bytes | None:
     """Return the contents of a file of the layout, the calibration or the seal, exactly as they were committed.
 
-    None where that piece was not committed; raises CacheCorrupt where the file is not what the record says.
+    `limit` is the largest size in bytes that such a file can have, whatever its record says. None where that piece was
+    not committed; raises CacheCorrupt where the file is not what the record says.
     """
     record = read_record(root, kind)
     if record is None:
@@ -149,7 +152,7 @@ def read_committed(root: Path, kind: Kind, name: str) -> bytes | None:
     if expected is None:
         raise CacheCorrupt(f"journal record {root / record_name(kind)} does not know {name}")
     try:
-        data = read_bounded(path, expected.bytes)
+        data = read_bounded(path, min(expected.bytes, limit))
     except FileNotFoundError:
         raise CacheCorrupt(f"{path} is missing") from None
     except OSError as error:
@@ -170,6 +173,8 @@ def committed(root: Path) -> Iterator[tuple[Kind, int]]:
         names = [path.name for path in (root / JOURNAL_FOLDER).iterdir()]
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise CacheCorrupt(f"cannot list {root / JOURNAL_FOLDER}: {error.strerror}") from error
     for name in names:
         match = _NAME.fullmatch(name)
         if match is not None:
@@ -195,7 +200,7 @@ def _migrate(document: dict[str, Any]) -> dict[str, Any]:
         if isinstance(file, dict) and "row_crc32c" in file:
             rows = file["row_crc32c"]
             file = {key: value for key, value in file.items() if key != "row_crc32c"}
-            file["piece_crc32c"] = None if rows is None else "".join(str(crc) for crc in rows)
+            file["piece_crc32c"] = "".join(map(str, rows)) if isinstance(rows, list) else rows
         files[name] = file
     return {**document, "files": files}
 

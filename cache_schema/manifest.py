@@ -115,6 +115,8 @@ class TapInfo(Part):
             raise ValueError(f"grid {self.grid[0]}x{self.grid[1]} does not have {self.tokens} tokens")
         if self.tokens * self.channels > MAX_CHUNK_VALUES:
             raise ValueError(f"{self.tokens} tokens x {self.channels} channels is more than this format allows")
+        if self.channels * (self.teacher_channels or 1) > MAX_CHUNK_VALUES:
+            raise ValueError(f"{self.channels} components of {self.teacher_channels} are more than this format allows")
         return self
 
 
@@ -232,6 +234,8 @@ class Manifest(Part):
             expected_channels = tap.channels if self.encoding.pca is None else self.encoding.pca
             if tap.channels != expected_channels or (tap.teacher_channels is None) != (self.encoding.pca is None):
                 raise ValueError(f"tap {tap.name} does not have the channels that pca {self.encoding.pca} leaves")
+            if tap.channels * len(self.curriculum.timesteps) > MAX_CHUNK_VALUES:
+                raise ValueError(f"tap {tap.name} has more channels and timesteps than this format allows")
         if self.failed_rows and self.failed_rows[-1] >= rows:
             raise ValueError(f"failed row {self.failed_rows[-1]} is not one of the {rows} rows with features")
         if self.images is None and self.store.image_shards:

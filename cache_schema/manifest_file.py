@@ -15,6 +15,8 @@ from cache_schema.manifest import SCHEMA_VERSION, Manifest
 
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
+# A few for every tap and timestep. In memory, an empty list takes twenty times as much as in the file.
+_MAX_CONTAINERS = 1 << 18
 
 
 def _from_version_1(document: dict[str, Any]) -> dict[str, Any]:
@@ -57,6 +59,8 @@ def load_manifest(root: Path) -> Manifest:
         data = read_bounded(path, MAX_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise CacheNotFound(f"no cache at {root}: it has no {MANIFEST_NAME}") from None
+    except OSError as error:
+        raise CacheCorrupt(f"cannot read {path}: {error.strerror}") from error
     return parse_manifest(data, str(path))
 
 
@@ -105,6 +109,8 @@ def _migrate(document: dict[str, Any], version: int, where: str) -> dict[str, An
 
 
 def _parse_json(data: bytes, where: str) -> dict[str, Any]:
+    if data.count(b"[") + data.count(b"{") > _MAX_CONTAINERS:
+        raise CacheCorrupt(f"{where} has more lists and objects than a manifest may have")
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -119,7 +125,7 @@ def _check_checksum(document: dict[str, Any], where: str) -> None:
     stored = provenance.get("checksum") if isinstance(provenance, dict) else None
     try:
         matches = stored is None or stored == manifest_checksum(document)
-    except ValueError as error:
-        raise CacheCorrupt(f"{where} holds a number that JSON cannot say") from error
+    except (ValueError, RecursionError) as error:
+        raise CacheCorrupt(f"{where} holds what JSON cannot say: {str(error)[:200]}") from error
     if not matches:
         raise CacheCorrupt(f"{where} was altered: it does not match its own checksum")

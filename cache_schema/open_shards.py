@@ -1,6 +1,7 @@
 """Files kept open for reading, with what is known about them: bounded numbers of files and of bytes of memory."""
 
 import os
+import resource
 import stat
 import threading
 from collections import OrderedDict
@@ -14,8 +15,10 @@ from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt
 from cache_schema.shard import ShardIndex
 
-# Of features, and as many again of images. The usual limit is 1024 a process.
-MAX_OPEN_FILES = 256
+# An eighth of what this process may have open, at most 4096: opening a shard again costs more than reading a small
+# sample. Features and images count apart, and a file lives a little longer where a batch still reads from it.
+_FILE_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+MAX_OPEN_FILES = 4096 if _FILE_LIMIT == resource.RLIM_INFINITY else min(4096, max(32, _FILE_LIMIT // 8))
 MAX_INDEX_BYTES = 32 << 20
 MAX_CHECKSUM_BYTES = 32 << 20
 

@@ -9,7 +9,15 @@ from typing import Literal
 
 from cache_schema import layout
 from cache_schema.errors import CacheCorrupt
-from cache_schema.files import digest, directory_lock, flush_directory, storage_errors, sweep_aside_files, write_file
+from cache_schema.files import (
+    digest,
+    directory_lock,
+    flush_directory,
+    refuse_linked_folders,
+    storage_errors,
+    sweep_aside_files,
+    write_file,
+)
 from cache_schema.journal import Kind, committed, file_record, read_record, record_name
 from cache_schema.manifest import Manifest
 from cache_schema.manifest_file import MANIFEST_NAME, as_unsealed, load_manifest, render_manifest
@@ -62,6 +70,7 @@ def repair(path: str | os.PathLike[str]) -> list[Repair]:
             f"{error}; a cache cannot be mended without its manifest: copy that file back, or build the cache anew in "
             "an empty directory"
         ) from error
+    refuse_linked_folders(root)
     with directory_lock(root):
         problems = verify(root)
         damage = _Damage(root, manifest, problems)

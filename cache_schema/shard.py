@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cache_schema.compression import compress
+from cache_schema.compression import compress, max_compressed
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt
 from cache_schema.files import AsideFile, Bytes, crc32c
@@ -39,8 +39,10 @@ class ShardWriter:
             plain = self.layout.compression == "none"
             piece: Bytes = chunk.view(np.uint8).data if plain else compress(chunk, self.layout.compression)
             self._places.append((self.file.size, len(piece)))
-            self.piece_crc32c.append(crc32c(piece))
-            self.file.write(piece)
+            checksum = crc32c(piece)
+            self.piece_crc32c.append(checksum)
+            # For sizes that differ from piece to piece, combining checksums would cost more than computing them again.
+            self.file.write(piece, checksum if plain else None)
 
     def skip_row(self) -> None:
         """Mark the chunks of one sample as missing."""
@@ -83,8 +85,9 @@ def chunk_bytes(layout: ArrayLayout) -> int:
 def parse_index(data: bytes, layout: ArrayLayout, file_size: int, where: str) -> ShardIndex:
     """Parse the last `index_size(layout)` bytes of a shard file of `file_size` bytes.
 
-    Every chunk of the result lies inside the file, before the index, and without compression has exactly the size of
-    a chunk. Raises CacheCorrupt otherwise; `where` names the file in the message.
+    Every chunk of the result lies inside the file, before the index, overlaps no other, and has the size of a chunk:
+    exactly without compression, at most slightly more with it. Raises CacheCorrupt otherwise; `where` names the file in
+    the message.
     """
     if len(data) != index_size(layout) or file_size < len(data):
         raise CacheCorrupt(f"{where} is truncated: {file_size} bytes do not hold the index of its chunks")
@@ -98,10 +101,22 @@ def parse_index(data: bytes, layout: ArrayLayout, file_size: int, where: str) ->
     inside = (lengths <= limit) & (offsets <= limit - np.minimum(lengths, limit))
     if layout.compression == "none":
         inside &= lengths == np.uint64(chunk_bytes(layout))
+    else:
+        inside &= lengths <= np.uint64(max_compressed(chunk_bytes(layout)))
     if not (inside | ~present).all():
         raise CacheCorrupt(f"the chunk index of {where} points outside the file or to chunks of the wrong size")
+    if _overlap(offsets[present], lengths[present]):
+        raise CacheCorrupt(f"the chunk index of {where} points to chunks that overlap")
     shape = layout.chunks_per_shard
     return ShardIndex(
         np.where(present, offsets, _MISSING).astype(np.int64).reshape(shape),
         np.where(present, lengths, 0).astype(np.int64).reshape(shape),
     )
+
+
+def _overlap(offsets: Array, lengths: Array) -> bool:
+    """Say whether any two chunks, given in any order and all inside a file, share a byte."""
+    if (offsets[1:] < offsets[:-1]).any():
+        order = np.argsort(offsets, kind="stable")
+        offsets, lengths = offsets[order], lengths[order]
+    return bool((offsets[1:] < offsets[:-1] + lengths[:-1]).any())

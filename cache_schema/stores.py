@@ -58,6 +58,9 @@ class FeatureStore(ABC):
     def read_index(self, file: OpenFile, array: ArrayLayout, shard: int) -> ShardIndex:
         """Return where the chunks of an array are in an open shard file; raises CacheCorrupt."""
 
+    def check_frame(self, file: OpenFile, shard: int) -> None:  # noqa: B027 -- not every store has one
+        """Raise CacheCorrupt unless an open shard file is, around the features, what this store writes."""
+
     @abstractmethod
     def row_writer(self, root: Path, shard: int, samples: pa.Table) -> contextlib.AbstractContextManager[RowWriter]:
         """Return the writer of one shard; leaving its context removes what was not published."""

@@ -3,6 +3,11 @@
 Source: https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html, section "ustar Interchange Format".
 """
 
+from collections.abc import Iterable
+from typing import Protocol
+
+from cache_schema.errors import CacheCorrupt
+
 BLOCK = 512
 # What an archive's size is a multiple of.
 RECORD = 20 * BLOCK
@@ -38,3 +43,34 @@ def archive_size(members: int) -> int:
 def archive_end(members: int) -> bytes:
     """Return what follows the last of members that take so many bytes."""
     return bytes(archive_size(members) - members)
+
+
+class ReadablePlaces(Protocol):
+    """A file to read at given places."""
+
+    path: str
+    size: int
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes from `offset`; raises CacheCorrupt where the file does not have them."""
+
+
+def check_members(file: ReadablePlaces, members: Iterable[tuple[str, int]]) -> None:
+    """Raise CacheCorrupt unless an archive consists of exactly these members (name and size), one after the other.
+
+    Every byte that is not contents is compared with what `member_header` and the others here write: there is no link,
+    no path, no extension and nothing between or after the members for another reader to fall for.
+    """
+    place = 0
+    for name, size in members:
+        if not 0 <= size <= MAX_MEMBER_BYTES:
+            raise CacheCorrupt(f"{file.path} cannot have a member {name} of {size} bytes")
+        contents = place + BLOCK
+        if file.read(place, BLOCK) != member_header(name, size):
+            raise CacheCorrupt(f"{file.path} does not have the member {name} of {size} bytes at byte {place}")
+        end = contents + padded(size)
+        if any(file.read(contents + size, end - contents - size)):
+            raise CacheCorrupt(f"{file.path} has something after its member {name}")
+        place = end
+    if file.size != archive_size(place) or any(file.read(place, file.size - place)):
+        raise CacheCorrupt(f"{file.path} has something after its last member")

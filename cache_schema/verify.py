@@ -8,13 +8,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from cache_schema import layout
 from cache_schema.damage import how_to_mend
-from cache_schema.errors import CacheCorrupt, CacheError
-from cache_schema.files import crc32c, digest_file, is_aside, read_bounded
-from cache_schema.journal import FileRecord, Kind, Record, committed, read_record, record_name
+from cache_schema.errors import CacheCorrupt, CacheError, printable
+from cache_schema.files import FileDigest, crc32c, digest_file, is_aside, read_bounded
+from cache_schema.images import check_places, check_tar, render_index
+from cache_schema.journal import JOURNAL_FOLDER, FileRecord, Kind, Record, committed, read_record, record_name
 from cache_schema.layout import ArrayLayout
 from cache_schema.manifest import Manifest
 from cache_schema.manifest_file import MANIFEST_NAME, MAX_MANIFEST_BYTES, load_manifest, render_document
@@ -52,7 +54,7 @@ class Problem:
                 names = [repr(name) for name in self.samples]
                 where.append(f"sample {names[0]}" if one else f"samples {names[0]} to {names[1]}")
         place = f" ({', '.join(where)})" if where else ""
-        return f"{self.file}{place}: {self.reason}"
+        return printable(f"{self.file}{place}: {self.reason}")
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,9 @@ def _check_file(
         yield Problem(name, shard, piece.rows, reason)
         return
     try:
-        found = digest_file(path)
+        # A file of the wrong size need not be read, and one with a petabyte of holes could not be.
+        size = path.stat().st_size
+        found = digest_file(path) if size == expected.bytes else FileDigest(size, "")
     except OSError as error:
         yield Problem(name, shard, piece.rows, f"the file cannot be read: {error.strerror}")
         return
@@ -239,6 +243,44 @@ def _check_file(
         yield Problem(name, shard, piece.rows, f"the file has {found.bytes} bytes instead of {expected.bytes}")
     elif found.crc32c != expected.crc32c:
         yield from _locate_damage(path, store, piece, record, name, expected)
+    else:
+        yield from _check_contents(path, store, piece, record, name)
+
+
+def _check_contents(path: Path, store: FeatureStore, piece: Piece, record: Record, name: str) -> Iterator[Problem]:
+    """Say what is wrong with a file that matches its record: whoever altered one may have altered the other."""
+    try:
+        if piece.kind == "features":
+            file = OpenFile(str(path))
+            store.check_frame(file, piece.shard)
+            for array in piece.files[name]:
+                store.read_index(file, array, piece.shard)
+        elif piece.kind == "images" and piece.rows is not None and store.manifest.images is not None:
+            check_tar(OpenFile(str(path)), range(*piece.rows), record.offsets, store.manifest.images.format)
+        elif piece.kind == "layout" and name in (documents := store.documents()):
+            if read_bounded(path, len(documents[name])) != documents[name]:
+                raise CacheCorrupt("this is not the metadata that the manifest implies")
+        elif name == layout.SAMPLES_NAME:
+            check_against_manifest(load_samples(path), store.manifest)
+        elif piece.kind == "calibration":
+            files = {store.calibration_file(known): known for known in layout.all_calibrations(store.manifest)}
+            data = read_bounded(path, store.calibration_size(files[name]))
+            store.parse_calibration(files[name], data, str(path))
+        elif name == layout.IMAGE_INDEX_NAME:
+            _check_index(path.parent.parent, path)
+    except CacheError as error:
+        yield Problem(name, piece.problem_shard, piece.rows, str(error))
+
+
+def _check_index(root: Path, path: Path) -> None:
+    try:
+        records = [read_record(root, *piece) for piece in sorted(committed(root)) if piece[0] == "images"]
+    except CacheCorrupt:
+        # That is reported by itself.
+        return
+    expected = render_index([place for record in records if record is not None for place in record.offsets])
+    if read_bounded(path, len(expected)) != expected:
+        raise CacheCorrupt("this is not where the journal says that the images are")
 
 
 def _locate_damage(
@@ -271,6 +313,7 @@ def damaged_rows(path: Path, store: FeatureStore, record: Record, name: str) -> 
         checksums = record.files[name].piece_checksums()
         if checksums is None or len(checksums) != len(record.offsets):
             raise CacheCorrupt(f"{record_name('images', record.shard)} does not have the checksums of {name}")
+        check_places(np.array(record.offsets, dtype=np.int64).reshape(-1, 2), record_name("images", record.shard))
         pieces = enumerate(zip(record.offsets, checksums.tolist(), strict=True))
         return [row for row, (place, crc) in pieces if crc32c(file.read(*place)) != crc]
     bad: set[int] = set()
@@ -323,3 +366,6 @@ def _strangers(root: Path, known: set[str]) -> Iterator[tuple[str, str]]:
                 yield path, "a file that a writer left behind; resuming the build removes it"
             elif path not in known:
                 yield path, "this file does not belong to the cache"
+            elif path.startswith((MANIFEST_NAME, f"{JOURNAL_FOLDER}/")) and Path(directory, name).is_symlink():
+                # Of the other files, the check against their record says so.
+                yield path, "this is not a plain file"

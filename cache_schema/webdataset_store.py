@@ -6,6 +6,7 @@ any other size is damaged. Samples that the teacher failed on hold zeros and say
 """
 
 import contextlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -64,6 +65,28 @@ class WebDatasetStore(FeatureStore):
         lengths = np.full(shape, chunk, dtype=np.int64)
         offsets[rows:], lengths[rows:] = -1, 0
         return ShardIndex(offsets, lengths)
+
+    def check_frame(self, file: OpenFile, shard: int) -> None:
+        """Raise CacheCorrupt unless a tar has exactly the members of its shard, each with the right .npy header."""
+        rows = layout.rows_of_shard(shard, self.manifest.store.samples_per_shard, self.manifest.dataset.feature_rows)
+        tar.check_members(file, self._members(file, rows))
+
+    def _members(self, file: OpenFile, rows: range) -> Iterator[tuple[str, int]]:
+        for number, row in enumerate(rows):
+            start = number * self._sample_bytes
+            for array in self._arrays:
+                header = npy_header(array.dtype, array.row_shape)
+                if file.read(start + self._starts[array.name] + tar.BLOCK, len(header)) != header:
+                    raise CacheCorrupt(f"{file.path} does not have the .npy header of {array.name} of row {row}")
+                yield f"{row:08d}.{array.name}.npy", _NPY_HEADER + array.row_bytes
+            text = file.read(start + self._sample_bytes - tar.BLOCK, tar.BLOCK).rstrip(b"\0")
+            try:
+                described = json.loads(text)["row"]
+            except (ValueError, RecursionError, KeyError, TypeError):
+                described = None
+            if described != row:
+                raise CacheCorrupt(f"{file.path} does not have the .json of row {row}")
+            yield f"{row:08d}.json", len(text)
 
     @contextlib.contextmanager
     def row_writer(self, root: Path, shard: int, samples: pa.Table) -> Iterator[RowWriter]:
@@ -143,9 +166,10 @@ class _TarRowWriter:
             size = _NPY_HEADER + array.row_bytes
             header = tar.member_header(f"{row:08d}.{array.name}.npy", size)
             self._aside.write(header + npy_header(array.dtype, array.row_shape))
-            chunks = data.reshape(math.prod(array.outer[1:]), -1).view(np.uint8)
-            self._checksums[array.name] += [crc32c(chunk.data) for chunk in chunks]
-            self._aside.write(data.reshape(-1).view(np.uint8).data)
+            for chunk in data.reshape(math.prod(array.outer[1:]), -1).view(np.uint8):
+                checksum = crc32c(chunk.data)
+                self._checksums[array.name].append(checksum)
+                self._aside.write(chunk.data, checksum)
             self._aside.write(tar.padding(size))
         text = canonical_json(description).encode("ascii")
         assert len(text) <= tar.BLOCK

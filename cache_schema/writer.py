@@ -24,13 +24,14 @@ from cache_schema.files import (
     directory_lock,
     is_aside,
     make_directory,
+    refuse_linked_folders,
     storage_errors,
     sweep_aside_files,
     write_file,
     write_new_file,
 )
 from cache_schema.identity import differing_fields
-from cache_schema.images import render_index, write_tar
+from cache_schema.images import MAX_IMAGE_BYTES, render_index, write_tar
 from cache_schema.journal import (
     FailedRow,
     FidelitySums,
@@ -81,6 +82,7 @@ def create_cache(path: str | os.PathLike[str], manifest: Manifest, samples: pa.T
             f"differ in {', '.join(differing_fields(existing, planned))}; choose another directory"
         )
     if not existing.sealed:
+        refuse_linked_folders(root)
         sweep_aside_files(root)
         _establish_layout(root, existing, samples)
     stored = load_samples(root / layout.SAMPLES_NAME)
@@ -88,6 +90,10 @@ def create_cache(path: str | os.PathLike[str], manifest: Manifest, samples: pa.T
         raise CacheMismatch(
             f"cache {root} was begun with other samples: {_first_difference(stored, samples)}; choose another directory"
         )
+    try:
+        check_against_manifest(stored, existing)
+    except CacheError as error:
+        raise CacheCorrupt(f"{root / MANIFEST_NAME} is not that of this cache: {error}") from error
     return CacheWriter(root, existing, stored)
 
 
@@ -287,6 +293,8 @@ class CacheWriter:
         for row, image in zip(rows, images, strict=True):
             if not image:
                 raise CacheError(f"the image of {self._name(row)} is empty")
+            if len(image) > MAX_IMAGE_BYTES:
+                raise CacheError(f"the image of {self._name(row)} is larger than {MAX_IMAGE_BYTES} bytes")
         name = layout.image_file(shard)
         with AsideFile(self.root / name) as aside:
             offsets, checksums = write_tar(aside, rows, images, settings.format)

@@ -3,9 +3,12 @@
 import typer
 
 from cache_schema.cli import run
+from pipeline.commands.annotate import annotate
 from pipeline.commands.build import build
 from pipeline.commands.convert import convert
+from pipeline.commands.estimate import estimate
 from pipeline.commands.inspect import info, verify
+from pipeline.commands.preview import preview
 from pipeline.commands.probe import probe
 from pipeline.commands.refine import refine
 from pipeline.options import DebugOption
@@ -24,7 +27,7 @@ def options(debug: DebugOption = False) -> None:
     """Run a frozen diffusion transformer once per image and timestep, and share what it saw."""
 
 
-for command in (probe, refine, build, convert, info, verify):
+for command in (annotate, estimate, probe, refine, build, convert, info, preview, verify):
     app.command()(command)
 
 

@@ -55,6 +55,20 @@ def decode_with_box(data: bytes, box: Box | None) -> tuple[Image.Image, Box]:
     return rgb, _turn_box(box, rgb.size, turn) if box else upright
 
 
+def box_on_stored_pixels(data: bytes, image: Image.Image, box: Box) -> Box:
+    """Where a box of the upright image that `decode_image` made of `data` lies on the stored pixels (`Sample.box`)."""
+    with Image.open(io.BytesIO(data)) as stored:
+        turn = _UPRIGHT.get(stored.getexif().get(ExifTags.Base.Orientation, 1))
+    if turn is None:
+        return box
+    size = image.size if turn in _KEEPS_SIDES else image.size[::-1]
+    back = {
+        Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90,
+        Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270,
+    }
+    return _turn_box(box, size, back.get(turn, turn))
+
+
 # What must be done to the stored pixels for each value of EXIF's Orientation (EXIF 2.32, 4.6.4 A).
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

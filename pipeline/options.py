@@ -12,6 +12,8 @@ from pipeline.datasets import DatasetOptionError, dataset_names, open_dataset
 from pipeline.presets import preset_for
 
 if TYPE_CHECKING:
+    import torch
+
     from pipeline.datasets.base import Dataset
     from pipeline.teachers.base import Teacher
 
@@ -37,9 +39,22 @@ TrainRatioOption = Annotated[
 SuperclassOption = Annotated[
     str | None, typer.Option(help="Data set folder: the word for what the images show; default object.")
 ]
+AnnotationsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--annotations",
+        help="Boxes and captions to use: the file of dit-cache annotate, or any .parquet, .csv or .jsonl with id or "
+        "file_name, box, caption.",
+    ),
+]
 TeacherOption = Annotated[
     str | None,
-    typer.Option("--teacher", help="Preset (demo, flux-dev, flux-kontext), diffusers folder, or hub repository."),
+    typer.Option(
+        "--teacher",
+        # Written out, as the table of presets comes with torch and --help is to answer at once; a test compares.
+        help="Preset (demo, flux-dev, flux-kontext, flux2-klein, flux2-klein-base, sd35-medium, sd35-large), "
+        "diffusers folder, or hub repository.",
+    ),
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Revision of the hub repository.")]
 DtypeOption = Annotated[
@@ -95,22 +110,24 @@ def open_inputs(
     dataset: str, data: Path | None, teacher: str | None, revision: str | None, lora: Path | None, dtype: Dtype,
     device: str, resolution: int | None, guidance: float, limit: int | None, *,
     train_classes: str | None = None, train_ratio: float | None = None, superclass: str | None = None,
+    annotations: Path | None = None,
 ) -> "tuple[Dataset, Teacher]":  # fmt: skip
     """Open the data set and load the teacher that the options name."""
     # The data set first: a wrong path should not wait for 24 GB of weights.
     opened = open_data(
-        dataset, data, limit, train_classes=train_classes, train_ratio=train_ratio, superclass=superclass
-    )
+        dataset, data, limit,
+        train_classes=train_classes, train_ratio=train_ratio, superclass=superclass, annotations=annotations,
+    )  # fmt: skip
     return opened, open_teacher(dataset, teacher, revision, lora, dtype, device, resolution, guidance)
 
 
 def open_data(
     dataset: str, data: Path | None, limit: int | None, *, train_classes: str | None = None,
-    train_ratio: float | None = None, superclass: str | None = None,
+    train_ratio: float | None = None, superclass: str | None = None, annotations: Path | None = None,
 ) -> "Dataset":  # fmt: skip
-    """Open the data set that the options name."""
+    """Open the data set that the options name, with the boxes and captions of an annotation file if one is given."""
     try:
-        return open_dataset(
+        opened = open_dataset(
             dataset,
             data,
             limit,
@@ -120,16 +137,20 @@ def open_data(
         )
     except DatasetOptionError as error:
         raise typer.BadParameter(str(error)) from None
+    if annotations is None:
+        return opened
+    from pipeline.datasets.annotated import AnnotatedDataset
+
+    annotated = AnnotatedDataset(opened, annotations, partial=limit is not None)
+    typer.echo(
+        f"{annotations}: boxes for {annotated.boxes}, captions for {annotated.captions} of {len(opened.samples)} images"
+    )
+    return annotated
 
 
-def open_teacher(
-    dataset: str, teacher: str | None, revision: str | None, lora: Path | None, dtype: Dtype, device: str,
-    resolution: int | None, guidance: float,
-) -> "Teacher":  # fmt: skip
-    """Load the teacher that the options name, or that of the data set's preset."""
+def choose_device(device: str) -> "torch.device":
+    """The device that --device names; raises DitDistillError if there is none such."""
     import torch
-
-    from pipeline.teachers import load_teacher
 
     try:
         target = torch.device(
@@ -142,13 +163,32 @@ def open_teacher(
     if target.type == "cuda" and target.index is None:
         # One process per GPU, where accelerate or torchrun started several.
         target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    auto = torch.bfloat16 if target.type == "cuda" else torch.float32
+    return target
+
+
+def choose_dtype(dtype: Dtype, device: "torch.device") -> "torch.dtype":
+    """The precision that --dtype names on this device."""
+    import torch
+
+    if dtype is Dtype.auto:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, dtype.value)
+
+
+def open_teacher(
+    dataset: str, teacher: str | None, revision: str | None, lora: Path | None, dtype: Dtype, device: str,
+    resolution: int | None, guidance: float,
+) -> "Teacher":  # fmt: skip
+    """Load the teacher that the options name, or that of the data set's preset."""
+    from pipeline.teachers import load_teacher
+
+    target = choose_device(device)
     return load_teacher(
         teacher or preset_for(dataset).teacher,
         revision=revision,
         lora=lora,
         resolution=resolution,
-        dtype=auto if dtype is Dtype.auto else getattr(torch, dtype.value),
+        dtype=choose_dtype(dtype, target),
         device=str(target),
         guidance=guidance,
     )

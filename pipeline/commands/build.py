@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pipeline.options import (
+    AnnotationsOption,
     DataOption,
     DatasetOption,
     DebugOption,
@@ -66,6 +67,7 @@ def build(
     train_classes: TrainClassesOption = None,
     train_ratio: TrainRatioOption = None,
     superclass: SuperclassOption = None,
+    annotations: AnnotationsOption = None,
     teacher: TeacherOption = None,
     revision: RevisionOption = None,
     lora: Annotated[
@@ -151,8 +153,9 @@ def build(
         samples_per_shard=samples_per_shard,
     )
     opened = open_data(
-        dataset, data, limit, train_classes=train_classes, train_ratio=train_ratio, superclass=superclass
-    )
+        dataset, data, limit,
+        train_classes=train_classes, train_ratio=train_ratio, superclass=superclass, annotations=annotations,
+    )  # fmt: skip
     tolerance = Tolerance(max_bad=bad_share, strict=strict)
     # Before the teacher: a broken image should not wait for 24 GB of weights.
     scanned = scan_for(opened, config, tolerance)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from cache_schema.errors import printable
 from pipeline.commands.build import Compression
 from pipeline.options import DebugOption
 
@@ -41,4 +42,5 @@ def convert(
             samples_per_shard,
             bar.update,
         )
-    typer.echo(f"sealed {target}: {sealed.label} as {sealed.store.kind}, {(sealed.bytes_features or 0) / 1e6:.1f} MB")
+    size = f"{(sealed.bytes_features or 0) / 1e6:.1f} MB"
+    typer.echo(printable(f"sealed {target}: {sealed.label} as {sealed.store.kind}, {size}"))

@@ -1,5 +1,6 @@
 """`dit-cache info` and `dit-cache verify`: what a cache holds, and whether it is intact."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,9 @@ from pipeline.options import DebugOption
 
 def info(
     cache: Annotated[Path, typer.Argument(help="A cache, sealed or not.")],
+    shards: Annotated[
+        bool, typer.Option("--shards", help="Add a table of all shards: what is there, what is missing, how faithful.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the description as JSON, for scripts.")] = False,
     debug: DebugOption = False,
 ) -> None:
@@ -18,11 +22,9 @@ def info(
     from cache_schema.describe import describe, describe_text
 
     if as_json:
-        import json
-
-        typer.echo(json.dumps(describe(cache), indent=2))
+        typer.echo(json.dumps(describe(cache, shards), indent=2))
     else:
-        typer.echo(describe_text(cache))
+        typer.echo(describe_text(cache, shards))
 
 
 def verify(

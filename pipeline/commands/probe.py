@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from pipeline.options import (
+    AnnotationsOption,
     DataOption,
     DatasetOption,
     DebugOption,
@@ -33,6 +34,7 @@ def probe(
     train_classes: TrainClassesOption = None,
     train_ratio: TrainRatioOption = None,
     superclass: SuperclassOption = None,
+    annotations: AnnotationsOption = None,
     teacher: TeacherOption = None,
     revision: RevisionOption = None,
     lora: Annotated[Path | None, typer.Option(help="LoRA of Stage I (folder or file).")] = None,
@@ -61,7 +63,7 @@ def probe(
     """Compare taps and timesteps before caching: retrieval, linear separability, high-frequency ratio of each."""
     opened, loaded = open_inputs(
         dataset, data, teacher, revision, lora, dtype, device, resolution, guidance, limit,
-        train_classes=train_classes, train_ratio=train_ratio, superclass=superclass,
+        train_classes=train_classes, train_ratio=train_ratio, superclass=superclass, annotations=annotations,
     )  # fmt: skip
     from pipeline.probe import ProbeConfig
     from pipeline.probe import probe as run_probe

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from pipeline.options import (
+    AnnotationsOption,
     DataOption,
     DatasetOption,
     DebugOption,
@@ -31,6 +32,7 @@ def refine(
     train_classes: TrainClassesOption = None,
     train_ratio: TrainRatioOption = None,
     superclass: SuperclassOption = None,
+    annotations: AnnotationsOption = None,
     teacher: TeacherOption = None,
     revision: RevisionOption = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the LoRA; default runs/<dataset>/lora.")] = None,
@@ -65,7 +67,7 @@ def refine(
     preset = preset_for(dataset)
     opened, loaded = open_inputs(
         dataset, data, teacher, revision, None, dtype, device, resolution, guidance, limit,
-        train_classes=train_classes, train_ratio=train_ratio, superclass=superclass,
+        train_classes=train_classes, train_ratio=train_ratio, superclass=superclass, annotations=annotations,
     )  # fmt: skip
     from pipeline.refine import RefineConfig
     from pipeline.refine import refine as run_refine

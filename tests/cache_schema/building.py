@@ -32,7 +32,7 @@ from cache_schema.files import digest
 from cache_schema.journal import file_record, read_record, write_record
 from cache_schema.reduction import teacher_shape
 
-# For property tests. `HYPOTHESIS_EXAMPLES=2000 pytest tests/cache_schema` is the thorough, nightly setting.
+# For property tests; `tests/conftest.py` says how the variable is used.
 _EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "60"))
 many_examples = settings(
     max_examples=_EXAMPLES,

@@ -28,6 +28,7 @@ from cache_schema import (
     CacheCorrupt,
     CacheMismatch,
     CacheNotFound,
+    CacheStorageError,
     CacheUnsealed,
     CacheWriter,
     create_cache,
@@ -221,6 +222,19 @@ def test_missing_truncated_and_replaced_files_are_refused_and_mended(copy: Path,
     resume(copy)
     assert tree(copy) == good
     assert verify(copy) == []
+
+
+@pytest.mark.parametrize("name", ["features/hidden/c/1/0/0/0/0", "journal/features-00001.json"])
+def test_a_directory_in_the_place_of_a_file_is_refused_and_never_emptied(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    (copy / name).mkdir()
+    (copy / name / "mine").write_text("kept")
+    assert name in {problem.file for problem in verify(copy)}
+    with pytest.raises(CacheCorrupt, match=r"shard 1, sample 'sample-3' \(row 3\).*" + MENDS):
+        open_cache(copy).read([3])
+    with pytest.raises(CacheStorageError, match=name):
+        repair(copy)
+    assert (copy / name / "mine").read_text() == "kept"
 
 
 def test_what_does_not_belong_is_reported_and_left_alone(copy: Path) -> None:

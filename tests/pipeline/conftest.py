@@ -20,7 +20,9 @@ from pipeline.teachers.pretrain_demo import build_text_encoders
 _SHARED = {
     "cache_building": Path(__file__).parent.parent / "cache_schema/building.py",
     "dataset_layouts": Path(__file__).with_name("layouts.py"),
+    "tiny_teachers": Path(__file__).with_name("tiny_teachers.py"),
     "build_process": Path(__file__).with_name("build_process.py"),
+    "tiny_annotators": Path(__file__).with_name("tiny_annotators.py"),
 }
 for _name in [name for name in _SHARED if name not in sys.modules]:
     _spec = importlib.util.spec_from_file_location(_name, _SHARED[_name])

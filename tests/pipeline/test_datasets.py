@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dataset_layouts import save_image, write_cub, write_lines
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.datasets import DataError, DatasetOptionError, dataset_names, open_dataset, split_counts
@@ -19,7 +19,6 @@ from pipeline.scan import scan_sample
 attributes = st.builds(BirdAttributes, **{name: st.sampled_from(values) for name, values in ATTRIBUTES.items()})
 
 
-@settings(max_examples=25, deadline=None)
 @given(attributes, st.integers(0, 2**31))
 def test_a_scene_is_a_pure_function_of_attributes_and_seed_and_its_box_lies_inside(bird, seed):
     image, box = render_scene(bird, seed)
@@ -43,7 +42,6 @@ def test_the_box_is_where_the_bird_is():
         assert rows.max() <= np.ceil(box[3])
 
 
-@settings(max_examples=50)
 @given(attributes, st.integers(0, 1000))
 def test_a_caption_names_attributes_but_never_the_whole_class(bird, seed):
     caption = describe(bird, np.random.default_rng(seed))
@@ -53,7 +51,6 @@ def test_a_caption_names_attributes_but_never_the_whole_class(bird, seed):
     assert len(caption) < 60
 
 
-@settings(max_examples=10, deadline=None)
 @given(st.integers(0, 1000))
 def test_no_test_combination_is_seen_in_training_with_or_without_a_label(seed):
     train, test, unlabeled = draw_classes(DemoConfig(seed=seed, unlabeled=100))

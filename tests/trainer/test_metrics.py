@@ -44,7 +44,7 @@ problems = st.integers(2, 14).flatmap(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=max(150, settings.default.max_examples))
 @given(problems)
 def test_metrics_equal_their_brute_force_definitions_whatever_the_chunk(problem):
     points, labels, chunk = problem

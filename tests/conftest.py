@@ -1,0 +1,18 @@
+"""How thorough property tests are: quickly by default, `HYPOTHESIS_EXAMPLES=2000` (or `make fuzz`) for a night."""
+
+import os
+
+import pytest
+from hypothesis import settings
+
+# Machines that run several things at once make any deadline a matter of luck.
+settings.register_profile("quick", deadline=None)
+settings.register_profile("nightly", deadline=None, max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "2000")))
+settings.load_profile("nightly" if "HYPOTHESIS_EXAMPLES" in os.environ else "quick")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test that hypothesis gives examples to, so that `-m property` runs these alone."""
+    for item in items:
+        if getattr(getattr(item, "function", None), "is_hypothesis_test", False):
+            item.add_marker("property")
