@@ -6,6 +6,8 @@ EXAMPLES ?= 2000
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH_VENV ?= .venv-bench
+BENCH_READY := $(BENCH_VENV)/.ready
 
 DATASET ?= demo
 DATA ?=
@@ -20,7 +22,7 @@ teacher_option = $(if $(TEACHER),--teacher "$(TEACHER)")
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
-	@echo "  variables: DATASET=demo|cars|cub|dogs|nabirds|folder DATA=/path TEACHER=demo|flux-kontext|/folder|owner/repo PRESET=demo|small|paper"
+	@echo "  variables: DATASET=demo|cars|cub|dogs|nabirds|folder DATA=/path TEACHER=demo|flux-kontext|flux2-klein-base|/folder|owner/repo PRESET=demo|small|paper"
 	@echo "  more options for one step: REFINE=\"--steps 200\" BUILD=\"--timesteps 22,28\" TRAIN=\"--epochs 10\""
 
 setup: $(READY) ## Create the environment (.venv)
@@ -72,8 +74,21 @@ format: $(READY) ## Rewrite the code in the house style
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY) ## Run the benchmarks; tables are written under benchmarks/results
-	$(BIN)/python -m benchmarks
+# The tools to compare with get an environment of their own, since some of them want older versions of what the runtime
+# has. It sees the runtime's packages behind its own, so that torch is not installed twice, and cannot change them: pip
+# touches nothing outside the environment it runs in.
+$(BENCH_READY): $(READY) pyproject.toml
+	$(PYTHON) -m venv --clear $(BENCH_VENV)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$($(BENCH_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/runtime.pth"
+	$(BIN)/python -m pip freeze --exclude-editable | grep -E '^(torch|torchvision|zarr|numcodecs)==' > $(BENCH_VENV)/constraints.txt
+	$(BENCH_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(BENCH_VENV)/bin/python -m pip install --quiet --constraint $(BENCH_VENV)/constraints.txt --editable '.[bench]'
+	@touch $@
+
+bench: $(BENCH_READY) ## Run the benchmarks; tables are written under benchmarks/results
+	$(BENCH_VENV)/bin/python -m benchmarks reading writing
+	$(BIN)/python -m benchmarks --except reading,writing
 
 clean: ## Remove the environment and everything made by the demo
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(BENCH_VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

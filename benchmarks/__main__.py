@@ -1,5 +1,6 @@
-"""`python -m benchmarks [names]`: the named benchmarks, or all, one after the other, each in a process of its own."""
+"""`python -m benchmarks [names] [--except names]`: benchmarks one after the other, each in a process of its own."""
 
+import argparse
 import pkgutil
 import subprocess
 import sys
@@ -7,20 +8,25 @@ from pathlib import Path
 
 
 def names() -> list[str]:
-    """Return the benchmarks: every module beside this one that can be run."""
+    """Return the benchmarks: every module beside this one that has a `main`."""
     folder = Path(__file__).parent
-    found = (module.name for module in pkgutil.iter_modules([str(folder)]))
+    found = [module.name for module in pkgutil.iter_modules([str(folder)]) if module.name != "__main__"]
     return [name for name in found if "\ndef main(" in (folder / f"{name}.py").read_text(encoding="utf-8")]
 
 
-def main(argv: list[str]) -> int:
-    known = [name for name in names() if name != "__main__"]
-    unknown = sorted(set(argv) - set(known))
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names())}; all by default")
+    parser.add_argument("--except", dest="excluded", default="", metavar="NAMES", help="not these, comma-separated")
+    args = parser.parse_args(argv)
+    excluded = [name for name in args.excluded.split(",") if name]
+    unknown = sorted({*args.names, *excluded} - set(names()))
     if unknown:
-        print(f"error: there is no benchmark {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
-        return 2
+        parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(names())}")
     failed = []
-    for name in argv or known:
+    for name in args.names or names():
+        if name in excluded:
+            continue
         print(f"\n## {name}\n", flush=True)
         # What one benchmark leaves in memory or in threads shall not weigh on the next.
         if subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=False).returncode:
@@ -31,4 +37,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

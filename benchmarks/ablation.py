@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+DEMO_CACHE = Path("runs/demo/cache")
 
 PAPER = ["loss.drc_on=ed", "loss.cal=raw", "loss.cal_target=as_trained", "loss.stop_gradient=false",
          "gim.mask_student=0", "loss.alpha=1"]  # fmt: skip
@@ -74,7 +75,7 @@ def table(records: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cache", type=Path, default=Path("runs/demo/cache"))
+    parser.add_argument("--cache", type=Path, help="runs/demo/cache by default, skipped where `make demo` did not run")
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--preset", default="demo")
@@ -83,6 +84,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--name", default="ablation", help="benchmarks/results/NAME.json")
     parser.add_argument("--set", action="append", default=[], help="a setting for every run")
     args = parser.parse_args(argv)
+    if args.cache is None and not (DEMO_CACHE / "manifest.json").exists():
+        print(f"skipped: no cache at {DEMO_CACHE}; run `make demo` first")
+        return
+    args.cache = args.cache or DEMO_CACHE
     if not (args.cache / "manifest.json").exists():
         parser.error(f"no cache at {args.cache}: run `make demo` first, or name one with --cache")
     plan = [(name, seed) for seed in range(args.seeds) for name in args.variants.split(",")]

@@ -189,7 +189,7 @@ WRITERS = [
 ]
 
 READERS = [
-    Reader("litdata, `ds[i]`", "litdata", "litdata", litdata_by_index),
+    Reader("litdata, `ds[i]`", "litdata", "litdata", litdata_by_index, lazy=True),
     Reader("litdata, shuffled iteration", "litdata", "litdata", litdata_shuffled, lazy=True),
     Reader("MosaicML streaming, `ds[i]`", "mosaicml-streaming", "mosaicml-streaming", mds_by_index),
     Reader("tensorstore, one gather into a reused buffer", "tensorstore", "cache", tensorstore_gather),

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import statistics
 import time
 import traceback
@@ -35,15 +36,22 @@ _PRELOAD = ["numpy", "torch", "cache_schema"]
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
-def in_turns(contenders: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+def in_turns(
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm_up: int = 1,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
     """Call every contender once per round and return its seconds per call, one figure for every round.
 
-    Whatever disturbs a machine for a while then disturbs all contenders alike. Every other round runs them backwards,
-    so that none always profits from its neighbour. The first `warm_up` rounds are not counted.
+    Whatever disturbs a machine for a while then disturbs all contenders alike. Every round has an order of its own, so
+    that none always profits from its neighbour. The first `warm_up` rounds are not counted; neither is `before`, which
+    runs before every call.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(-warm_up, rounds):
         for name in _order(contenders, turn):
+            before()
             started = time.perf_counter()
             contenders[name]()
             elapsed = time.perf_counter() - started
@@ -130,7 +138,7 @@ def save(name: str, results: Mapping[str, Any]) -> Path:
 
 
 def _order(contenders: Mapping[str, Any], turn: int) -> list[str]:
-    return list(contenders) if turn % 2 == 0 else list(contenders)[::-1]
+    return random.Random(turn).sample(list(contenders), len(contenders))
 
 
 def _serve(line: Connection, prepare: Prepare, least_seconds: float) -> None:

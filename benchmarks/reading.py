@@ -26,7 +26,7 @@ from cache_schema.encoding import Array
 
 WORKLOADS = {"int8": INT8, "bfloat16": BFLOAT16}
 BOUND = "`os.preadv` into a reused buffer (bound)"
-SUBSET = "`cache.read`, one of four timesteps"
+SUBSET = "`cache.read`, one of four timesteps, checksums off"
 
 
 def preadv(folder: Path, workload: Workload) -> Read:
@@ -46,9 +46,19 @@ def preadv(folder: Path, workload: Workload) -> Read:
     return read
 
 
-def reused(folder: Path, workload: Workload, **options: Any) -> Read:
+def unverified(folder: Path, workload: Workload) -> Read:
+    """Read with our reader and check nothing, as all the other tools do."""
+    return reused(folder, workload, verify=False)
+
+
+def verified(folder: Path, workload: Workload) -> Read:
+    """Read with our reader as it is by default: every chunk is compared with its checksum in the journal."""
+    return reused(folder, workload, verify=True)
+
+
+def reused(folder: Path, workload: Workload, verify: bool) -> Read:
     """Read with our reader into memory that is used again, as a loader with pinned memory does."""
-    cache, buffers = open_cache(folder, **options), _Buffers(workload)
+    cache, buffers = open_cache(folder, verify=verify), _Buffers(workload)
 
     def read(rows: Array) -> Batch:
         cache.read(rows, tap=TAP, out=buffers.array(len(rows)))
@@ -59,7 +69,7 @@ def reused(folder: Path, workload: Workload, **options: Any) -> Read:
 
 def fresh(folder: Path, workload: Workload) -> Read:
     """Read with our reader into new memory for every batch."""
-    cache = open_cache(folder)
+    cache = open_cache(folder, verify=False)
 
     def read(rows: Array) -> Batch:
         payload = cache.read(rows, tap=TAP).payload
@@ -70,7 +80,7 @@ def fresh(folder: Path, workload: Workload) -> Read:
 
 def one_timestep(folder: Path, workload: Workload) -> Read:
     """Read the last of the timesteps alone, into memory that is used again."""
-    cache, steps = open_cache(folder), workload.timesteps[-1:]
+    cache, steps = open_cache(folder, verify=False), workload.timesteps[-1:]
     buffers = _Buffers(Workload(workload.kind, workload.tokens, workload.channels, steps))
 
     def read(rows: Array) -> Batch:
@@ -88,8 +98,11 @@ def memory_map(folder: Path, workload: Workload) -> Read:
 
 OURS = [
     Reader(BOUND, "", "cache", preadv),
-    Reader("`cache.read` into a reused buffer", "dit-distill", "cache", reused),
-    Reader("`cache.read`, fresh memory for every batch", "dit-distill", "cache", fresh),
+    Reader("`cache.read` into a reused buffer, checksums off", "dit-distill", "cache", unverified),
+    Reader("`cache.read` into a reused buffer (default: checksums on)", "dit-distill", "cache", verified),
+    Reader("`cache.read`, WebDataset store, checksums off", "dit-distill", "cache-webdataset", unverified),
+    Reader("`cache.read`, WebDataset store", "dit-distill", "cache-webdataset", verified),
+    Reader("`cache.read`, fresh memory, checksums off", "dit-distill", "cache", fresh),
     Reader(SUBSET, "dit-distill", "cache", one_timestep),
     Reader("NumPy memory map, gathered", "numpy", "cache", memory_map, lazy=True),
 ]
@@ -109,8 +122,9 @@ class _Buffers:
 
 
 def write_stores(place: Path, workload: Workload, samples: int) -> None:
-    """Write the same samples with every installed tool, each into a folder named after its distribution."""
+    """Write the same samples into caches of both kinds, and with every installed tool into a folder of its name."""
     cache = write_cache(place / "cache", workload, samples)
+    write_cache(place / "cache-webdataset", workload, samples, store="webdataset")
     payloads = mapped_payloads(cache, workload)
     for writer in WRITERS:
         if version(writer.distribution):
@@ -150,7 +164,7 @@ def bytes_from_files(place: Path, workload: Workload, samples: int, batch: int) 
     """Return, for whole samples and for one timestep, the bytes read by system calls per byte asked for."""
     rows = np.random.default_rng(2).permutation(samples)[:batch]
     shares = {}
-    for name, open_reader, parts in (("whole samples", reused, 1), ("one timestep", one_timestep, 4)):
+    for name, open_reader, parts in (("whole samples", unverified, 1), ("one timestep", one_timestep, 4)):
         read = open_reader(place / "cache", workload)
         read(rows)
         before = _bytes_read()

@@ -21,9 +21,10 @@ from cache_schema import (
 )
 from cache_schema.codec import load_codec
 from cache_schema.encoding import Array
-from cache_schema.layout import PAYLOAD_DTYPES
+from cache_schema.layout import PAYLOAD_DTYPES, feature_layouts
 from cache_schema.plan import plan_manifest
 from cache_schema.samples import fingerprint_samples, samples_table
+from cache_schema.stores import store_of
 
 TAP = "hidden"
 CALIBRATION_ROWS = 4
@@ -141,12 +142,11 @@ def encoded_features(folder: Path, workload: Workload, row: int) -> Array:
 def mapped_payloads(folder: Path, workload: Workload) -> list[Array]:
     """Return one read-only memory map (T, L, C) per row of an uncompressed Zarr cache with one view."""
     manifest = open_cache(folder).manifest
-    store = manifest.store
+    layout = next(array for array in feature_layouts(manifest, manifest.taps[0]) if array.part == "payload")
     rows: list[Array] = []
-    for shard in range(store.feature_shards):
-        count = min(store.samples_per_shard, manifest.dataset.feature_rows - len(rows))
+    for shard in range(manifest.store.feature_shards):
+        count = min(layout.samples_per_shard, manifest.dataset.feature_rows - len(rows))
         shape = (count, *workload.shape)
-        rows.extend(
-            np.memmap(folder / f"features/{TAP}/c/{shard}/0/0/0/0", dtype=workload.dtype, mode="r", shape=shape)
-        )
+        path = folder / store_of(manifest).array_file(layout, shard)
+        rows.extend(np.memmap(path, dtype=workload.dtype, mode="r", shape=shape))
     return rows

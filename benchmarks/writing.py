@@ -11,21 +11,25 @@ import cProfile
 import functools
 import os
 import pstats
+import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.alternatives import WRITERS, Writer
 from benchmarks.measure import in_turns, save, table, version
-from benchmarks.synthetic import INT8, TAP, Workload, begin_cache, features, mapped_payloads
+from benchmarks.synthetic import INT8, TAP, Workload, begin_cache, features, mapped_payloads, plan
 from cache_schema import CacheWriter
 from cache_schema.encoding import Array
 
 FLOAT32 = Workload("float32", tokens=INT8.tokens, channels=INT8.channels)
 WORKLOADS = {"float32": FLOAT32, "int8": INT8}
-BOUND = "plain sequential write, an fsync per file (bound)"
+BOUND = "plain sequential write, 64 kB at a time (bound)"
+WHOLE = "plain sequential write, a sample at a time"
 OURS = "`CacheWriter.write_shard` of ready features"
 
 # Where the time of a shard goes: what is done → the functions, by file and name, that do it and nothing else.
@@ -39,13 +43,15 @@ PARTS = {
 }
 
 
-def write_plain(folder: Path, samples: Sequence[Array], per_file: int) -> None:
-    """Write samples one after the other, `per_file` in each file, and flush every file once."""
+def write_plain(folder: Path, samples: Sequence[Array], per_file: int, block: int) -> None:
+    """Write samples one after the other, `per_file` in each file and `block` bytes at once; flush every file once."""
     folder.mkdir()
     for start in range(0, len(samples), per_file):
         with (folder / str(start)).open("wb", buffering=0) as file:
             for sample in samples[start : start + per_file]:
-                file.write(sample.data)
+                data = memoryview(sample).cast("B")
+                for begin in range(0, len(data), block):
+                    file.write(data[begin : begin + block])
             os.fsync(file.fileno())
 
 
@@ -66,54 +72,56 @@ def write_and_flush(tool: Writer, folder: Path, workload: Workload, samples: Seq
 
 
 class _Places:
-    """Fresh folders, each thrown away before the next one is asked for; begun caches are made before they are timed."""
+    """A folder and a begun cache that are new for every call, made outside of what is timed."""
 
-    def __init__(self, root: Path, workload: Workload, samples: int, rounds: int) -> None:
-        self.root, self._count, self._last = root, 0, root / "nothing"
-        self._caches = [begin_cache(root / f"cache-{i}", workload, samples) for i in range(rounds)]
+    def __init__(self, root: Path, workload: Workload, samples: int) -> None:
+        self._root, self._workload, self._samples = root, workload, samples
+        self.folder = root / "tool"
+        self._ballast = np.zeros(2 * workload.sample_bytes, np.uint8)
 
-    def folder(self) -> Path:
-        self._count += 1
-        return self.root / f"tool-{self._count}"
-
-    def cache(self) -> CacheWriter:
-        return self._caches.pop()
+    def renew(self) -> None:
+        """Throw away what the call before has written, so that every call finds the same disk and free memory."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self._root / "cache", ignore_errors=True)
+        self.cache = begin_cache(self._root / "cache", self._workload, self._samples)
+        # A virtual machine's host gives page-cache memory only when it is first written, which took twelve times as
+        # long as the write itself: a file that is thrown away again leaves memory that the host has given already.
+        write_plain(self.folder, [self._ballast] * self._samples, self._samples, len(self._ballast))
+        shutil.rmtree(self.folder)
 
 
 def measure(workload: Workload, shards: int, rounds: int) -> dict[str, Any]:
     """Measure all writers on one workload; return its figures."""
     with tempfile.TemporaryDirectory(prefix="writing-") as name:
         root = Path(name)
-        model = begin_cache(root / "model", workload, 1 << 20)
-        per_shard = model.manifest.store.samples_per_shard
+        per_shard = plan(workload, 1)[0].store.samples_per_shard
         samples = shards * per_shard
         values = [features(workload, range(k * per_shard, (k + 1) * per_shard)) for k in range(shards)]
         first = begin_cache(root / "first", workload, samples)
-        split = _profile(lambda: write_shards(first, values))
+        write_shards(first, values)
         first.seal()
         payloads = [payload.copy() for payload in mapped_payloads(root / "first", workload)]
-        # One more than the rounds: the first one warms up.
-        places = _Places(root, workload, samples, rounds + 1)
+        places = _Places(root, workload, samples)
         tools = [tool for tool in WRITERS if version(tool.distribution)]
         contenders: dict[str, Callable[[], object]] = {
-            BOUND: lambda: write_plain(places.folder(), payloads, per_shard),
-            OURS: lambda: write_shards(places.cache(), values),
+            BOUND: lambda: write_plain(places.folder, payloads, per_shard, 64 << 10),
+            WHOLE: lambda: write_plain(places.folder, payloads, per_shard, workload.sample_bytes),
+            OURS: lambda: write_shards(places.cache, values),
         }
         for tool in tools:
-            contenders[tool.name] = functools.partial(_call, tool, places, workload, payloads)
-        seconds = in_turns(contenders, rounds)
+            contenders[tool.name] = functools.partial(write_and_flush, tool, places.folder, workload, payloads)
+        seconds = in_turns(contenders, rounds, before=places.renew)
+        places.renew()
+        split = _profile(lambda: write_shards(places.cache, values))
     written = samples * workload.sample_bytes
     rows = [
         {"writer": name, "version": version(distribution) if distribution else None,
          "bytes_per_second": written / statistics.median(seconds[name]) if name in seconds else None}
-        for name, distribution in [(BOUND, ""), (OURS, "dit-distill"), *((t.name, t.distribution) for t in WRITERS)]
+        for name, distribution in [(BOUND, ""), (WHOLE, ""), (OURS, "dit-distill"),
+                                   *((tool.name, tool.distribution) for tool in WRITERS)]
     ]  # fmt: skip
     return {"workload": str(workload), "samples": samples, "files": shards, "rounds": rounds, "writers": rows,
             "seconds_of_write_shard": split}  # fmt: skip
-
-
-def _call(tool: Writer, places: _Places, workload: Workload, payloads: Sequence[Array]) -> None:
-    write_and_flush(tool, places.folder(), workload, payloads)
 
 
 def _profile(work: Callable[[], object]) -> dict[str, float]:

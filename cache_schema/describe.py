@@ -10,12 +10,13 @@ import pyarrow as pa
 
 from cache_schema import fidelity, layout
 from cache_schema.description_text import render_description
+from cache_schema.errors import CacheCorrupt, CacheError
 from cache_schema.journal import Kind, Record, committed_shards, read_record
 from cache_schema.layout import ArrayLayout
 from cache_schema.manifest import Fidelity, Manifest
 from cache_schema.manifest_file import load_manifest
 from cache_schema.reader import local_path
-from cache_schema.samples import count_usable, load_samples
+from cache_schema.samples import check_against_manifest, count_usable, load_samples
 from cache_schema.stores import store_of
 
 
@@ -58,6 +59,8 @@ def describe(path: str | os.PathLike[str], shard_table: bool = False) -> dict[st
         "failed": [item.model_dump() for item in failed],
     }
     if shard_table:
+        if samples is not None:
+            _check_counts(root, samples, manifest)
         description["shard_table"] = list(_shard_table(manifest, samples, records))
     return description
 
@@ -71,6 +74,13 @@ def _samples(root: Path) -> pa.Table | None:
     """The samples table; None where a build died before it wrote it."""
     path = root / layout.SAMPLES_NAME
     return load_samples(path) if path.exists() else None
+
+
+def _check_counts(root: Path, samples: pa.Table, manifest: Manifest) -> None:
+    try:
+        check_against_manifest(samples, manifest)
+    except CacheError as error:
+        raise CacheCorrupt(f"{root / layout.SAMPLES_NAME} is not that of this cache: {error}") from error
 
 
 def _records(root: Path, kind: Kind) -> dict[int, Record]:
@@ -140,7 +150,9 @@ def _shard_table(
         ("features", store.feature_shards, store.samples_per_shard, manifest.dataset.feature_rows),
         ("images", store.image_shards, store.images_per_shard, usable),
     ):
-        for shard in range(total):
+        # Without a table that bears the manifest out, its counts, which could be in the billions, are not believed.
+        honest = samples is not None and rows <= samples.num_rows
+        for shard in range(total) if honest else sorted(records[kind]):
             held = layout.rows_of_shard(shard, per_shard, rows)
             record = records[kind].get(shard)
             entry: dict[str, Any] = {"kind": kind, "shard": shard, "rows": [held.start, held.stop]}

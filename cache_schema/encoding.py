@@ -28,7 +28,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 # The number that the largest value of a token becomes: the largest that the format has.
 _PEAK = {"int8": 127.0, "float8_e4m3": 448.0}
 # Tokens are encoded in blocks of about this many values, so that temporary arrays stay in the processor's caches.
-_BLOCK_VALUES = 1 << 19
+_BLOCK_VALUES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ def encode(kind: EncodingKind, values: FloatArray, channel: Array | None = None)
             raise InvalidFeatures(f"{kind} needs a channel calibration")
         return _encode_scaled(kind, values, channel)
     if kind == "float32":
+        if values.dtype == np.dtype("<f4"):
+            return Encoded(values)
         with np.errstate(over="ignore"):
             payload = values.astype("<f4")
         return Encoded(_in_range(payload, kind, payload))
@@ -130,9 +132,9 @@ def _encode_scaled(kind: EncodingKind, values: FloatArray, channel: Array) -> En
 
 
 def _scale_tokens(tokens: FloatArray, inverse: Array, largest: float) -> tuple[Array, Array]:
-    """Return tokens (L, C) scaled into [-largest, largest], and their scales (L,); each token's peak is there."""
+    """Return tokens (L, C) divided by their scales (L,), which make `largest`, up to rounding, of each token's peak."""
     with np.errstate(over="ignore", invalid="ignore"):
-        calibrated = tokens.astype(np.float32) * inverse
+        calibrated = np.multiply(tokens, inverse, dtype=np.float32, casting="same_kind")
     peak = np.maximum(calibrated.max(axis=1), -calibrated.min(axis=1))
     if not np.isfinite(peak).all():
         raise InvalidFeatures("a value is beyond the range of its channel's calibration; calibrate on more samples")
@@ -141,17 +143,19 @@ def _scale_tokens(tokens: FloatArray, inverse: Array, largest: float) -> tuple[A
     divisor = np.where(scale > np.finfo(np.float32).tiny, scale, np.float32(np.inf))
     scale = np.where(np.isinf(divisor), np.float32(0), scale)
     np.divide(calibrated, divisor[:, None], out=calibrated)
-    np.clip(calibrated, -largest, largest, out=calibrated)
     return calibrated, scale
 
 
 def _to_int8(scaled: Array) -> Array:
+    # The division may end a little above the largest value; rounding takes that away.
     return np.rint(scaled, out=scaled).astype(np.int8)
 
 
 def _to_float8(scaled: Array) -> Array:
     import torch
 
+    largest = _PEAK["float8_e4m3"]
+    np.clip(scaled, -largest, largest, out=scaled)
     return torch.from_numpy(scaled).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 

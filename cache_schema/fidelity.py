@@ -8,37 +8,44 @@ import math
 import numpy as np
 
 from cache_schema.encoding import Array, FloatArray
-from cache_schema.errors import LowFidelity
+from cache_schema.errors import CacheCorrupt, LowFidelity
 from cache_schema.journal import FidelitySums
 from cache_schema.manifest import Fidelity
 
 # Samples measured per shard: enough over all shards, and cheap beside encoding the rest.
 MEASURED_SAMPLES = 2
+# Tokens are compared in blocks of about this many values, so that their float64 copies stay in the processor's caches.
+_BLOCK_VALUES = 1 << 15
 
 
 def measure(tap: str, timestep: int, original: FloatArray, decoded: Array) -> FidelitySums:
     """Compare features (n, L, C) of one tap and timestep with what came back from their encoding."""
-    x, y = original.astype(np.float64), decoded.astype(np.float64)
-    xx, yy, xy = (x * x).sum(axis=-1), (y * y).sum(axis=-1), (x * y).sum(axis=-1)  # (n, L)
+    C = original.shape[-1]
+    x, y = original.reshape(-1, C), decoded.reshape(-1, C)
+    xx, yy, xy = np.empty((3, len(x)))  # per token
+    channel_energy, channel_error = np.zeros((2, C))
+    step = max(1, _BLOCK_VALUES // C)
+    for start in range(0, len(x), step):
+        block = slice(start, start + step)
+        a, b = x[block].astype(np.float64), y[block].astype(np.float64)
+        for products, left, right in ((xx, a, a), (yy, b, b), (xy, a, b)):
+            products[block] = np.einsum("lc,lc->l", left, right)
+        channel_energy += np.einsum("lc,lc->c", a, a)
+        b -= a
+        channel_error += np.einsum("lc,lc->c", b, b)
     norm = np.sqrt(xx) * np.sqrt(yy)
     both_zero = (xx == 0) & (yy == 0)
     cosine = np.where(both_zero, 1.0, np.divide(xy, norm, out=np.zeros_like(xy), where=norm > 0))
     cosine = np.minimum(cosine, 1.0)
-    squared_error = np.square(x - y)
-    channel_energy = (x * x).sum(axis=(0, 1))  # (C,)
-    channel_loss = np.divide(
-        squared_error.sum(axis=(0, 1)),
-        channel_energy,
-        out=np.zeros_like(channel_energy),
-        where=channel_energy > 0,
-    )
+    heard = channel_energy > 0
+    channel_loss = np.divide(channel_error, channel_energy, out=np.zeros_like(channel_energy), where=heard)
     return FidelitySums(
         tap=tap,
         timestep=timestep,
         tokens=cosine.size,
         cosine_sum=float(cosine.sum()),
         cosine_min=float(cosine.min()),
-        squared_error=float(squared_error.sum()),
+        squared_error=float(channel_error.sum()),
         energy=float(xx.sum()),
         channel_error=float(channel_loss.mean()),
     )
@@ -67,18 +74,26 @@ def _combine_group(tap: str, timestep: int, group: list[FidelitySums]) -> Fideli
 
 
 def merge(sums: list[FidelitySums]) -> list[Fidelity]:
-    """Return the figures of all shards together, one per (tap, timestep), in the order of first appearance."""
-    return [
-        Fidelity(
-            tap=item.tap,
-            timestep=item.timestep,
-            cosine_mean=item.cosine_sum / item.tokens,
-            cosine_min=item.cosine_min,
-            relative_error=math.sqrt(item.squared_error / item.energy) if item.energy > 0 else 0.0,
-            channel_error=math.sqrt(item.channel_error),
-        )
-        for item in combine(sums)
-    ]
+    """Return the figures of all shards together, one per (tap, timestep), in the order of first appearance.
+
+    Raises CacheCorrupt where the sums, each valid, are none that any features have together.
+    """
+    try:
+        return [_figures(item) for item in combine(sums)]
+    except (OverflowError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CacheCorrupt(f"what the journal says about fidelity cannot have been measured: {reason}") from error
+
+
+def _figures(item: FidelitySums) -> Fidelity:
+    return Fidelity(
+        tap=item.tap,
+        timestep=item.timestep,
+        cosine_mean=item.cosine_sum / item.tokens,
+        cosine_min=item.cosine_min,
+        relative_error=math.sqrt(item.squared_error / item.energy) if item.energy > 0 else 0.0,
+        channel_error=math.sqrt(item.channel_error),
+    )
 
 
 def require_cosine(figures: list[Fidelity], min_cosine: float, cache: str, tolerance: float = 1.0) -> None:

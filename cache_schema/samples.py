@@ -116,6 +116,8 @@ def check_samples(table: pa.Table) -> None:
         repeated = pc.value_counts(table["id"]).to_pylist()
         name = next(item["values"] for item in repeated if item["counts"] > 1)
         raise CacheError(f"the samples table has the id {name!r} more than once")
+    if not pc.all(pc.is_finite(pc.list_flatten(table["box"]))).as_py() and table["box"].null_count < table.num_rows:
+        raise CacheError("the samples table has a box that is not made of finite numbers")
     for column, allowed in (("split", SPLITS), ("state", STATES)):
         unknown = set(pc.unique(table[column]).to_pylist()) - set(allowed)
         if unknown:

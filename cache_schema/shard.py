@@ -39,8 +39,10 @@ class ShardWriter:
             plain = self.layout.compression == "none"
             piece: Bytes = chunk.view(np.uint8).data if plain else compress(chunk, self.layout.compression)
             self._places.append((self.file.size, len(piece)))
-            self.piece_crc32c.append(crc32c(piece))
-            self.file.write(piece)
+            checksum = crc32c(piece)
+            self.piece_crc32c.append(checksum)
+            # For sizes that differ from piece to piece, combining checksums would cost more than computing them again.
+            self.file.write(piece, checksum if plain else None)
 
     def skip_row(self) -> None:
         """Mark the chunks of one sample as missing."""

@@ -166,9 +166,10 @@ class _TarRowWriter:
             size = _NPY_HEADER + array.row_bytes
             header = tar.member_header(f"{row:08d}.{array.name}.npy", size)
             self._aside.write(header + npy_header(array.dtype, array.row_shape))
-            chunks = data.reshape(math.prod(array.outer[1:]), -1).view(np.uint8)
-            self._checksums[array.name] += [crc32c(chunk.data) for chunk in chunks]
-            self._aside.write(data.reshape(-1).view(np.uint8).data)
+            for chunk in data.reshape(math.prod(array.outer[1:]), -1).view(np.uint8):
+                checksum = crc32c(chunk.data)
+                self._checksums[array.name].append(checksum)
+                self._aside.write(chunk.data, checksum)
             self._aside.write(tar.padding(size))
         text = canonical_json(description).encode("ascii")
         assert len(text) <= tar.BLOCK

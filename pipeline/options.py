@@ -49,7 +49,12 @@ AnnotationsOption = Annotated[
 ]
 TeacherOption = Annotated[
     str | None,
-    typer.Option("--teacher", help="Preset (demo, flux-dev, flux-kontext), diffusers folder, or hub repository."),
+    typer.Option(
+        "--teacher",
+        # Written out, as the table of presets comes with torch and --help is to answer at once; a test compares.
+        help="Preset (demo, flux-dev, flux-kontext, flux2-klein, flux2-klein-base, sd35-medium, sd35-large), "
+        "diffusers folder, or hub repository.",
+    ),
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Revision of the hub repository.")]
 DtypeOption = Annotated[

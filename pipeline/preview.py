@@ -133,7 +133,8 @@ def _block(cache: Cache, row: int, colours: Mapping[str, TokenColours]) -> Sampl
     if sample["box"] and sample["width"] and sample["height"]:
         size = (sample["width"], sample["height"]) * 2
         x0, y0, x1, y1 = (min(max(value / side, 0.0), 1.0) for value, side in zip(sample["box"], size, strict=True))
-        box = (x0, y0, x1, y1)
+        # One that lies outside of the image leaves nothing to draw.
+        box = (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
     label = f"class {sample['label']}" if sample["label"] >= 0 else "no label"
     return SampleBlock(
         heading=sample["id"],
@@ -183,7 +184,11 @@ def _student_image(cache: Cache, row: int) -> tuple[Image.Image | None, str]:
     except CacheUnsealed:
         return None, "image not built yet"
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB"), ""
+        image = Image.open(io.BytesIO(data))
+        if max(image.size) > cache.manifest.images.size:
+            # Decoding it could take any amount of memory.
+            return None, "image is larger than the manifest says"
+        return image.convert("RGB"), ""
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None, "image cannot be decoded"
 

@@ -6,6 +6,8 @@ from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from cache_schema.errors import printable
+
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Box = tuple[float, float, float, float]
 
@@ -87,13 +89,15 @@ def draw_page(title: str, panels: Sequence[Image.Image], legend: str) -> Image.I
 def wrap(text: str, width: int, size: int) -> list[str]:
     """Break text into lines of at most `width` pixels, between words where that is possible."""
     lines: list[str] = []
-    for word in text.split():
+    for word in printable(" ".join(text.split())).split(" "):
         joined = f"{lines[-1]} {word}" if lines else word
         if lines and _length(joined, size) <= width:
             lines[-1] = joined
             continue
         while _length(word, size) > width:
-            fit = max(1, next(n for n in range(len(word), 0, -1) if n == 1 or _length(word[:n], size) <= width))
+            fit = max(
+                1, next(n for n in range(min(len(word), width), 0, -1) if n == 1 or _length(word[:n], size) <= width)
+            )
             lines.append(word[:fit])
             word = word[fit:]
         if word:
@@ -113,6 +117,8 @@ def _font(size: int) -> tuple[Font, bool]:
 
 
 def _shown(text: str, greek: bool) -> str:
+    # Control characters make some fonts fail.
+    text = printable(text)
     return text if greek else text.translate(_ASCII).encode("ascii", "replace").decode("ascii")
 
 

@@ -175,7 +175,7 @@ def _features(
     shape = tuple(conditions.object.shape[1:])
     noise = torch.stack([sample_noise(s.id, "canonical", seed, shape) for s in batch])
     clean, context = conditions.object.to(teacher.device), conditions.context.to(teacher.device)
-    level = torch.full((len(batch),), sigma).to(clean)
+    level = torch.full((len(batch),), sigma).to(clean.device)
     text = TextEmbedding(conditions.text.tokens.to(teacher.device), conditions.text.pooled.to(teacher.device))
     return teacher.features(add_noise(clean, noise.to(clean), level), context, level, text, taps)
 

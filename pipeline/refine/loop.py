@@ -162,7 +162,7 @@ class _Run:
             rows = rows_of(config.seed, step, slot, self.slots, config.batch, len(self.train_samples))
             conditions = encode_conditions(teacher, self.dataset, [self.train_samples[r] for r in rows], "canonical")
             noise, sigma = noise_of(config.seed, step, slot, tuple(conditions.object.shape))
-            loss = cdr_loss(teacher, conditions, noise.to(conditions.object), sigma.to(conditions.object))
+            loss = cdr_loss(teacher, conditions, noise.to(conditions.object), sigma.to(teacher.device))
             (loss / config.accumulate).backward()
             total += loss.detach() / config.accumulate
         if self.accelerator.num_processes > 1:

@@ -52,7 +52,7 @@ def encode_held_out(teacher: Teacher, dataset: Dataset, samples: Sequence[Sample
         conditions = encode_conditions(teacher, dataset, part, "canonical")
         shape = tuple(conditions.object.shape[1:])
         noise = torch.stack([sample_noise(s.id, "validation", seed, shape) for s in part]).to(conditions.object)
-        sigma = torch.tensor([(start + i + 0.5) / len(samples) for i in range(len(part))]).to(conditions.object)
+        sigma = torch.tensor([(start + i + 0.5) / len(samples) for i in range(len(part))]).to(conditions.object.device)
         batches.append(HeldOut(conditions, noise, sigma))
     return batches
 

@@ -24,7 +24,7 @@ def reconstruct(
     """The one-step estimate of the clean object: ẑ_O = X_t + σ·E_{O,t}, decoded to uint8 (B, 3, R, R)."""
     shape = tuple(conditions.object.shape[1:])
     noise = torch.stack([sample_noise(s.id, "canonical", seed, shape) for s in samples]).to(conditions.object)
-    level = torch.full((len(samples),), sigma).to(conditions.object)
+    level = torch.full((len(samples),), sigma).to(conditions.object.device)
     noisy = add_noise(conditions.object, noise, level)
     velocity = teacher.predict(noisy, conditions.context, level, conditions.text)
     return teacher.decode_images(noisy + sigma * velocity)

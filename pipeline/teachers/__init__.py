@@ -1,11 +1,23 @@
 """Teachers by name. A new family is one file that fulfils `base.Teacher` and one line in `_FAMILIES`."""
 
-import json
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pipeline.teachers.architecture import FLUX_1, Architecture, read_architecture
+from pipeline.teachers.architecture import (
+    FLUX_1,
+    FLUX_2_KLEIN_4B,
+    SD_3_5_LARGE,
+    SD_3_5_MEDIUM,
+    Architecture,
+    ArchitectureReader,
+    flux2_architecture,
+    flux_architecture,
+    read_architecture,
+    read_classes,
+    sd3_architecture,
+)
 from pipeline.teachers.base import TapShape, Teacher, TeacherError
 
 if TYPE_CHECKING:
@@ -32,18 +44,30 @@ PRESETS = {
     "demo": TeacherPreset(str(_DEMO_WEIGHTS), 48),
     "flux-dev": TeacherPreset("black-forest-labs/FLUX.1-dev", 512, FLUX_1),
     "flux-kontext": TeacherPreset("black-forest-labs/FLUX.1-Kontext-dev", 512, FLUX_1),
+    "flux2-klein": TeacherPreset("black-forest-labs/FLUX.2-klein-4B", 512, FLUX_2_KLEIN_4B),
+    "flux2-klein-base": TeacherPreset("black-forest-labs/FLUX.2-klein-base-4B", 512, FLUX_2_KLEIN_4B),
+    "sd35-medium": TeacherPreset("stabilityai/stable-diffusion-3.5-medium", 512, SD_3_5_MEDIUM),
+    "sd35-large": TeacherPreset("stabilityai/stable-diffusion-3.5-large", 512, SD_3_5_LARGE),
 }
 _DEFAULT_RESOLUTION = 512
 
 
-def _flux(folder: Path, **options: Any) -> Teacher:
-    from pipeline.teachers.flux import FluxTeacher
+@dataclass(frozen=True)
+class Family:
+    """adapter: module:class, imported when a teacher is loaded. architecture: its shapes, read without importing it."""
 
-    return FluxTeacher(folder, **options)
+    adapter: str
+    architecture: ArchitectureReader
 
 
-# Transformer class named in model_index.json → the adapter that drives it.
-_FAMILIES = {"FluxTransformer2DModel": _flux}
+_FLUX = Family("pipeline.teachers.flux:FluxTeacher", flux_architecture)
+# Pipeline class named in model_index.json → the family that drives its transformer.
+_FAMILIES = {
+    "FluxPipeline": _FLUX,
+    "FluxKontextPipeline": _FLUX,
+    "Flux2KleinPipeline": Family("pipeline.teachers.flux2:Flux2KleinTeacher", flux2_architecture),
+    "StableDiffusion3Pipeline": Family("pipeline.teachers.sd3:StableDiffusion3Teacher", sd3_architecture),
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +93,8 @@ def outline_teacher(spec: str, *, revision: str | None = None, resolution: int |
     side = resolution or (preset.resolution if preset else _DEFAULT_RESOLUTION)
     if preset and preset.architecture:
         return TeacherOutline(spec, side, "published architecture", preset.architecture)
-    found = read_architecture(preset.source if preset else spec, revision)
+    source = preset.source if preset else spec
+    found = read_architecture(source, revision, _family_of(source, revision, named=spec).architecture)
     return TeacherOutline(spec, side, "configuration files", found)
 
 
@@ -102,18 +127,9 @@ def load_teacher(
     _quiet_libraries()
     preset = PRESETS.get(spec)
     folder = locate(preset.source if preset else spec, revision)
-    index_file = folder / "model_index.json"
-    try:
-        transformer_class = json.loads(index_file.read_text(encoding="utf-8"))["transformer"][1]
-    except (ValueError, KeyError, IndexError, TypeError):
-        raise TeacherError(
-            f"teacher {spec}: {index_file} names no transformer; it is not a diffusion transformer"
-        ) from None
-    if transformer_class not in _FAMILIES:
-        raise TeacherError(
-            f"teacher {spec}: no adapter for {transformer_class}; known are {', '.join(sorted(_FAMILIES))}"
-        )
-    return _FAMILIES[transformer_class](
+    module, _, name = _family_of(str(folder), None, named=spec).adapter.partition(":")
+    adapter = getattr(import_module(module), name)
+    return adapter(
         folder,
         source=spec,
         revision=revision,
@@ -123,3 +139,14 @@ def load_teacher(
         guidance=guidance,
         lora=lora,
     )
+
+
+def _family_of(spec: str, revision: str | None, named: str) -> Family:
+    """The family of a diffusers folder or hub repository; named: what the user called it."""
+    pipeline_class, transformer_class = read_classes(spec, revision)
+    if pipeline_class not in _FAMILIES:
+        raise TeacherError(
+            f"teacher {named}: no adapter for {pipeline_class} with {transformer_class}; "
+            f"known are {', '.join(sorted(_FAMILIES))}"
+        )
+    return _FAMILIES[pipeline_class]

@@ -1,11 +1,10 @@
 """What a teacher's configuration alone says: token counts and channels, without a single weight."""
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.teachers.base import TapShape, TeacherError
 
@@ -13,101 +12,127 @@ _INDEX = "model_index.json"
 _CONFIGS = ("transformer/config.json", "vae/config.json")
 
 
-class Architecture(Protocol):
-    """The shapes of a teacher of one family. source: its name in messages."""
+@dataclass(frozen=True)
+class Architecture:
+    """The shapes of one diffusion transformer and its VAE.
+
+    latent_channels: of packed latents (2×2 patches). blocks: (kind, count), in the order in which they run; a tap
+    `kind.N` reads the N-th of its kind. vae_factor: pixels per latent, per side. max_columns: where the positional
+    table ends, for families that put two views side by side.
+    """
 
     family: str
-
-    def tap_shape(self, tap: str, resolution: int, source: str) -> TapShape:
-        """Shape of a tap at a resolution in pixels; raises TeacherError for an unknown tap or a resolution that does
-        not fit."""
-        ...
-
-
-@dataclass(frozen=True)
-class FluxArchitecture:
-    """FLUX.1. in_channels, out_channels: of packed latents (2×2 patches); vae_factor: pixels per latent, per side."""
-
-    in_channels: int
-    out_channels: int
+    latent_channels: int
     hidden_channels: int
-    double_blocks: int
-    single_blocks: int
-    vae_factor: int
-
-    family = "flux"
-
-    @classmethod
-    def from_configs(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> "FluxArchitecture":
-        """Read it from the configurations of FluxTransformer2DModel and AutoencoderKL. Raises KeyError, TypeError."""
-        return cls(
-            in_channels=int(transformer["in_channels"]),
-            out_channels=int(transformer.get("out_channels") or transformer["in_channels"]),
-            hidden_channels=int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"]),
-            double_blocks=int(transformer["num_layers"]),
-            single_blocks=int(transformer["num_single_layers"]),
-            vae_factor=2 ** (len(vae["block_out_channels"]) - 1),
-        )
+    blocks: tuple[tuple[str, int], ...]
+    vae_factor: int = 8
+    max_columns: int | None = None
 
     def grid(self, resolution: int, source: str) -> tuple[int, int]:
-        """Rows and columns of object tokens: each covers 2 × 2 latents."""
+        """Rows and columns of object tokens, each 2 × 2 latents; raises TeacherError if the resolution does not fit.
+
+        source: the teacher's name in messages, here and below.
+        """
         unit = 2 * self.vae_factor
         if resolution < unit or resolution % unit:
             raise TeacherError(f"resolution {resolution} must be a multiple of {unit} for the teacher {source}")
-        return resolution // unit, resolution // unit
+        side = resolution // unit
+        if self.max_columns is not None and 2 * side > self.max_columns:
+            raise TeacherError(
+                f"resolution {resolution}: two views side by side are {2 * side} tokens wide, and the positional table "
+                f"of the teacher {source} ends at {self.max_columns}; use at most "
+                f"--resolution {self.max_columns // 2 * unit}"
+            )
+        return side, side
+
+    def taps(self) -> list[str]:
+        """A tap for every block's output, as `kind.N`."""
+        return [f"{kind}.{n}" for kind, count in self.blocks for n in range(count)]
 
     def tap_shape(self, tap: str, resolution: int, source: str) -> TapShape:
+        """Shape of a tap at a resolution in pixels; raises TeacherError for an unknown tap or such a resolution."""
         grid = self.grid(resolution, source)
         if tap != "velocity":
             self.block(tap, source)
-        channels = self.out_channels if tap == "velocity" else self.hidden_channels
+        channels = self.latent_channels if tap == "velocity" else self.hidden_channels
         return TapShape(tap, grid[0] * grid[1], channels, grid)
 
     def block(self, tap: str, source: str) -> int:
         """Depth of the block whose output a tap reads, counted from the input; raises TeacherError, naming the taps."""
+        taps = self.taps()
         if tap == "hidden":
-            return self.double_blocks + self.single_blocks - 1
-        match = re.fullmatch(r"(double|single)\.(\d+)", tap)
-        if match:
-            count, before = (
-                (self.double_blocks, 0) if match[1] == "double" else (self.single_blocks, self.double_blocks)
-            )
-            if int(match[2]) < count:
-                return before + int(match[2])
-        raise TeacherError(
-            f"the teacher {source} has no tap {tap!r}; it has velocity, hidden, "
-            f"double.0–double.{self.double_blocks - 1} and single.0–single.{self.single_blocks - 1}"
-        )
+            return len(taps) - 1
+        if tap in taps:
+            return taps.index(tap)
+        known = ["velocity", "hidden", *(f"{kind}.0–{kind}.{count - 1}" for kind, count in self.blocks if count)]
+        raise TeacherError(f"the teacher {source} has no tap {tap!r}; it has {', '.join(known[:-1])} and {known[-1]}")
 
 
-# FLUX.1 [dev] and FLUX.1 Kontext [dev] as published: 12 B parameters, 24 heads of 128, VAE with 16 channels.
-FLUX_1 = FluxArchitecture(
-    in_channels=64, out_channels=64, hidden_channels=24 * 128, double_blocks=19, single_blocks=38, vae_factor=8
-)
-
-# Transformer class named in model_index.json → how its configurations are read.
-_READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Architecture]] = {
-    "FluxTransformer2DModel": FluxArchitecture.from_configs,
-}
+# How a family's architecture follows from the configurations of its transformer and its VAE.
+ArchitectureReader = Callable[[Mapping[str, Any], Mapping[str, Any]], Architecture]
 
 
-def read_architecture(spec: str, revision: str | None = None) -> Architecture:
-    """Read the shapes of a diffusers folder or hub repository from three small JSON files.
+def flux_architecture(transformer: Mapping[str, Any], vae: Mapping[str, Any], family: str = "flux") -> Architecture:
+    """Of FluxTransformer2DModel and AutoencoderKL. Raises KeyError, TypeError or ValueError if a number is missing."""
+    return Architecture(
+        family=family,
+        latent_channels=int(transformer.get("out_channels") or transformer["in_channels"]),
+        hidden_channels=int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"]),
+        blocks=(("double", int(transformer["num_layers"])), ("single", int(transformer["num_single_layers"]))),
+        vae_factor=_vae_factor(vae),
+    )
 
-    Raises TeacherError if they are not there, cannot be fetched, or are of no known family.
+
+def flux2_architecture(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Architecture:
+    """Of Flux2Transformer2DModel and AutoencoderKLFlux2, whose configurations use the same words."""
+    return flux_architecture(transformer, vae, family="flux2")
+
+
+def sd3_architecture(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Architecture:
+    """Of SD3Transformer2DModel, which cuts its 2×2 patches itself, and AutoencoderKL."""
+    return Architecture(
+        family="sd3",
+        latent_channels=4 * int(transformer.get("out_channels") or transformer["in_channels"]),
+        hidden_channels=int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"]),
+        blocks=(("block", int(transformer["num_layers"])),),
+        vae_factor=_vae_factor(vae),
+        max_columns=transformer.get("pos_embed_max_size"),
+    )
+
+
+def _vae_factor(vae: Mapping[str, Any]) -> int:
+    return 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+# As published. FLUX.1 [dev] and Kontext [dev]: 12 B parameters, 24 heads of 128. FLUX.2 klein 4B, base or not: 24 heads
+# of 128. Stable Diffusion 3.5 medium and large: heads of 64, as many as there are blocks.
+FLUX_1 = Architecture("flux", 64, 24 * 128, (("double", 19), ("single", 38)))
+FLUX_2_KLEIN_4B = Architecture("flux2", 128, 24 * 128, (("double", 5), ("single", 20)))
+SD_3_5_MEDIUM = Architecture("sd3", 64, 24 * 64, (("block", 24),), max_columns=384)
+SD_3_5_LARGE = Architecture("sd3", 64, 38 * 64, (("block", 38),), max_columns=192)
+
+
+def read_classes(spec: str, revision: str | None = None) -> tuple[str, str]:
+    """Pipeline and transformer class that model_index.json of a diffusers folder or hub repository names.
+
+    Raises TeacherError if it is not there, cannot be fetched, or names no transformer.
     """
     index = _read_json(spec, _INDEX, revision)
     try:
-        transformer_class = str(index["transformer"][1])
+        return str(index["_class_name"]), str(index["transformer"][1])
     except (KeyError, IndexError, TypeError):
         raise TeacherError(
             f"teacher {spec}: {_INDEX} names no transformer; it is not a diffusion transformer"
         ) from None
-    if transformer_class not in _READERS:
-        known = ", ".join(sorted(_READERS))
-        raise TeacherError(f"teacher {spec}: no adapter for {transformer_class}; known are {known}")
+
+
+def read_architecture(spec: str, revision: str | None, read: ArchitectureReader) -> Architecture:
+    """Read the shapes of a diffusers folder or hub repository from two small JSON files.
+
+    Raises TeacherError if they are not there, cannot be fetched, or lack a number.
+    """
     try:
-        return _READERS[transformer_class](*(_read_json(spec, name, revision) for name in _CONFIGS))
+        return read(*(_read_json(spec, name, revision) for name in _CONFIGS))
     except (KeyError, TypeError, ValueError) as error:
         raise TeacherError(
             f"teacher {spec}: {' or '.join(_CONFIGS)} has no usable {error}; save the pipeline with diffusers again"
@@ -142,5 +167,5 @@ def _local_file(spec: str, name: str, revision: str | None) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TeacherError(
             f"teacher {spec}: {name} is not in the local hub cache and could not be downloaded ({reason}); "
-            "give --teacher the path of a diffusers folder, or flux-dev or flux-kontext for the published numbers"
+            "give --teacher the path of a diffusers folder, or a preset, whose published numbers are known"
         ) from None

@@ -17,7 +17,7 @@ class TeacherError(DitDistillError):
 
 @dataclass(frozen=True)
 class TextEmbedding:
-    """Text as the DiT takes it. tokens: (B, S, D); pooled: (B, D_pooled)."""
+    """Text as the DiT takes it. tokens: (B, S, D); pooled: (B, D_pooled), D_pooled = 0 where the DiT takes none."""
 
     tokens: Tensor
     pooled: Tensor

@@ -1,38 +1,24 @@
-"""FLUX.1 (dev, Kontext, and any diffusers folder of that family) as a teacher."""
+"""FLUX.1 (dev, Kontext, and any diffusers folder of that family) as a teacher.
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+The clean context follows the noisy object in one sequence, told apart by the first position axis, as in FLUX Kontext.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import FluxKontextPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
-from pipeline.teachers.architecture import FluxArchitecture
-from pipeline.teachers.base import TapShape, TextEmbedding
-from pipeline.teachers.lora import attach_lora, check_made_for, save_lora
-from pipeline.teachers.weights import component_digest
-from pipeline.views import from_signed, to_signed
+from pipeline.teachers.architecture import Architecture, flux_architecture
+from pipeline.teachers.base import TextEmbedding
+from pipeline.teachers.diffusers_teacher import DiffusersTeacher
 
 # diffusers' own default for FLUX; a tokenizer with a shorter limit has the last word.
 _MAX_TEXT_TOKENS = 512
-
-
-def pack_latents(latents: Tensor) -> Tensor:
-    """(B, C, H, W) → (B, H/2·W/2, 4C): FLUX turns each 2×2 patch into one token."""
-    B, C, H, W = latents.shape
-    patches = latents.reshape(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5)  # B, h, w, C, 2, 2
-    return patches.reshape(B, (H // 2) * (W // 2), 4 * C)
-
-
-def unpack_latents(tokens: Tensor, rows: int, columns: int) -> Tensor:
-    """The inverse: (B, rows·columns, 4C) → (B, C, 2·rows, 2·columns)."""
-    B, _, C4 = tokens.shape
-    patches = tokens.reshape(B, rows, columns, C4 // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return patches.reshape(B, C4 // 4, 2 * rows, 2 * columns)
 
 
 def image_ids(rows: int, columns: int, stream: int = 0) -> Tensor:
@@ -44,70 +30,30 @@ def image_ids(rows: int, columns: int, stream: int = 0) -> Tensor:
     return ids.reshape(rows * columns, 3)
 
 
-class _TapsCaptured(Exception):  # noqa: N818 - control flow, not an error
-    """Leaves the transformer's forward as soon as the deepest tap was read."""
-
-
-class FluxTeacher:
-    """A diffusers folder of the FLUX.1 family behind the `Teacher` protocol.
-
-    folder: a diffusers folder on disk. resolution: side of both views in pixels. guidance: used only where the
-    configuration has guidance embeddings. lora: a LoRA in diffusers' layout, the result of Stage I.
-    Raises TeacherError if the folder is not of this family or the resolution does not fit its VAE.
-    """
+class FluxTeacher(DiffusersTeacher):
+    """A diffusers folder of the FLUX.1 family; options as for `DiffusersTeacher`."""
 
     family = "flux"
-    pipeline_class = "FluxKontextPipeline"
+    pipeline = FluxKontextPipeline
+    components = (
+        "transformer",
+        "vae",
+        "text_encoder",
+        "text_encoder_2",
+        "tokenizer",
+        "tokenizer_2",
+        "scheduler",
+    )
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        resolution: int,
-        source: str | None = None,
-        revision: str | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-        guidance: float = 3.5,
-        lora: Path | None = None,
-    ):
-        self.folder, self.source, self.revision = Path(folder), source or str(folder), revision
-        self.resolution, self.dtype, self.device = resolution, dtype, torch.device(device)
-        self._digests: dict[str, str] = {}  # reading 24 GB takes a minute: once is enough
-        self.pipe = FluxKontextPipeline.from_pretrained(folder, dtype=dtype).to(self.device)
-        self.pipe.set_progress_bar_config(disable=True)
-        self.transformer = self.pipe.transformer.eval().requires_grad_(False)
-        self.vae = self.pipe.vae.eval().requires_grad_(False)
-        for encoder in (self.pipe.text_encoder, self.pipe.text_encoder_2):
-            encoder.eval().requires_grad_(False)
-        self.guidance = guidance if self.transformer.config.guidance_embeds else None
-        self.architecture = FluxArchitecture.from_configs(self.transformer.config, self.vae.config)
-        self.grid = self.architecture.grid(resolution, self.source)
+    def __init__(self, folder: Path, **options: Any):
+        super().__init__(folder, **options)
         self.text_tokens = min(_MAX_TEXT_TOKENS, self.pipe.tokenizer_2.model_max_length)
         object_ids, context_ids = image_ids(*self.grid), image_ids(*self.grid, stream=1)
-        self._object_ids = object_ids.to(self.device, dtype)
-        self._both_ids = torch.cat([object_ids, context_ids]).to(self.device, dtype)
-        self.lora = Path(lora) if lora else None
-        if self.lora:
-            check_made_for(self.lora, self.digests()["transformer"], self.source)
-            attach_lora(self.transformer, self.lora)
-
-    def digests(self) -> dict[str, str]:
-        names = (
-            "transformer",
-            "vae",
-            "text_encoder",
-            "text_encoder_2",
-            "tokenizer",
-            "tokenizer_2",
-            "scheduler",
-        )
-        if not self._digests:
-            self._digests = {name: component_digest(self.folder / name) for name in names}
-        return self._digests
+        self._object_ids = object_ids.to(self.device, self.dtype)
+        self._both_ids = torch.cat([object_ids, context_ids]).to(self.device, self.dtype)
 
     def sigmas(self, num_steps: int) -> list[float]:
-        scheduler, config = self.pipe.scheduler, self.pipe.scheduler.config
+        config = self.pipe.scheduler.config
         mu = calculate_shift(
             self.grid[0] * self.grid[1],
             config.get("base_image_seq_len", 256),
@@ -115,10 +61,7 @@ class FluxTeacher:
             config.get("base_shift", 0.5),
             config.get("max_shift", 1.15),
         )
-        retrieve_timesteps(
-            scheduler, num_steps, "cpu", sigmas=np.linspace(1.0, 1 / num_steps, num_steps).tolist(), mu=mu
-        )
-        return [float(s) for s in scheduler.sigmas[:num_steps]]
+        return self._visited_sigmas(sigmas=np.linspace(1.0, 1 / num_steps, num_steps).tolist(), mu=mu)
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextEmbedding:
@@ -127,51 +70,10 @@ class FluxTeacher:
         )
         return TextEmbedding(tokens.to(self.dtype), pooled.to(self.dtype))
 
-    @torch.no_grad()
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        latents = self.vae.encode(to_signed(pixels.to(self.device)).to(self.dtype)).latent_dist.mode()
-        return pack_latents((latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor)
-
-    @torch.no_grad()
-    def decode_images(self, latents: Tensor) -> Tensor:
-        unpacked = unpack_latents(latents, *self.grid).to(self.dtype)
-        pixels = self.vae.decode(unpacked / self.vae.config.scaling_factor + self.vae.config.shift_factor).sample
-        return from_signed(pixels)
-
-    def save_lora(self, folder: Path) -> Path:
-        return save_lora(FluxKontextPipeline, self.transformer, folder)
-
-    def predict(self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding) -> Tensor:
-        # diffusers' models predict ε − z; the method's E_{O,t} estimates z_O − ε.
-        return -self._forward(noisy, context, sigma, text)
-
-    @torch.no_grad()
-    def features(
-        self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding, taps: Sequence[str]
-    ) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        velocity = "velocity" in taps
-        with self._capture([t for t in taps if t != "velocity"], found, leave_early=not velocity):
-            try:
-                out = self._forward(noisy, context, sigma, text)
-            except _TapsCaptured:
-                out = None
-        objects = noisy.shape[1]
-        features = {tap: tokens[:, :objects] for tap, tokens in found.items()}
-        if out is not None:
-            features["velocity"] = -out
-        return {tap: features[tap] for tap in taps}
-
-    def taps(self) -> list[str]:
-        doubles, singles = len(self.transformer.transformer_blocks), len(self.transformer.single_transformer_blocks)
-        blocks = [f"double.{n}" for n in range(doubles)] + [f"single.{n}" for n in range(singles)]
-        return [*blocks[:-1], "hidden", "velocity"]  # hidden is the last block's output
-
-    def tap_shape(self, tap: str) -> TapShape:
-        return self.architecture.tap_shape(tap, self.resolution, self.source)
+    def _read_architecture(self) -> Architecture:
+        return flux_architecture(self.transformer.config, self.vae.config)
 
     def _forward(self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding) -> Tensor:
-        """One step of FluxKontextPipeline: ε − z for the object tokens."""
         tokens = noisy if context is None else torch.cat([noisy, context], dim=1)  # B, L or 2L, C
         guidance = None
         if self.guidance is not None:
@@ -188,28 +90,5 @@ class FluxTeacher:
         )[0]
         return out[:, : noisy.shape[1]]
 
-    def _block(self, tap: str) -> tuple[int, Any]:
-        """(depth, module) whose output a tap reads; depth counts blocks from the input."""
-        depth = self.architecture.block(tap, self.source)
-        return depth, [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks][depth]
-
-    @contextmanager
-    def _capture(self, taps: Sequence[str], found: dict[str, Tensor], leave_early: bool) -> Iterator[None]:
-        """Read image tokens behind blocks with forward hooks; leave after the deepest, so later blocks cost nothing."""
-        blocks = {tap: self._block(tap) for tap in taps}
-        deepest = max((depth for depth, _ in blocks.values()), default=-1)
-
-        def reader(tap: str, depth: int):
-            def hook(_module: Any, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-                found[tap] = output[1]  # (text tokens, image tokens)
-                if leave_early and depth == deepest and len(found) == len(blocks):
-                    raise _TapsCaptured
-
-            return hook
-
-        handles = [m.register_forward_hook(reader(tap, depth)) for tap, (depth, m) in blocks.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _object_tokens(self, output: Any, text: TextEmbedding, with_context: bool) -> Tensor:
+        return output[1][:, : self.grid[0] * self.grid[1]]  # (text tokens, image tokens)

@@ -15,7 +15,7 @@ from pipeline.teachers.base import TeacherError
 
 # What Stage I writes beside the weights.
 RECORD_NAME = "refine.json"
-# Image and text streams of FLUX's double blocks, and the single blocks' shared projections.
+# Image and text streams of joint attention, and the shared projections of FLUX.1's single blocks.
 ATTENTION_PROJECTIONS = (
     "to_q",
     "to_k",
@@ -53,11 +53,28 @@ def check_made_for(path: Path, transformer_digest: str, teacher: str) -> None:
         raise TeacherError(f"LoRA {path} was refined on {name}, not on {teacher}: refine again, or name that teacher")
 
 
+def attention_projections(transformer: Any) -> list[str]:
+    """What the LoRA adapts: the attention projections of a family, as peft names them.
+
+    FLUX.2's single blocks have theirs fused with the MLP's, into one linear layer before attention and one behind it;
+    these are adapted whole, as there is no smaller module.
+    """
+    fused = [
+        name
+        for name, module in transformer.named_modules()
+        if name.endswith((".attn.to_qkv_mlp_proj", ".attn.to_out")) and isinstance(module, torch.nn.Linear)
+    ]
+    return [*ATTENTION_PROJECTIONS, *fused]
+
+
 def add_lora(transformer: Any, rank: int, seed: int) -> list[torch.nn.Parameter]:
     """Attach a fresh LoRA (B = 0, so nothing changes yet) in float32 and return its trainable parameters."""
     torch.manual_seed(seed)
     config = LoraConfig(
-        r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(ATTENTION_PROJECTIONS)
+        r=rank,
+        lora_alpha=rank,
+        init_lora_weights="gaussian",
+        target_modules=attention_projections(transformer),
     )
     transformer.add_adapter(config)
     trainable = [p for p in transformer.parameters() if p.requires_grad]

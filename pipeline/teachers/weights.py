@@ -52,7 +52,7 @@ def component_digest(folder: Path) -> str:
             if isinstance(content, dict):
                 content = {k: v for k, v in content.items() if not k.startswith("_") and k not in _BOOKKEEPING}
             part = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        elif path.suffix in (".safetensors", ".txt", ".model", ".json", ".bin"):
+        elif path.suffix in (".safetensors", ".txt", ".model", ".json", ".jinja", ".bin"):
             part = file_digest(path)
         else:
             continue

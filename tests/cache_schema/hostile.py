@@ -14,7 +14,7 @@ from cache_schema.identity import compute_cache_id
 from cache_schema.manifest_file import manifest_checksum, render_document
 
 READING = ("open", "samples", "read", "images", "verify", "describe")
-COMMANDS = ("dit-cache info", "dit-cache verify", "dit-cache convert")
+COMMANDS = ("dit-cache info", "dit-cache verify", "dit-cache convert", "dit-cache preview")
 EVERYTHING = (*READING, "convert", "resume", *COMMANDS)
 # A tiny cache takes a few megabytes; the most honest thing measured here, 40. What is refused must not take more.
 MEMORY = 400 << 20

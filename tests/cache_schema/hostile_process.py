@@ -20,11 +20,13 @@ import torch  # noqa: F401 -- so that the memory it takes counts as the baseline
 import pipeline.cli
 import pipeline.commands.convert
 import pipeline.commands.inspect
+import pipeline.preview
 from cache_schema import CacheError, create_cache, open_cache
 from cache_schema import cli as command_line
 from cache_schema.convert import convert
 from cache_schema.describe import describe, describe_text
 from cache_schema.manifest_file import load_manifest
+from cache_schema.repair import repair
 from cache_schema.samples import load_samples
 from cache_schema.verify import verify
 
@@ -88,10 +90,12 @@ def operations(root: Path, twin: Path, scratch: Path) -> dict[str, Callable[[], 
         "read": lambda: read(root),
         "images": lambda: images(root),
         "verify": lambda: [str(problem) for problem in verify(root)],
-        "describe": lambda: (describe(root), describe_text(root)),
+        "describe": lambda: (describe(root, True), describe_text(root, True)),
         "convert": lambda: convert(root, scratch / "copy", other_store()),
         "resume": lambda: resume(root, twin),
-        "dit-cache info": lambda: command("info", str(root)),
+        "repair": lambda: [str(mended) for mended in repair(root)],
+        "dit-cache info": lambda: command("info", str(root), "--shards"),
+        "dit-cache preview": lambda: command("preview", str(root), "--random", "2", "-o", str(scratch / "page.png")),
         "dit-cache verify": lambda: command("verify", str(root)),
         "dit-cache convert": lambda: command("convert", str(root), str(scratch / "other"), "--store", "zarr"),
     }

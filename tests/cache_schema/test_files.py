@@ -8,10 +8,15 @@ import threading
 from pathlib import Path
 
 import pytest
+from cache_building import many_examples
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cache_schema import CacheCorrupt, CacheStorageError, files
 from cache_schema.files import (
     AsideFile,
+    combine_crc32c,
+    crc32c,
     digest,
     digest_file,
     directory_lock,
@@ -33,6 +38,26 @@ def test_a_written_file_has_the_digest_that_was_returned(tmp_path: Path) -> None
     assert (written.bytes, written.crc32c) == (9, "e3069283")
     assert written == digest_file(tmp_path / "deep" / "folder" / "file") == digest(b"123456789")
     assert names(tmp_path / "deep" / "folder") == ["file"]
+
+
+@many_examples
+@given(st.lists(st.binary(max_size=300), max_size=6))
+def test_the_checksum_of_pieces_put_together_follows_from_theirs(pieces: list[bytes]) -> None:
+    together = 0
+    for piece in pieces:
+        together = combine_crc32c(together, crc32c(piece), len(piece))
+    assert together == crc32c(b"".join(pieces))
+
+
+def test_a_file_written_with_known_checksums_has_the_digest_of_its_bytes(tmp_path: Path) -> None:
+    with AsideFile(tmp_path / "a") as aside:
+        aside.write(b"head")
+        for piece in (b"x" * 5000, b"y" * 5000):
+            aside.write(piece, crc32c(piece))
+        aside.write(b"tail")
+        written = aside.finish()
+        aside.publish()
+    assert written == digest_file(tmp_path / "a")
 
 
 def test_a_file_that_is_not_published_leaves_nothing(tmp_path: Path) -> None:

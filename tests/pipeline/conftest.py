@@ -23,6 +23,7 @@ from pipeline.teachers.pretrain_demo import build_text_encoders
 _SHARED = {
     "cache_building": Path(__file__).parent.parent / "cache_schema/building.py",
     "dataset_layouts": Path(__file__).with_name("layouts.py"),
+    "tiny_teachers": Path(__file__).with_name("tiny_teachers.py"),
     "build_process": Path(__file__).with_name("build_process.py"),
     "tiny_annotators": Path(__file__).with_name("tiny_annotators.py"),
 }

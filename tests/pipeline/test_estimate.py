@@ -18,7 +18,7 @@ from pipeline.cli import app
 from pipeline.estimate import Demand, TeacherRate, estimate, measure_rate, plan_cache
 from pipeline.estimate_text import estimate_text
 from pipeline.teachers import TeacherError, outline_teacher
-from pipeline.teachers.architecture import FLUX_1, FluxArchitecture
+from pipeline.teachers.architecture import FLUX_1, flux_architecture
 from pipeline.teachers.flux import FluxTeacher
 
 CARS_TRAIN = 8054
@@ -34,7 +34,7 @@ def size_of(found, kind, pool=1, pca=None):
 
 def test_the_published_numbers_are_those_of_the_model_class():
     defaults = {name: p.default for name, p in inspect.signature(FluxTransformer2DModel.__init__).parameters.items()}
-    assert FluxArchitecture.from_configs(defaults, {"block_out_channels": (128, 256, 512, 512)}) == FLUX_1
+    assert flux_architecture(defaults, {"block_out_channels": (128, 256, 512, 512)}) == FLUX_1
 
 
 @pytest.mark.parametrize("tap", ["hidden", "velocity", "double.1", "single.0"])
@@ -57,8 +57,10 @@ def test_an_outline_needs_no_weights(flux_folder, tmp_path):
         (lambda f: (f / "model_index.json").unlink(), "no model_index.json there"),
         (lambda f: (f / "model_index.json").write_text("{}"), "names no transformer"),
         (
-            lambda f: (f / "model_index.json").write_text('{"transformer": ["diffusers", "Other"]}'),
-            "no adapter for Other",
+            lambda f: (f / "model_index.json").write_text(
+                '{"_class_name": "OtherPipeline", "transformer": ["diffusers", "Other"]}'
+            ),
+            "no adapter for OtherPipeline with Other",
         ),
         (lambda f: (f / "vae/config.json").unlink(), "no vae/config.json there"),
         (lambda f: (f / "vae/config.json").write_text("[]"), "is not a JSON object"),

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from pipeline.curriculum import add_noise
 from pipeline.teachers.base import TeacherError
-from pipeline.teachers.flux import FluxTeacher, image_ids, pack_latents, unpack_latents
+from pipeline.teachers.flux import FluxTeacher, image_ids
+from pipeline.teachers.packing import pack_latents, unpack_latents
 from pipeline.teachers.pretrain_demo import TEXT_TOKENS
 
 L = 16  # object tokens of a 32-pixel view: 4 × 4

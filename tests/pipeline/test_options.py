@@ -8,6 +8,7 @@ from cache_schema import open_cache
 from pipeline.cli import app
 from pipeline.datasets import DataError, dataset_names
 from pipeline.options import parse_classes
+from pipeline.teachers import PRESETS
 
 
 def dit_cache(*arguments):
@@ -17,6 +18,11 @@ def dit_cache(*arguments):
 @pytest.mark.parametrize("command", ["build", "refine", "probe"])
 def test_help_lists_every_data_set(command):
     assert f"Data set: {', '.join(dataset_names())}" in dit_cache(command, "--help").output
+
+
+@pytest.mark.parametrize("command", ["build", "refine", "probe"])
+def test_help_lists_every_teacher(command):
+    assert f"Preset ({', '.join(PRESETS)})" in dit_cache(command, "--help").output
 
 
 @pytest.mark.parametrize("command", ["build", "refine", "probe"])

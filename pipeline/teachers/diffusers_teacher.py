@@ -1,0 +1,155 @@
+"""What the families have in common: a diffusers folder, frozen, its blocks read as taps."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from pipeline.teachers.architecture import Architecture
+from pipeline.teachers.base import TapShape, TeacherError, TextEmbedding
+from pipeline.teachers.capture import capture
+from pipeline.teachers.lora import attach_lora, check_made_for, save_lora
+from pipeline.teachers.packing import pack_latents, unpack_latents
+from pipeline.teachers.weights import component_digest
+from pipeline.views import from_signed, to_signed
+
+
+class DiffusersTeacher(ABC):
+    """A diffusers folder behind the `Teacher` protocol; a family adds its text, its positions and one step of its DiT.
+
+    folder: a diffusers folder on disk. resolution: side of both views in pixels. guidance: used only where the
+    configuration has guidance embeddings. lora: a LoRA in diffusers' layout, the result of Stage I.
+    Raises TeacherError if the folder is not of this family or the resolution does not fit its VAE.
+    """
+
+    family: str
+    # diffusers' pipeline class, and those of its components that have a say in the features.
+    pipeline: ClassVar[Any]
+    components: ClassVar[tuple[str, ...]]
+    optional_components: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        resolution: int,
+        source: str | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        guidance: float = 3.5,
+        lora: Path | None = None,
+    ):
+        self.folder, self.source, self.revision = Path(folder), source or str(folder), revision
+        self.resolution, self.dtype, self.device = resolution, dtype, torch.device(device)
+        self.pipeline_class: str = self.pipeline.__name__
+        self._digests: dict[str, str] = {}  # reading 24 GB takes a minute: once is enough
+        self.pipe = self._load_pipeline()
+        self.transformer = self.pipe.transformer
+        self.vae = self.pipe.vae
+        for module in self.pipe.components.values():
+            if isinstance(module, Module):
+                module.eval().requires_grad_(False)
+        self.guidance = guidance if self.transformer.config.get("guidance_embeds") else None
+        self.architecture = self._read_architecture()
+        self.grid = self.architecture.grid(resolution, self.source)
+        self.lora = Path(lora) if lora else None
+        if self.lora:
+            check_made_for(self.lora, self.digests()["transformer"], self.source)
+            attach_lora(self.transformer, self.lora)
+
+    @abstractmethod
+    def sigmas(self, num_steps: int) -> list[float]:
+        """The noise levels the pipeline visits at this resolution."""
+
+    @abstractmethod
+    def encode_text(self, captions: Sequence[str]) -> TextEmbedding:
+        """Captions as the pipeline embeds them."""
+
+    @abstractmethod
+    def _read_architecture(self) -> Architecture:
+        """The shapes that follow from the loaded configurations."""
+
+    @abstractmethod
+    def _forward(self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding) -> Tensor:
+        """One step of the pipeline, without classifier-free guidance: ε − z for the object tokens, packed."""
+
+    @abstractmethod
+    def _object_tokens(self, output: Any, text: TextEmbedding, with_context: bool) -> Tensor:
+        """(B, L, C), the object tokens in what a block returned."""
+
+    def digests(self) -> dict[str, str]:
+        if not self._digests:
+            present = [name for name in self.components if getattr(self.pipe, name) is not None]
+            self._digests = {name: component_digest(self.folder / name) for name in present}
+        return self._digests
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        latents = self.vae.encode(to_signed(pixels.to(self.device)).to(self.dtype)).latent_dist.mode()
+        return self._normalise(pack_latents(latents))
+
+    @torch.no_grad()
+    def decode_images(self, latents: Tensor) -> Tensor:
+        unpacked = unpack_latents(self._denormalise(latents.to(self.dtype)), *self.grid)
+        return from_signed(self.vae.decode(unpacked).sample)
+
+    def save_lora(self, folder: Path) -> Path:
+        return save_lora(self.pipeline, self.transformer, folder)
+
+    def predict(self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding) -> Tensor:
+        # diffusers' models predict ε − z; the method's E_{O,t} estimates z_O − ε.
+        return -self._forward(noisy, context, sigma, text)
+
+    @torch.no_grad()
+    def features(
+        self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding, taps: Sequence[str]
+    ) -> dict[str, Tensor]:
+        depths = {tap: self.architecture.block(tap, self.source) for tap in taps if tap != "velocity"}
+        blocks = [*self.transformer.transformer_blocks, *getattr(self.transformer, "single_transformer_blocks", ())]
+        features: dict[str, Tensor] = {}
+        with capture(blocks, depths, leave_early="velocity" not in taps) as found:
+            features["velocity"] = -self._forward(noisy, context, sigma, text)
+        for tap, output in found.items():
+            features[tap] = self._object_tokens(output, text, context is not None)
+        return {tap: features[tap] for tap in taps}
+
+    def taps(self) -> list[str]:
+        return [*self.architecture.taps()[:-1], "hidden", "velocity"]  # hidden is the last block's output
+
+    def tap_shape(self, tap: str) -> TapShape:
+        return self.architecture.tap_shape(tap, self.resolution, self.source)
+
+    def _normalise(self, tokens: Tensor) -> Tensor:
+        """Packed latents as the VAE gives them → as the DiT expects them."""
+        return (tokens - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def _denormalise(self, tokens: Tensor) -> Tensor:
+        return tokens / self.vae.config.scaling_factor + self.vae.config.shift_factor
+
+    def _visited_sigmas(self, **schedule: Any) -> list[float]:
+        """The sigma list of the folder's own scheduler, without the final 0."""
+        scheduler = self.pipe.scheduler
+        scheduler.set_timesteps(device="cpu", **schedule)
+        return [float(sigma) for sigma in scheduler.sigmas[:-1]]
+
+    def _load_pipeline(self) -> Any:
+        absent = [name for name in self.components if not (self.folder / name).is_dir()]
+        missing = [name for name in absent if name not in self.optional_components]
+        if missing:
+            raise TeacherError(
+                f"teacher {self.source}: {self.pipeline_class} does not work without {' and '.join(missing)}"
+            )
+        try:
+            # diffusers wants to be told what is left out on purpose.
+            pipe = self.pipeline.from_pretrained(self.folder, dtype=self.dtype, **dict.fromkeys(absent))
+        except (OSError, ValueError) as error:
+            raise TeacherError(
+                f"teacher {self.source}: not a complete {self.pipeline_class} folder ({str(error).splitlines()[0]})"
+            ) from None
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to(self.device)

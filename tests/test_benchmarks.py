@@ -1,0 +1,69 @@
+"""The benchmarks run, at a size that measures nothing, with what the runtime environment has."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import alternatives, measure, reading, synthetic
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str, expect: int = 0) -> str:
+    command = [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def rows_of(markdown: str) -> dict[str, list[str]]:
+    """The cells of every table row of a Markdown text, by its first cell."""
+    rows = [line.strip("| ").split(" | ") for line in markdown.splitlines() if line.startswith("| ")]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_every_reader_is_measured_or_said_to_be_missing():
+    small = ["--small", "--samples", "6", "--rounds", "1", "--batch", "3", "--least-seconds", "0.001"]
+    rows = rows_of(run("benchmarks.reading", "--workloads", "int8", *small))
+    for reader in [*reading.OURS, *alternatives.READERS]:
+        cells = rows[reader.name]
+        installed = not reader.distribution or measure.version(reader.distribution) is not None
+        assert (cells[0] == "not installed") == (not installed)
+        assert bool(re.fullmatch(r"[0-9,.]+", cells[1])) == installed
+
+
+def test_every_writer_is_measured_or_said_to_be_missing():
+    rows = rows_of(run("benchmarks.writing", "--small", "--rounds", "1", "--workloads", "int8"))
+    for writer in alternatives.WRITERS:
+        installed = measure.version(writer.distribution) is not None
+        assert (rows[writer.name][0] == "not installed") == (not installed)
+    # Their sum is the time of a shard; the rest must not hide most of it.
+    assert {"encode", "checksum", "write", "fsync", "in all"} <= set(rows)
+
+
+def test_a_reader_that_delivers_other_values_is_not_measured(tmp_path):
+    workload = synthetic.Workload("int8", tokens=4, channels=8)
+    cache = synthetic.write_cache(tmp_path / "cache", workload, 3)
+    wrong = reading.Reader("liar", "", "cache", lambda folder, w: lambda rows: (rows, np.zeros((3, *w.shape), w.dtype)))
+    with pytest.raises(ValueError, match="liar does not deliver what was written"):
+        reading.prepare(wrong, tmp_path, workload, 3, 3)
+    assert cache.is_dir()
+
+
+def test_a_contender_whose_process_fails_is_named():
+    with pytest.raises(RuntimeError, match=r"(?s)broken failed: .*ZeroDivisionError"):
+        measure.in_turns_apart({"broken": _broken}, rounds=1)
+
+
+def _broken() -> dict[str, measure.Work]:
+    return {"way": lambda: 1 / 0}
+
+
+def test_every_benchmark_can_be_named_and_no_other():
+    listed = run("benchmarks", "--help")
+    assert all(name in listed for name in ("reading", "writing", "ablation"))
+    assert "there is no benchmark nonsense" in run("benchmarks", "nonsense", expect=2)
