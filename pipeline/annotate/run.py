@@ -19,7 +19,7 @@ from pipeline.annotate.captioner import STRICTER
 from pipeline.annotate.config import AnnotateConfig
 from pipeline.annotate.models import AnnotateError, ModelFiles, locate_model, release_memory
 from pipeline.annotate.table import counts, read_annotations, write_annotations
-from pipeline.annotate.work import Rows, WorkFolder, check_settings
+from pipeline.annotate.work import Rows, WorkFolder, check_settings, remove_work
 from pipeline.datasets.base import Dataset
 
 _VERSIONED = ("dit-distill", "torch", "torchvision", "transformers", "pillow")
@@ -48,7 +48,7 @@ def annotate(
     if output.exists():
         rows, found = read_annotations(output)
         check_settings(found["settings"], settings, output)
-        WorkFolder(output, settings).remove()
+        remove_work(output)  # a run that was killed at its very end left it
         log(f"{output}: annotated already, {len(rows)} images")
         return rows
     work = WorkFolder(output, settings)
@@ -61,7 +61,7 @@ def annotate(
         release_memory()
     rows = [{"id": s.id, **boxes[i], **captions.get(i, NO_CAPTION)} for i, s in enumerate(dataset.samples)]
     write_annotations(output, rows, _describe_run(settings, models, rows))
-    work.remove()
+    remove_work(output)
     rows, _ = read_annotations(output)
     _report(rows, output, log)
     return rows

@@ -19,7 +19,7 @@ class WorkFolder:
     """
 
     def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
-        self.folder = output.with_name(f"{output.name}.work")
+        self.folder = work_path(output)
         file = self.folder / "settings.json"
         if file.exists():
             check_settings(_load(file), settings, self.folder)
@@ -38,9 +38,15 @@ class WorkFolder:
         name = f"{stage}-{min(rows):08d}-{max(rows):08d}.json"
         write_file(self.folder / name, json.dumps(rows).encode())
 
-    def remove(self) -> None:
-        """Drop the folder, once its rows are in the result."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+
+def work_path(output: Path) -> Path:
+    """Where the unfinished part of `output` is."""
+    return output.with_name(f"{output.name}.work")
+
+
+def remove_work(output: Path) -> None:
+    """Drop the work folder, if there is one, once its rows are in the result."""
+    shutil.rmtree(work_path(output), ignore_errors=True)
 
 
 def check_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: Path) -> None:

@@ -12,7 +12,10 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
 from PIL import Image
 
+from pipeline.annotate.config import AnnotateConfig
+from pipeline.annotate.run import annotate
 from pipeline.datasets.demo import DemoConfig, DemoDataset
+from pipeline.datasets.folder import FolderDataset
 from pipeline.teachers.flux import FluxTeacher
 from pipeline.teachers.pretrain_demo import build_text_encoders
 
@@ -122,3 +125,37 @@ def tiny_dataset() -> DemoDataset:
 def photograph() -> Image.Image:
     rng = np.random.default_rng(3)
     return Image.fromarray(rng.integers(0, 255, (RESOLUTION, RESOLUTION, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="session")
+def bird_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of four photographs; one is turned by EXIF, one is cut short."""
+    return sys.modules["tiny_annotators"].write_birds(tmp_path_factory.mktemp("birds"))
+
+
+@pytest.fixture(scope="session")
+def annotators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    base = tmp_path_factory.mktemp("models")
+    tiny = sys.modules["tiny_annotators"]
+    return {"detector": str(tiny.save_grounding_dino(base / "dino")), "captioner": str(tiny.save_qwen(base / "qwen"))}
+
+
+@pytest.fixture(scope="session")
+def annotate_config(annotators: dict[str, str]) -> AnnotateConfig:
+    return AnnotateConfig(**annotators, max_new_tokens=8, batch=3, save_every=3)
+
+
+@pytest.fixture
+def bird_set(bird_folder: Path) -> FolderDataset:
+    return FolderDataset(bird_folder, superclass="bird")
+
+
+@pytest.fixture(scope="session")
+def finished_annotation(
+    bird_folder: Path, annotate_config: AnnotateConfig, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict], list[str]]:
+    """The file of a run that nothing interrupted, its rows, and what was said; not to be changed."""
+    output = tmp_path_factory.mktemp("finished") / "a.parquet"
+    said: list[str] = []
+    rows = annotate(FolderDataset(bird_folder, superclass="bird"), annotate_config, output, log=said.append)
+    return output, rows, said

@@ -1,8 +1,11 @@
 """Tiny detectors and captioners with random weights, made of the real classes and saved as transformers folders."""
 
+import io
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     BertConfig,
@@ -32,6 +35,8 @@ from transformers import (
 
 from pipeline.teachers.pretrain_demo import byte_level_clip_tokenizer
 
+BIRD_CLASSES = ("Yellow Warbler", "House Wren")
+_ORIENTATION = 0x0112
 _QWEN_SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
     "<|video_pad|>", "<image>",
@@ -163,3 +168,23 @@ def save_llava(folder: Path, with_template: bool = True) -> Path:
         chat_template=_TEMPLATE.replace("IMAGE", "<image>") if with_template else None,
     ).save_pretrained(folder)
     return folder
+
+
+def photograph(width: int, height: int, seed: int, orientation: int = 1) -> bytes:
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[_ORIENTATION] = orientation
+    stream = io.BytesIO()
+    image.save(stream, "PNG", exif=exif)
+    return stream.getvalue()
+
+
+def write_birds(root: Path) -> Path:
+    """Two classes of four photographs; one is turned by EXIF, one is cut short."""
+    for k, name in enumerate(BIRD_CLASSES):
+        (root / name).mkdir()
+        for i in range(4):
+            data = photograph(60 + 10 * i, 50, 10 * k + i, orientation=6 if (k, i) == (0, 1) else 1)
+            (root / name / f"{i}.png").write_bytes(data[:200] if (k, i) == (1, 2) else data)
+    return root
