@@ -1,7 +1,9 @@
 """From what the teacher computed of a sample to the arrays that a shard stores of it, and what that loses."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Union
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar, Union
 
 import numpy as np
 
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
     import torch
 
 Features = Union["torch.Tensor", np.ndarray]
+Row = TypeVar("Row")
+
+_THREADS = 2
+# Encoded rows that wait for the disk at most.
+_AHEAD = 4
 
 
 class RowEncoder:
@@ -26,44 +33,64 @@ class RowEncoder:
         self._manifest = manifest
         self._codecs = codecs
         # For every tap, what is to be preserved and what comes back, (V, T, L, C_teacher) each.
-        self._measured: dict[str, list[tuple[FloatArray, Array]]] = {tap.name: [] for tap in manifest.taps}
+        self._measured: dict[str, dict[int, tuple[FloatArray, Array]]] = {tap.name: {} for tap in manifest.taps}
 
-    def encode(self, features: Mapping[str, FloatArray], who: str) -> dict[str, Array]:
+    def encode(self, features: Mapping[str, FloatArray], who: str, place: int) -> dict[str, Array]:
         """Return the stored arrays (V, T, *inner) of a sample by name, from features (V, T, L, C) of every tap.
 
-        Raises InvalidFeatures, naming the tap and `who` the sample is, for NaN, infinities and values beyond the
-        encoding's range.
+        `place` counts the samples of the shard from 0; they may be encoded in any order and by several threads. Raises
+        InvalidFeatures, naming the tap and `who` the sample is, for NaN, infinities and values beyond the encoding's
+        range.
         """
         parts: dict[str, Array] = {}
         for tap in self._manifest.taps:
-            parts |= self._encode_tap(tap, features[tap.name], who)
+            parts |= self._encode_tap(tap, features[tap.name], who, place)
         return parts
 
     def fidelity(self) -> list[FidelitySums]:
         """Return what the samples so far lost, for every tap and timestep; nothing if there were none."""
         sums = []
         for tap in self._manifest.taps:
-            pairs = self._measured[tap.name]
+            pairs = [pair for _, pair in sorted(self._measured[tap.name].items())]
             for t, timestep in enumerate(self._manifest.curriculum.timesteps if pairs else []):
                 original, decoded = (np.concatenate([pair[which][:, t] for pair in pairs]) for which in (0, 1))
                 sums.append(fidelity.measure(tap.name, timestep, original, decoded))
         return sums
 
-    def _encode_tap(self, tap: TapInfo, sample: FloatArray, who: str) -> dict[str, Array]:
-        check_finite(sample, tap, who)
-        codec, measured = self._codecs[tap.name], self._measured[tap.name]
+    def _encode_tap(self, tap: TapInfo, sample: FloatArray, who: str, place: int) -> dict[str, Array]:
+        codec = self._codecs[tap.name]
+        # Formats with a scale look at every token's peak, in which a NaN or an infinity shows: one pass less.
+        if not self._manifest.encoding.scaled:
+            check_finite(sample, tap, who)
         try:
             encoded = codec.encode(sample)
         except InvalidFeatures as error:
+            check_finite(sample, tap, who)
             raise InvalidFeatures(f"tap {tap.name} of {who}: {error}") from error
-        if len(measured) < fidelity.MEASURED_SAMPLES:
-            measured.append((codec.pooled(sample), codec.restore(codec.decode(encoded))))
+        if place < fidelity.MEASURED_SAMPLES:
+            self._measured[tap.name][place] = (codec.pooled(sample), codec.restore(codec.decode(encoded)))
         parts = {}
         for array in layout.feature_layouts(self._manifest, tap):
             part = encoded.payload if array.part == "payload" else encoded.scale
             assert part is not None
             parts[array.name] = part
         return parts
+
+
+def encode_ahead(tasks: Sequence[Callable[[], Row]]) -> Generator[Row, None, None]:
+    """Yield the results of `tasks` in order, computed by two threads a few tasks ahead: NumPy lets others run."""
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="encode") as threads:
+        ahead: deque[Future[Row]] = deque()
+        try:
+            for task in tasks:
+                ahead.append(threads.submit(task))
+                if len(ahead) > _AHEAD:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 def check_shapes(manifest: Manifest, features: Mapping[str, Features], count: int | None = None) -> None:

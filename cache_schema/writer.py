@@ -1,7 +1,9 @@
 """Writing a cache, piece by piece, so that whatever is committed stays and the rest can be done later by anyone."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -47,7 +49,7 @@ from cache_schema.journal import (
 from cache_schema.manifest import Manifest, Provenance, TapInfo
 from cache_schema.manifest_file import MANIFEST_NAME, as_unsealed, load_manifest, render_manifest, revalidate
 from cache_schema.reader import local_path
-from cache_schema.row_encoder import Features, RowEncoder, check_finite, check_shapes
+from cache_schema.row_encoder import Features, RowEncoder, check_finite, check_shapes, encode_ahead
 from cache_schema.samples import (
     check_against_manifest,
     check_samples,
@@ -236,12 +238,17 @@ class CacheWriter:
         check_shapes(self.manifest, features, len(rows))
         encoder = RowEncoder(self.manifest, {tap.name: self._codec(tap) for tap in self.manifest.taps})
 
-        def encoded() -> Iterator[EncodedRow]:
-            for index, row in enumerate(rows):
-                sample = {name: as_features(values[index]) for name, values in features.items()}
-                yield None if row in failed else encoder.encode(sample, self._name(row))
+        places = {row: place for place, row in enumerate(row for row in rows if row not in failed)}
 
-        written = self.write_encoded_shard(shard, encoded(), encoder.fidelity, failed)
+        def encode(row: int) -> EncodedRow:
+            if row in failed:
+                return None
+            sample = {name: as_features(values[row - rows.start]) for name, values in features.items()}
+            return encoder.encode(sample, self._name(row), places[row])
+
+        tasks = [partial(encode, row) for row in rows]
+        with contextlib.closing(encode_ahead(tasks)) as encoded:
+            written = self.write_encoded_shard(shard, encoded, encoder.fidelity, failed)
         self._measured = fidelity.combine([*self._measured, *written.fidelity])
 
     def check_fidelity(self, min_cosine: float) -> None:
