@@ -1,6 +1,7 @@
 """How thorough property tests are: quickly by default, `HYPOTHESIS_EXAMPLES=2000` (or `make fuzz`) for a night."""
 
 import os
+import signal
 
 import pytest
 from hypothesis import settings
@@ -16,3 +17,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if getattr(getattr(item, "function", None), "is_hypothesis_test", False):
             item.add_marker("property")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible() -> None:
+    """Behave as in a terminal where a shell runs the tests in the background, and so has SIGINT ignored.
+
+    Programs that the tests start inherit that; that the commands themselves respect it is a test of its own.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -159,9 +159,9 @@ def test_the_lora_receives_gradients_only_through_the_object_tokens(folder, tiny
     teacher.transformer.proj_out.register_forward_hook(watch)
     cdr_loss(teacher, conditions, torch.randn_like(conditions.object), torch.tensor([0.3, 0.7])).backward()
     image_grads = grads[0][:, -2 * teacher.tap_shape("hidden").tokens :]
-    reached = object_half(teacher, image_grads).abs().sum()
-    assert reached > 0
-    assert image_grads.abs().sum() == reached
+    reached = object_half(teacher, image_grads)
+    assert reached.abs().sum() > 0
+    assert image_grads.count_nonzero() == reached.count_nonzero()
     # What feeds only text or context outputs of the last block is not reached; every other projection is.
     assert sum(p.grad is not None and bool(p.grad.any()) for p in parameters) > 0.8 * len(parameters)
     assert all(p.grad is None for n, p in teacher.transformer.named_parameters() if "lora" not in n)
