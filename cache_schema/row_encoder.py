@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 Features = Union["torch.Tensor", np.ndarray]
 Row = TypeVar("Row")
 
-_THREADS = 2
 # Encoded rows that wait for the disk at most.
 _AHEAD = 4
 
@@ -78,8 +77,8 @@ class RowEncoder:
 
 
 def encode_ahead(tasks: Sequence[Callable[[], Row]]) -> Generator[Row, None, None]:
-    """Yield the results of `tasks` in order, computed by two threads a few tasks ahead: NumPy lets others run."""
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="encode") as threads:
+    """Yield the results of `tasks` in order, computed by another thread a few tasks ahead, while these are written."""
+    with ThreadPoolExecutor(1, thread_name_prefix="encode") as threads:
         ahead: deque[Future[Row]] = deque()
         try:
             for task in tasks:
