@@ -34,9 +34,8 @@ OURS = "`CacheWriter.write_shard` of ready features"
 
 # Where the time of a shard goes: what is done → the functions, by file and name, that do it and nothing else.
 PARTS = {
-    "check for NaN": [("encoding.py", "first_not_finite")],
-    "encode": [("codec.py", "encode")],
-    "fidelity": [("codec.py", "decode"), ("fidelity.py", "measure")],
+    "wait for the thread that checks and encodes": [("~", "<method 'acquire' of '_thread.lock' objects>")],
+    "fidelity": [("fidelity.py", "measure")],
     "checksum": [("files.py", "crc32c")],
     "write": [("~", "<built-in method posix.write>")],
     "fsync": [("~", "<built-in method posix.fsync>")],
