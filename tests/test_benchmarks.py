@@ -42,7 +42,7 @@ def test_every_writer_is_measured_or_said_to_be_missing():
         installed = measure.version(writer.distribution) is not None
         assert (rows[writer.name][0] == "not installed") == (not installed)
     # Their sum is the time of a shard; the rest must not hide most of it.
-    assert {"encode", "checksum", "write", "fsync", "in all"} <= set(rows)
+    assert {"fidelity", "checksum", "write", "fsync", "in all"} <= set(rows)
 
 
 def test_a_reader_that_delivers_other_values_is_not_measured(tmp_path):
