@@ -9,7 +9,6 @@ from cache_schema import tar
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt
 from cache_schema.files import AsideFile, crc32c
-from cache_schema.manifest import Manifest
 
 # Far more than the largest student image; a hostile index must not have a whole sparse tar read at once.
 MAX_IMAGE_BYTES = 1 << 28
@@ -87,8 +86,3 @@ def check_places(places: Array, where: str) -> Array:
     if not possible.all() or (offsets[1:] - tar.BLOCK < offsets[:-1] + sizes[:-1]).any():
         raise CacheCorrupt(f"{where} speaks of images that are not inside their file, one after the other")
     return places
-
-
-def count_image_rows(manifest: Manifest, image_states: Sequence[str]) -> int:
-    """Return how many rows have a student image: all that are not quarantined, if the cache has images at all."""
-    return 0 if manifest.images is None else sum(state == "ok" for state in image_states)

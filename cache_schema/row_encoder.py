@@ -1,9 +1,7 @@
 """From what the teacher computed of a sample to the arrays that a shard stores of it, and what that loses."""
 
-from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar, Union
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Union
 
 import numpy as np
 
@@ -19,10 +17,6 @@ if TYPE_CHECKING:
     import torch
 
 Features = Union["torch.Tensor", np.ndarray]
-Row = TypeVar("Row")
-
-# Encoded rows that wait for the disk at most.
-_AHEAD = 4
 
 
 class RowEncoder:
@@ -74,22 +68,6 @@ class RowEncoder:
             assert part is not None
             parts[array.name] = part
         return parts
-
-
-def encode_ahead(tasks: Sequence[Callable[[], Row]]) -> Generator[Row, None, None]:
-    """Yield the results of `tasks` in order, computed by another thread a few tasks ahead, while these are written."""
-    with ThreadPoolExecutor(1, thread_name_prefix="encode") as threads:
-        ahead: deque[Future[Row]] = deque()
-        try:
-            for task in tasks:
-                ahead.append(threads.submit(task))
-                if len(ahead) > _AHEAD:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()
 
 
 def check_shapes(manifest: Manifest, features: Mapping[str, Features], count: int | None = None) -> None:

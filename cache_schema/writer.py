@@ -3,7 +3,6 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -48,8 +47,9 @@ from cache_schema.journal import (
 )
 from cache_schema.manifest import Manifest, Provenance, TapInfo
 from cache_schema.manifest_file import MANIFEST_NAME, as_unsealed, load_manifest, render_manifest, revalidate
+from cache_schema.read_ahead import ReadAhead
 from cache_schema.reader import local_path
-from cache_schema.row_encoder import Features, RowEncoder, check_finite, check_shapes, encode_ahead
+from cache_schema.row_encoder import Features, RowEncoder, check_finite, check_shapes
 from cache_schema.samples import (
     check_against_manifest,
     check_samples,
@@ -240,14 +240,16 @@ class CacheWriter:
 
         places = {row: place for place, row in enumerate(row for row in rows if row not in failed)}
 
-        def encode(row: int) -> EncodedRow:
+        def encode(index: int) -> EncodedRow:
+            row = rows[index]
             if row in failed:
                 return None
-            sample = {name: as_features(values[row - rows.start]) for name, values in features.items()}
+            sample = {name: as_features(values[index]) for name, values in features.items()}
             return encoder.encode(sample, self._name(row), places[row])
 
-        tasks = [partial(encode, row) for row in rows]
-        with contextlib.closing(encode_ahead(tasks)) as encoded:
+        # Rows are encoded by another thread while those before them are written.
+        with contextlib.closing(ReadAhead(encode, in_thread=True, stop=len(rows))) as ahead:
+            encoded = (ahead.get(index) for index in range(len(rows)))
             written = self.write_encoded_shard(shard, encoded, encoder.fidelity, failed)
         self._measured = fidelity.combine([*self._measured, *written.fidelity])
 

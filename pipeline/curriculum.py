@@ -25,14 +25,19 @@ def check_timesteps(timesteps: list[int], num_steps: int) -> None:
         raise DitDistillError(f"timesteps {timesteps} must be ascending and without repeats")
 
 
+def keyed_generator(*key: object) -> np.random.Generator:
+    """A random generator that is a pure function of `key`, whatever was drawn before."""
+    digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
 def sample_noise(sample_id: str, view: str, seed: int, shape: tuple[int, ...]) -> Tensor:
     """The noise ε of one image: standard normal float32 of `shape`, the same for every timestep and on every machine.
 
     Keyed by (cache seed, sample id, view). NumPy's counter-based Philox generator is specified bit by bit, unlike
     torch.randn, whose stream depends on the device and on the vector width of the CPU.
     """
-    digest = hashlib.sha256(f"{seed}\0{sample_id}\0{view}".encode()).digest()
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+    generator = keyed_generator(seed, sample_id, view)
     return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
 

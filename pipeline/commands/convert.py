@@ -1,19 +1,13 @@
 """`dit-cache convert`."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cache_schema.errors import printable
-from pipeline.commands.build import Compression
+from pipeline.commands.build import Compression, Store
 from pipeline.options import DebugOption
-
-
-class Store(StrEnum):
-    zarr = "zarr"
-    webdataset = "webdataset"
 
 
 def convert(
