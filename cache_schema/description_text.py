@@ -44,12 +44,16 @@ def _content(manifest: Manifest) -> list[Fact]:
     data, teacher, curriculum = manifest.dataset, manifest.teacher, manifest.curriculum
     counts = ", ".join(f"{count} {split}" for split, count in sorted(data.counts.items()))
     steps = ", ".join(f"{p} (sigma {s:.4f})" for p, s in zip(curriculum.timesteps, curriculum.sigmas, strict=True))
+    numbers = f"{teacher.dtype}, weights {teacher.quantization}" if teacher.quantization else teacher.dtype
     images = manifest.images
     return [
         ("data set", f"{data.name}, protocol {data.protocol}, super-class {data.superclass}; {counts}"),
         ("features of", f"{', '.join(data.feature_splits) or 'no split'}: {data.feature_rows} samples"),
-        ("teacher", f"{teacher.family} {teacher.source} ({teacher.pipeline_class}, {teacher.dtype})"),
-        ("resolution", f"{teacher.resolution} px, text: {teacher.text}, guidance: {teacher.guidance}"),
+        ("teacher", f"{teacher.family} {teacher.source} ({teacher.pipeline_class}, {numbers})"),
+        (
+            "resolution",
+            f"{teacher.resolution} px, text: {teacher.text}, guidance: {teacher.guidance}, context: {teacher.context}",
+        ),
         ("refined", f"LoRA {teacher.lora_digest[:12]}" if teacher.lora_digest else "no"),
         ("timesteps", f"{steps} of {curriculum.num_steps}; seed {curriculum.seed}"),
         ("views", ", ".join(manifest.views)),

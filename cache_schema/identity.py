@@ -22,6 +22,8 @@ _DETERMINING: dict[str, tuple[str, ...]] = {
         "resolution",
         "text",
         "guidance",
+        "quantization",
+        "context",
     ),
     "curriculum": ("num_steps", "timesteps", "sigmas", "seed"),
     "encoding": ("kind", "pool", "pca"),
@@ -29,7 +31,11 @@ _DETERMINING: dict[str, tuple[str, ...]] = {
 }
 _DETERMINING_WHOLE = ("taps", "views")
 # Fields that came with a later schema version are left out where they say what was always so: ids do not change.
-_SINCE_VERSION_2: dict[str, dict[str, Any]] = {"encoding": {"pool": 1, "pca": None}, "taps": {"teacher_channels": None}}
+_SINCE_VERSION_2: dict[str, dict[str, Any]] = {
+    "encoding": {"pool": 1, "pca": None},
+    "taps": {"teacher_channels": None},
+    "teacher": {"quantization": None, "context": "joint"},
+}
 
 
 def canonical_json(value: Any) -> str:
@@ -47,7 +53,8 @@ def determining_fields(manifest: "Manifest") -> dict[str, Any]:
     for part, names in _DETERMINING.items():
         value = document[part]
         fields[part] = None if value is None else {name: value[name] for name in names}
-    fields["encoding"] = _without_defaults("encoding", fields["encoding"])
+    for part in ("encoding", "teacher"):
+        fields[part] = _without_defaults(part, fields[part])
     fields["taps"] = [_without_defaults("taps", tap) for tap in fields["taps"]]
     return fields
 

@@ -64,7 +64,11 @@ class DatasetInfo(Part):
 
 
 class TeacherInfo(Part):
-    """The teacher; `digests` maps each component (transformer, vae, ...) to the SHA-256 of its weights."""
+    """The teacher; `digests` maps each component (transformer, vae, ...) to the SHA-256 of its weights.
+
+    quantization: number format of the transformer's weights in memory, None as they were saved. context: whether the
+    context tokens see the noisy tokens (joint), or not, so that they are computed once for all timesteps (reused).
+    """
 
     family: str
     source: str
@@ -76,6 +80,8 @@ class TeacherInfo(Part):
     resolution: Positive
     text: Literal["caption", "none"]
     guidance: FiniteFloat | None = None
+    quantization: Literal["int8", "fp8"] | None = None
+    context: Literal["joint", "reused"] = "joint"
 
 
 class Curriculum(Part):
