@@ -185,3 +185,9 @@ def test_places_say_the_same_as_the_index_they_were_made_of(data: st.DataObject)
         else:
             row, rest = divmod(number, V * T)
             assert (places.start + row * places.row + rest * chunk if row < places.rows else -1) == offset
+
+
+def test_a_missing_row_between_two_is_not_taken_for_an_even_distance() -> None:
+    places = ChunkPlaces(ShardIndex(np.array([[[7]], [[-1]], [[9]]]), np.array([[[1]], [[0]], [[1]]])), 1)
+    assert places.offsets is not None
+    assert places.offsets.tolist() == [7, -1, 9]
