@@ -36,7 +36,7 @@ OURS = "`CacheWriter.write_shard` of ready features"
 PARTS = {
     "wait for the thread that checks and encodes": [("~", "<method 'acquire' of '_thread.lock' objects>")],
     "fidelity": [("fidelity.py", "measure")],
-    "checksum": [("files.py", "crc32c")],
+    "checksum": [("checksum.py", "crc32c")],
     "write": [("~", "<built-in method posix.write>")],
     "fsync": [("~", "<built-in method posix.fsync>")],
 }

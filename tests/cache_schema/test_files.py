@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache_schema import CacheCorrupt, CacheStorageError, files
+from cache_schema.checksum import combine_crc32c, crc32c
 from cache_schema.files import (
     AsideFile,
-    combine_crc32c,
-    crc32c,
     digest,
     digest_file,
     directory_lock,

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache_schema import CacheCorrupt
+from cache_schema.checksum import crc32c
 from cache_schema.compression import decompress
-from cache_schema.files import AsideFile, crc32c
+from cache_schema.files import AsideFile
 from cache_schema.layout import ArrayLayout
 from cache_schema.open_shards import ChunkPlaces, OpenFile, OpenShards, RecentlyUsed
 from cache_schema.shard import (
