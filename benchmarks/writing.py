@@ -37,7 +37,7 @@ PARTS = {
     "wait for the thread that checks and encodes": [("~", "<method 'acquire' of '_thread.lock' objects>")],
     "fidelity": [("fidelity.py", "measure")],
     "checksum": [("checksum.py", "crc32c")],
-    "write": [("~", "<built-in method posix.write>")],
+    "write": [("~", "<built-in method posix.writev>")],
     "fsync": [("~", "<built-in method posix.fsync>")],
 }
 

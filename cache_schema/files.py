@@ -29,8 +29,11 @@ _ASIDE = re.compile(r"\.tmp-(?P<host>[A-Za-z0-9]+)-(?P<pid>[0-9]+)-(?P<token>[0-
 # A file left aside by another machine is taken for dead after this long without a write, in seconds.
 _FOREIGN_GRACE = 3600.0
 _READ_BLOCK = 1 << 20
-# Larger writes make Linux look for larger stretches of free memory for the page cache. On a virtual machine the host
-# may have taken just these back: writes of 200 kB to 800 kB were up to ten times slower than those of 64 kB.
+# The page cache keeps what one write brought in stretches of memory as large as the write, if it begins at a multiple
+# of that in the file, and in many small ones otherwise: files written in blocks of 64 kB from the first byte on were
+# read a third faster, up to three times where memory was scarce, than those written in pieces as they came.
+# Larger writes make Linux look for larger stretches of free memory. On a virtual machine the host may have taken just
+# these back: writes of 200 kB to 800 kB were up to ten times slower than those of 64 kB.
 _WRITE_BLOCK = 64 << 10
 # Answers of file systems that have no hard links or no locks: not failures of this write.
 _UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF, errno.EMLINK}
@@ -78,6 +81,7 @@ class AsideFile:
         self.path = path
         self.size = 0
         self._crc = 0
+        self._pending = bytearray()  # the beginning of the next block
         self._aside = path.with_name(f"{path.name}.tmp-{_HOST}-{os.getpid()}-{_TOKEN}-{next(_SERIAL)}")
         self._fd: int | None = None
         self._published = False
@@ -104,13 +108,17 @@ class AsideFile:
             self._crc = crc32c(view, self._crc)
         self.size += view.nbytes
         with storage_errors(self.path):
-            while view.nbytes:
-                view = view[os.write(self._fd, view[:_WRITE_BLOCK]) :]
+            while len(self._pending) + view.nbytes >= _WRITE_BLOCK:
+                rest = _WRITE_BLOCK - len(self._pending)
+                self._write_block(view[:rest])
+                view = view[rest:]
+            self._pending += view
 
     def finish(self) -> FileDigest:
         """Flush everything to the disk and return the digest; the file is still aside."""
         assert self._fd is not None
         with storage_errors(self.path):
+            self._write_block(memoryview(b""))
             os.fsync(self._fd)
         self._close()
         return FileDigest(self.size, f"{self._crc:08x}")
@@ -136,6 +144,19 @@ class AsideFile:
                 return True
             flush_directory(self.path.parent)
         return True
+
+    def _write_block(self, end: memoryview) -> None:
+        """Hand what is pending, and after it `end`, to the operating system."""
+        assert self._fd is not None
+        pieces = [piece for piece in (memoryview(self._pending), end) if piece.nbytes]
+        while pieces:
+            written = os.writev(self._fd, pieces)
+            # A disk that is nearly full or a signal lets less be written.
+            while pieces and written >= pieces[0].nbytes:
+                written -= pieces.pop(0).nbytes
+            if pieces:
+                pieces[0] = pieces[0][written:]
+        self._pending = bytearray()
 
     def _close(self) -> None:
         if self._fd is not None:

@@ -281,16 +281,16 @@ def test_a_full_disk_leaves_the_shard_uncommitted_and_the_build_resumable(
     unfinished = start(tmp_path / "cache", store=store)
     features = features_of(unfinished.shard_rows(0), unfinished.manifest)
     before = tree(tmp_path / "cache")
-    original, written = os.write, [0]
+    original, written = os.writev, [0]
 
-    def almost_full(fd: int, data: memoryview) -> int:
-        written[0] += len(data)
+    def almost_full(fd: int, data: list[memoryview]) -> int:
+        written[0] += sum(map(len, data))
         if written[0] > 3000:
             raise OSError(28, "No space left on device")
         return original(fd, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "write", almost_full)
+        patch.setattr(files.os, "writev", almost_full)
         with pytest.raises(CacheStorageError, match="No space left on device; free some space"):
             unfinished.write_shard(0, features)
     assert tree(tmp_path / "cache") == before
