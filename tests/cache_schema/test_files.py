@@ -77,6 +77,27 @@ def test_a_file_is_its_pieces_in_blocks_of_64_kb_whatever_their_sizes(sizes: lis
         assert [place for place, _ in writes] == list(range(0, sum(sizes), 1 << 16))
 
 
+def test_the_disk_begins_with_a_large_file_before_its_end_where_that_can_be_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def spy(fd: int, place: int, size: int, advice: int) -> None:
+        asked.append((place, size))
+        if len(asked) == 2:
+            raise OSError(errno.EINVAL, "not on this file system")
+
+    monkeypatch.setattr(files.os, "posix_fadvise", spy, raising=False)
+    with AsideFile(tmp_path / "a") as aside:
+        for number in range(27):
+            aside.write(bytes([number]) * 1_000_000)
+        aside.finish()
+        aside.publish()
+    assert [place for place, _ in asked] == [0, *(sum(pair) for pair in asked[:-1])], "one after the other"
+    assert len(asked) == 3
+    assert (tmp_path / "a").stat().st_size == 27_000_000
+
+
 def test_a_file_written_with_known_checksums_has_the_digest_of_its_bytes(tmp_path: Path) -> None:
     with AsideFile(tmp_path / "a") as aside:
         aside.write(b"head")
