@@ -58,3 +58,10 @@ class BuildConfig:
             raise DitDistillError(
                 f"--store webdataset is not compressed; leave out --compression {self.compression}, or use --store zarr"
             )
+
+    def whole_batches(self, samples: int) -> int:
+        """The number of samples in a shard that is to hold about `samples`: a multiple of the batch where one fits.
+
+        Batches start at a shard's first row: a shard of whole batches keeps the last of them from being nearly empty.
+        """
+        return max(samples - samples % self.batch, min(samples, self.batch))

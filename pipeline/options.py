@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from pipeline.datasets.base import Dataset
     from pipeline.teachers.base import Teacher
+    from pipeline.teachers.quantization import Quantization
 
 
 class Dtype(StrEnum):
@@ -23,6 +24,17 @@ class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class Quantize(StrEnum):
+    none = "none"
+    int8 = "int8"
+    fp8 = "fp8"
+
+    @property
+    def kind(self) -> "Quantization | None":
+        """As the pipeline takes it."""
+        return None if self is Quantize.none else "int8" if self is Quantize.int8 else "fp8"
 
 
 DatasetOption = Annotated[
@@ -59,6 +71,9 @@ TeacherOption = Annotated[
 RevisionOption = Annotated[str | None, typer.Option(help="Revision of the hub repository.")]
 DtypeOption = Annotated[
     Dtype, typer.Option(help="Precision of the teacher; auto is bfloat16 on a GPU, float32 on a CPU.")
+]
+QuantizeOption = Annotated[
+    Quantize, typer.Option(help="Keep the transformer's linear layers in 8 bits: half the memory of bfloat16.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="Where the teacher runs; auto takes the GPU if there is one.")]
 ResolutionOption = Annotated[

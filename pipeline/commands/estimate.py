@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,9 +16,12 @@ from pipeline.options import (
     DtypeOption,
     GuidanceOption,
     LimitOption,
+    Quantize,
+    QuantizeOption,
     ResolutionOption,
     RevisionOption,
     TeacherOption,
+    choose_dtype,
     open_teacher,
     parse_names,
     parse_numbers,
@@ -26,7 +29,9 @@ from pipeline.options import (
 from pipeline.presets import preset_for, run_folder
 
 if TYPE_CHECKING:
+    from pipeline.build_config import BuildConfig
     from pipeline.datasets.base import Dataset
+    from pipeline.teachers import TeacherOutline
 
 
 def estimate(
@@ -74,6 +79,13 @@ def estimate(
     teacher_batch: Annotated[
         int | None, typer.Option(min=1, help="Images per forward pass of --measure; the build's --batch.")
     ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, help="Say what is in memory in each phase, and what does not fit a device of so many GB."
+        ),
+    ] = None,
+    quantize: QuantizeOption = Quantize.none,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     resolution: ResolutionOption = None,
@@ -120,9 +132,34 @@ def estimate(
         assert opened is not None
         loaded = open_teacher(dataset, teacher, revision, lora, dtype, device, resolution, guidance)
         found = work.estimate(plan, demand, place, work.measure_rate(loaded, opened, config, measure))
+    if memory is not None:
+        found["memory"] = _memory_budget(outline, config, memory, quantize, preset.refine_batch, dtype, device)
+        found["warnings"] += found["memory"].pop("warnings")
     typer.echo(json.dumps(found, indent=2) if as_json else estimate_text(found))
     for warning in found["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
+
+
+def _memory_budget(
+    outline: "TeacherOutline", config: "BuildConfig", gigabytes: float, quantize: Quantize, refine_batch: int,
+    dtype: Dtype, device: str,
+) -> dict[str, Any]:  # fmt: skip
+    import torch
+
+    from pipeline.teachers import quiet_libraries
+
+    quiet_libraries()
+    from pipeline.memory import MemorySettings, memory_budget
+
+    # The device is one that may not be here: unless it is to be a CPU, `auto` is what it is on a GPU.
+    target = torch.device("cpu" if device == "cpu" else "cuda")
+    settings = MemorySettings(
+        dtype=choose_dtype(dtype, target),
+        limit=round(gigabytes * 1e9),
+        quantization=quantize.kind,
+        refine_batch=refine_batch,
+    )
+    return memory_budget(outline, config, settings)
 
 
 def _open_dataset(name: str, root: Path | None, limit: int | None) -> "Dataset":

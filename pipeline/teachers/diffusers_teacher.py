@@ -31,6 +31,8 @@ class DiffusersTeacher(ABC):
     pipeline: ClassVar[Any]
     components: ClassVar[tuple[str, ...]]
     optional_components: ClassVar[tuple[str, ...]] = ()
+    # To how many tokens the caption is padded or cut.
+    text_tokens: int
 
     def __init__(
         self,
@@ -81,6 +83,11 @@ class DiffusersTeacher(ABC):
     @abstractmethod
     def _object_tokens(self, output: Any, text: TextEmbedding, with_context: bool) -> Tensor:
         """(B, L, C), the object tokens in what a block returned."""
+
+    @property
+    def text_length(self) -> int:
+        """Text tokens that the DiT sees of a caption."""
+        return self.text_tokens
 
     def digests(self) -> dict[str, str]:
         if not self._digests:

@@ -53,6 +53,10 @@ class StableDiffusion3Teacher(DiffusersTeacher):
         t5 = self.pipe.tokenizer_3
         self.text_tokens = min(_MAX_TEXT_TOKENS, t5.model_max_length) if t5 else _MAX_TEXT_TOKENS
 
+    @property
+    def text_length(self) -> int:
+        return self.pipe.tokenizer.model_max_length + self.text_tokens  # T5's tokens follow those of CLIP
+
     def sigmas(self, num_steps: int) -> list[float]:
         config = self.pipe.scheduler.config
         if not config.get("use_dynamic_shifting"):  # as published

@@ -1,0 +1,262 @@
+"""What is in memory in each phase of the heavy job: weights counted and activations measured on the meta device."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from cache_schema.card import format_bytes
+from cache_schema.manifest import Encoding, TapInfo
+from cache_schema.plan import choose_samples_per_shard
+from cache_schema.reduction import stored_tap
+from pipeline.build_config import BuildConfig
+from pipeline.conditions import Conditions
+from pipeline.refine.loss import cdr_loss
+from pipeline.teachers import TeacherOutline
+from pipeline.teachers.base import TextEmbedding
+from pipeline.teachers.diffusers_teacher import DiffusersTeacher
+from pipeline.teachers.lora import add_lora
+from pipeline.teachers.quantization import Quantization, is_available
+from pipeline.teachers.weightless import META, WeightlessParts, weightless_teacher
+from pipeline.tensor_memory import FusedAttention, MemoryMeter, module_bytes
+
+_ADAM_MOMENTS = 2
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """How the teacher would be loaded. limit: bytes of the device; refine_batch: images per step of Stage I."""
+
+    dtype: torch.dtype
+    limit: int
+    quantization: Quantization | None = None
+    rank: int = 16
+    refine_batch: int = 1
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is resident at the peak of one phase: {what: bytes}, on the device and beside it in host memory."""
+
+    name: str
+    device: dict[str, int]
+    host: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.device.values())
+
+    def as_json(self, limit: int) -> dict[str, Any]:
+        """Plain JSON values; total and fits are about the device."""
+        return {
+            "name": self.name,
+            "device": self.device,
+            "host": self.host,
+            "total": self.total,
+            "fits": self.total <= limit,
+        }
+
+
+def memory_budget(outline: TeacherOutline, config: BuildConfig, settings: MemorySettings) -> dict[str, Any]:
+    """Everything `dit-cache estimate --memory` says, as plain JSON values; sizes in bytes.
+
+    Keys: `dtype`, `quantize`, `limit`, `components` ({name: class, parameters, bytes}), `phases` (name, device and host
+    as {what: bytes}, total and fits for the device), `warnings`. Weights are exact. Activations are the peak of live
+    tensors in one batch of the real classes; what the allocator rounds up and CUDA itself takes is not in them. Raises
+    TeacherError if a configuration is missing.
+    """
+    parts = WeightlessParts(outline, settings.dtype, settings.quantization)
+    whole = WeightlessParts(outline, settings.dtype)  # only the transformer is ever quantised
+    phases = [
+        text_phase(whole, config),
+        latents_phase(whole, config),
+        build_phase(parts, config),
+        *refine_phases(parts, settings),
+    ]
+    return {
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "quantize": settings.quantization,
+        "limit": settings.limit,
+        "components": {name: _describe(parts, name) for name in [*parts.text_encoders, "vae", "transformer"]},
+        "phases": [phase.as_json(settings.limit) for phase in phases],
+        "warnings": _warnings(phases, outline, config, settings),
+    }
+
+
+def text_phase(parts: WeightlessParts, config: BuildConfig) -> Phase:
+    """Captions to embeddings: all text encoders, and the activations of the one that needs most."""
+    limit = weightless_teacher(parts).text_tokens
+    weights, activations = {}, 0
+    for name in parts.text_encoders:
+        encoder = parts.module(name)
+        weights[f"{name}, {parts.class_name(name)}"] = module_bytes(encoder)
+        ids = torch.zeros(config.batch, min(parts.text_length(name), limit), dtype=torch.long, device=META)
+        # Of T5 the last hidden state is read, of the others several; the logits of a language model are not computed.
+        run = partial(encoder.base_model, ids, output_hidden_states=encoder.config.model_type != "t5")
+        activations = max(activations, _measure(run, resident=[encoder]))
+    return Phase("text", {**weights, f"activations, {_count(config.batch, 'caption')}": activations}, {})
+
+
+def latents_phase(parts: WeightlessParts, config: BuildConfig) -> Phase:
+    """Images to latents: the VAE, whose decoder is loaded with it, and its encoder's activations."""
+    teacher = weightless_teacher(parts)
+    side = parts.outline.resolution
+    pixels = torch.zeros(config.batch, 3, side, side, dtype=torch.uint8, device=META)
+    activations = _measure(partial(teacher.encode_images, pixels), resident=[teacher.vae])
+    what = f"activations, {_count(config.batch, 'image')} of {side}×{side}"
+    return Phase("latents", {"vae": module_bytes(teacher.vae), what: activations}, {})
+
+
+def build_phase(parts: WeightlessParts, config: BuildConfig) -> Phase:
+    """The cache build: all timesteps of a batch of images in one pass that ends at the deepest tap."""
+    teacher = weightless_teacher(parts)
+    rows = config.batch * len(config.timesteps)
+    conditions, noise, sigma = _inputs(teacher, rows)
+    run = partial(teacher.features, noise, conditions.context, sigma, conditions.text, config.taps)
+    what = f"activations, {_count(config.batch, 'image')} × {_count(len(config.timesteps), 'timestep')}"
+    device = {
+        "transformer": module_bytes(teacher.transformer),
+        what: _measure(run, resident=[teacher.transformer]),
+    }
+    return Phase("build", device, {"features of two shards": 2 * _shard_bytes(parts, config)})
+
+
+def refine_phases(parts: WeightlessParts, settings: MemorySettings) -> tuple[Phase, Phase]:
+    """Stage I: a LoRA in float32 on the frozen transformer; forward and backward pass of one batch.
+
+    First with all activations kept, then with gradient checkpointing.
+    """
+    teacher = weightless_teacher(parts)
+    frozen = module_bytes(teacher.transformer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # peft could not merge this LoRA into weights of 8 bits
+        trained = add_lora(teacher.transformer, settings.rank, seed=0)
+    lora = module_bytes(teacher.transformer) - frozen
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)  # as in a second batch that accumulates
+    gradients = [p.grad for p in trained if p.grad is not None]
+    conditions, noise, sigma = _inputs(teacher, settings.refine_batch)
+
+    def step() -> None:
+        cdr_loss(teacher, conditions, noise, sigma).backward()
+
+    def phase(name: str) -> Phase:
+        device = {
+            "transformer": frozen,
+            f"LoRA of rank {settings.rank}": lora,
+            "gradients": sum(g.nbytes for g in gradients),
+            "moments of Adam": _ADAM_MOMENTS * lora,
+            f"activations, {_count(settings.refine_batch, 'image')}": _measure(step, [teacher.transformer, *gradients]),
+        }
+        return Phase(name, device, {})
+
+    kept = phase("refine --no-gradient-checkpointing")
+    # Autograd computes the blocks again on its own; there, too, attention is to be one operator.
+    again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), FusedAttention()))
+    teacher.transformer.enable_gradient_checkpointing(again)
+    return kept, phase("refine")
+
+
+def _inputs(teacher: DiffusersTeacher, rows: int) -> tuple[Conditions, torch.Tensor, torch.Tensor]:
+    """Conditions, noise (rows, L, C) and σ (rows,) of a batch, on the meta device."""
+    config, dtype = teacher.transformer.config, teacher.dtype
+    latents = teacher.tap_shape("velocity")
+    shape = (rows, latents.tokens, latents.channels)
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=META)
+
+    text = TextEmbedding(
+        tokens=empty(rows, teacher.text_length, config.joint_attention_dim),
+        pooled=empty(rows, config.get("pooled_projection_dim") or 0),
+    )
+    conditions = Conditions(object=empty(*shape), context=empty(*shape), text=text)
+    return conditions, empty(*shape), torch.empty(rows, device=META)
+
+
+def _measure(run: Callable[[], Any], resident: Sequence[Any]) -> int:
+    """The most bytes alive while `run` runs, beside what is resident."""
+    with FusedAttention(), MemoryMeter(resident) as meter, torch.set_grad_enabled(_trains(resident)):
+        result = run()
+        del result
+    return meter.peak
+
+
+def _trains(resident: Sequence[Any]) -> bool:
+    return any(p.requires_grad for r in resident if isinstance(r, torch.nn.Module) for p in r.parameters())
+
+
+def _shard_bytes(parts: WeightlessParts, config: BuildConfig) -> int:
+    """Bytes of a shard's features as the teacher computes them."""
+    shapes = [parts.outline.tap_shape(tap) for tap in config.taps]
+    encoding = Encoding(kind=config.encoding, pool=config.pool, pca=config.pca)
+    taps = [TapInfo(name=s.name, tokens=s.tokens, channels=s.channels, grid=s.grid) for s in shapes]
+    stored = [stored_tap(tap, encoding) for tap in taps]
+    passes = len(config.views) * len(config.timesteps)
+    by_bytes = choose_samples_per_shard(stored, encoding, len(config.views), len(config.timesteps))
+    samples = config.samples_per_shard or config.whole_batches(by_bytes)
+    return samples * passes * sum(s.tokens * s.channels for s in shapes) * parts.dtype.itemsize
+
+
+def _describe(parts: WeightlessParts, name: str) -> dict[str, Any]:
+    module = parts.module(name)
+    return {
+        "class": parts.class_name(name),
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "bytes": module_bytes(module),
+    }
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("s" if number != 1 else "")
+
+
+def _warnings(
+    phases: Sequence[Phase], outline: TeacherOutline, config: BuildConfig, settings: MemorySettings
+) -> list[str]:
+    """A line for every phase that does not fit, with what to change."""
+    text, latents, build, _, refine = phases  # on a GPU, Stage I keeps all activations only if it is told to
+
+    def parts(kind: Quantization | None) -> WeightlessParts:
+        return WeightlessParts(outline, settings.dtype, kind)
+
+    given = settings.quantization
+    eight_bits: list[Quantization | None] = [given] if given or not is_available() else [None, "int8"]
+    smaller = [config.batch >> n for n in range(config.batch.bit_length())]
+    batched: list[tuple[Phase, Callable[..., Phase], list[Quantization | None]]] = [
+        (text, text_phase, [None]),
+        (latents, latents_phase, [None]),
+        (build, build_phase, eight_bits),
+    ]
+    changes = [
+        (phase, [(b, kind, partial(make, parts(kind), replace(config, batch=b))) for kind in kinds for b in smaller])
+        for phase, make, kinds in batched
+    ]
+    again = [(0, kind, partial(_refine_phase, parts(kind), settings)) for kind in eight_bits]
+    return [
+        f"{phase.name} needs {format_bytes(phase.total)} of the device's {format_bytes(settings.limit)}; "
+        f"{_remedy(candidates, config.batch, settings)}"
+        for phase, candidates in [*changes, (refine, again)]
+        if phase.total > settings.limit
+    ]
+
+
+def _refine_phase(parts: WeightlessParts, settings: MemorySettings) -> Phase:
+    return refine_phases(parts, settings)[1]
+
+
+def _remedy(
+    candidates: Sequence[tuple[int, Quantization | None, Callable[[], Phase]]], batch: int, settings: MemorySettings
+) -> str:
+    """The first change with which a phase fits, measured like the phase, as options to type."""
+    for smaller, kind, make in candidates:
+        if make().total <= settings.limit:
+            options = [f"--quantize {kind}"] if kind != settings.quantization and kind else []
+            options += [f"--batch {smaller}"] if smaller not in (0, batch) else []
+            return " ".join(options) + " would do"
+    return "--offload keeps most of the weights in host memory"
