@@ -22,7 +22,7 @@ from pipeline.teachers.base import TextEmbedding
 from pipeline.teachers.diffusers_teacher import DiffusersTeacher
 from pipeline.teachers.lora import add_lora
 from pipeline.teachers.quantization import Quantization, is_available
-from pipeline.teachers.weightless import META, WeightlessParts, weightless_teacher
+from pipeline.teachers.weightless import META, weightless_teacher
 from pipeline.tensor_memory import FusedAttention, MemoryMeter, module_bytes
 
 _ADAM_MOMENTS = 2
@@ -70,51 +70,49 @@ def memory_budget(outline: TeacherOutline, config: BuildConfig, settings: Memory
     tensors in one batch of the real classes; what the allocator rounds up and CUDA itself takes is not in them. Raises
     TeacherError if a configuration is missing.
     """
-    parts = WeightlessParts(outline, settings.dtype, settings.quantization)
-    whole = WeightlessParts(outline, settings.dtype)  # only the transformer is ever quantised
+    teacher = weightless_teacher(outline, settings.dtype, settings.quantization)
     phases = [
-        text_phase(whole, config),
-        latents_phase(whole, config),
-        build_phase(parts, config),
-        *refine_phases(parts, settings),
+        text_phase(teacher),
+        latents_phase(teacher),
+        build_phase(teacher, config),
+        *refine_phases(teacher, settings),
     ]
     return {
         "dtype": str(settings.dtype).removeprefix("torch."),
         "quantize": settings.quantization,
         "limit": settings.limit,
-        "components": {name: _describe(parts, name) for name in [*parts.text_encoders, "vae", "transformer"]},
+        "components": {name: _describe(module) for name, module in _modules(teacher).items()},
         "phases": [phase.as_json(settings.limit) for phase in phases],
         "warnings": _warnings(phases, outline, config, settings),
     }
 
 
-def text_phase(parts: WeightlessParts, config: BuildConfig) -> Phase:
-    """Captions to embeddings: all text encoders, and the activations of the one that needs most."""
-    limit = weightless_teacher(parts).text_tokens
-    weights, activations = {}, 0
-    for name in parts.text_encoders:
-        encoder = parts.module(name)
-        weights[f"{name}, {parts.class_name(name)}"] = module_bytes(encoder)
-        ids = torch.zeros(config.batch, min(parts.text_length(name), limit), dtype=torch.long, device=META)
+def text_phase(teacher: DiffusersTeacher) -> Phase:
+    """A caption to its embedding: all text encoders, and the activations of the one that needs most."""
+    encoders = _text_encoders(teacher)
+    weights = {f"{name}, {type(encoder).__name__}": module_bytes(encoder) for name, encoder in encoders.items()}
+    activations = []
+    for name, encoder in encoders.items():
+        tokenizer = getattr(teacher.text_pipe, name.replace("text_encoder", "tokenizer"))
+        tokens = min(tokenizer.model_max_length, teacher.caption_tokens)
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=META)
         # Of T5 the last hidden state is read, of the others several; the logits of a language model are not computed.
         run = partial(encoder.base_model, ids, output_hidden_states=encoder.config.model_type != "t5")
-        activations = max(activations, _measure(run, resident=[encoder]))
-    return Phase("text", {**weights, f"activations, {_count(config.batch, 'caption')}": activations}, {})
+        activations.append(_measure(run, resident=[encoder]))
+    return Phase("text", {**weights, "activations, 1 caption": max(activations)}, {})
 
 
-def latents_phase(parts: WeightlessParts, config: BuildConfig) -> Phase:
-    """Images to latents: the VAE, whose decoder is loaded with it, and its encoder's activations."""
-    teacher = weightless_teacher(parts)
-    side = parts.outline.resolution
-    pixels = torch.zeros(config.batch, 3, side, side, dtype=torch.uint8, device=META)
+def latents_phase(teacher: DiffusersTeacher) -> Phase:
+    """An image to its latents: the VAE, whose decoder is loaded with it, and its encoder's activations."""
+    side = teacher.resolution
+    pixels = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=META)
     activations = _measure(partial(teacher.encode_images, pixels), resident=[teacher.vae])
-    what = f"activations, {_count(config.batch, 'image')} of {side}×{side}"
-    return Phase("latents", {"vae": module_bytes(teacher.vae), what: activations}, {})
+    device = {"vae": module_bytes(teacher.vae), f"activations, 1 image of {side}×{side}": activations}
+    return Phase("latents", device, {})
 
 
-def build_phase(parts: WeightlessParts, config: BuildConfig) -> Phase:
+def build_phase(teacher: DiffusersTeacher, config: BuildConfig) -> Phase:
     """The cache build: all timesteps of a batch of images in one pass that ends at the deepest tap."""
-    teacher = weightless_teacher(parts)
     rows = config.batch * len(config.timesteps)
     conditions, noise, sigma = _inputs(teacher, rows)
     run = partial(teacher.features, noise, conditions.context, sigma, conditions.text, config.taps)
@@ -123,15 +121,14 @@ def build_phase(parts: WeightlessParts, config: BuildConfig) -> Phase:
         "transformer": module_bytes(teacher.transformer),
         what: _measure(run, resident=[teacher.transformer]),
     }
-    return Phase("build", device, {"features of two shards": 2 * _shard_bytes(parts, config)})
+    return Phase("build", device, {"features of two shards": 2 * _shard_bytes(teacher, config)})
 
 
-def refine_phases(parts: WeightlessParts, settings: MemorySettings) -> tuple[Phase, Phase]:
+def refine_phases(teacher: DiffusersTeacher, settings: MemorySettings) -> tuple[Phase, Phase]:
     """Stage I: a LoRA in float32 on the frozen transformer; forward and backward pass of one batch.
 
-    First with all activations kept, then with gradient checkpointing.
+    First with all activations kept, then with gradient checkpointing. The teacher is as it was afterwards.
     """
-    teacher = weightless_teacher(parts)
     frozen = module_bytes(teacher.transformer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # peft could not merge this LoRA into weights of 8 bits
@@ -159,7 +156,9 @@ def refine_phases(parts: WeightlessParts, settings: MemorySettings) -> tuple[Pha
     # Autograd computes the blocks again on its own; there, too, attention is to be one operator.
     again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), FusedAttention()))
     teacher.transformer.enable_gradient_checkpointing(again)
-    return kept, phase("refine")
+    recomputed = phase("refine")
+    teacher.release("transformer")
+    return kept, recomputed
 
 
 def _inputs(teacher: DiffusersTeacher, rows: int) -> tuple[Conditions, torch.Tensor, torch.Tensor]:
@@ -191,22 +190,31 @@ def _trains(resident: Sequence[Any]) -> bool:
     return any(p.requires_grad for r in resident if isinstance(r, torch.nn.Module) for p in r.parameters())
 
 
-def _shard_bytes(parts: WeightlessParts, config: BuildConfig) -> int:
+def _shard_bytes(teacher: DiffusersTeacher, config: BuildConfig) -> int:
     """Bytes of a shard's features as the teacher computes them."""
-    shapes = [parts.outline.tap_shape(tap) for tap in config.taps]
+    shapes = [teacher.tap_shape(tap) for tap in config.taps]
     encoding = Encoding(kind=config.encoding, pool=config.pool, pca=config.pca)
     taps = [TapInfo(name=s.name, tokens=s.tokens, channels=s.channels, grid=s.grid) for s in shapes]
     stored = [stored_tap(tap, encoding) for tap in taps]
-    passes = len(config.views) * len(config.timesteps)
     by_bytes = choose_samples_per_shard(stored, encoding, len(config.views), len(config.timesteps))
     samples = config.samples_per_shard or config.whole_batches(by_bytes)
-    return samples * passes * sum(s.tokens * s.channels for s in shapes) * parts.dtype.itemsize
+    passes = len(config.views) * len(config.timesteps)
+    return samples * passes * sum(s.tokens * s.channels for s in shapes) * teacher.dtype.itemsize
 
 
-def _describe(parts: WeightlessParts, name: str) -> dict[str, Any]:
-    module = parts.module(name)
+def _text_encoders(teacher: DiffusersTeacher) -> dict[str, Any]:
+    names = [name for name in teacher.text_components if name.startswith("text_encoder")]
+    found = {name: getattr(teacher.text_pipe, name) for name in names}
+    return {name: encoder for name, encoder in found.items() if encoder is not None}
+
+
+def _modules(teacher: DiffusersTeacher) -> dict[str, torch.nn.Module]:
+    return {**_text_encoders(teacher), "vae": teacher.vae, "transformer": teacher.transformer}
+
+
+def _describe(module: torch.nn.Module) -> dict[str, Any]:
     return {
-        "class": parts.class_name(name),
+        "class": type(module).__name__,
         "parameters": sum(p.numel() for p in module.parameters()),
         "bytes": module_bytes(module),
     }
@@ -220,43 +228,26 @@ def _warnings(
     phases: Sequence[Phase], outline: TeacherOutline, config: BuildConfig, settings: MemorySettings
 ) -> list[str]:
     """A line for every phase that does not fit, with what to change."""
-    text, latents, build, _, refine = phases  # on a GPU, Stage I keeps all activations only if it is told to
-
-    def parts(kind: Quantization | None) -> WeightlessParts:
-        return WeightlessParts(outline, settings.dtype, kind)
-
-    given = settings.quantization
-    eight_bits: list[Quantization | None] = [given] if given or not is_available() else [None, "int8"]
-    smaller = [config.batch >> n for n in range(config.batch.bit_length())]
-    batched: list[tuple[Phase, Callable[..., Phase], list[Quantization | None]]] = [
-        (text, text_phase, [None]),
-        (latents, latents_phase, [None]),
-        (build, build_phase, eight_bits),
-    ]
-    changes = [
-        (phase, [(b, kind, partial(make, parts(kind), replace(config, batch=b))) for kind in kinds for b in smaller])
-        for phase, make, kinds in batched
-    ]
-    again = [(0, kind, partial(_refine_phase, parts(kind), settings)) for kind in eight_bits]
     return [
         f"{phase.name} needs {format_bytes(phase.total)} of the device's {format_bytes(settings.limit)}; "
-        f"{_remedy(candidates, config.batch, settings)}"
-        for phase, candidates in [*changes, (refine, again)]
-        if phase.total > settings.limit
+        f"{_remedy(phase, outline, config, settings)}"
+        for phase in phases
+        if phase.total > settings.limit and "--" not in phase.name  # which is not what happens by default
     ]
 
 
-def _refine_phase(parts: WeightlessParts, settings: MemorySettings) -> Phase:
-    return refine_phases(parts, settings)[1]
-
-
-def _remedy(
-    candidates: Sequence[tuple[int, Quantization | None, Callable[[], Phase]]], batch: int, settings: MemorySettings
-) -> str:
+def _remedy(phase: Phase, outline: TeacherOutline, config: BuildConfig, settings: MemorySettings) -> str:
     """The first change with which a phase fits, measured like the phase, as options to type."""
-    for smaller, kind, make in candidates:
-        if make().total <= settings.limit:
-            options = [f"--quantize {kind}"] if kind != settings.quantization and kind else []
-            options += [f"--batch {smaller}"] if smaller not in (0, batch) else []
-            return " ".join(options) + " would do"
+    given = settings.quantization
+    kinds: list[Quantization | None] = [given] if given or not is_available() else [None, "int8"]
+    for kind in kinds if phase.name in ("build", "refine") else []:
+        teacher = weightless_teacher(outline, settings.dtype, kind)
+        option = f"--quantize {kind} " if kind != given else ""
+        if phase.name == "refine":
+            if refine_phases(teacher, settings)[1].total <= settings.limit:
+                return f"{option}would do"
+            continue
+        for batch in (config.batch >> n for n in range(config.batch.bit_length())):
+            if build_phase(teacher, replace(config, batch=batch)).total <= settings.limit:
+                return f"{option}{f'--batch {batch} ' if batch != config.batch else ''}would do"
     return "--offload keeps most of the weights in host memory"

@@ -80,6 +80,14 @@ ResolutionOption = Annotated[
     int | None, typer.Option(help="Side of the teacher's views in pixels; default from the preset.")
 ]
 GuidanceOption = Annotated[float, typer.Option(help="Guidance, for teachers whose configuration embeds it.")]
+ConditionsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--conditions",
+        help="Folder of prompt embeddings and latents, computed once and shared by refine, probe and build; default "
+        "conditions, beside the output.",
+    ),
+]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Use only the first N images of each split, to try.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 

@@ -18,7 +18,7 @@ class Architecture:
 
     latent_channels: of packed latents (2×2 patches). blocks: (kind, count), in the order in which they run; a tap
     `kind.N` reads the N-th of its kind. vae_factor: pixels per latent, per side. max_columns: where the positional
-    table ends, for families that put two views side by side.
+    table ends, for families that put two views side by side. guidance_embeds: whether guidance is one of its inputs.
     """
 
     family: str
@@ -27,6 +27,7 @@ class Architecture:
     blocks: tuple[tuple[str, int], ...]
     vae_factor: int = 8
     max_columns: int | None = None
+    guidance_embeds: bool = False
 
     def grid(self, resolution: int, source: str) -> tuple[int, int]:
         """Rows and columns of object tokens, each 2 × 2 latents; raises TeacherError if the resolution does not fit.
@@ -80,6 +81,8 @@ def flux_architecture(transformer: Mapping[str, Any], vae: Mapping[str, Any], fa
         hidden_channels=int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"]),
         blocks=(("double", int(transformer["num_layers"])), ("single", int(transformer["num_single_layers"]))),
         vae_factor=_vae_factor(vae),
+        # FLUX.2 klein's pipeline never passes one, whatever the configuration says.
+        guidance_embeds=family == "flux" and bool(transformer.get("guidance_embeds")),
     )
 
 

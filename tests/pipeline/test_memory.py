@@ -24,7 +24,7 @@ from pipeline.refine.loss import cdr_loss
 from pipeline.teachers import PRESETS, TeacherError, load_teacher, outline_teacher
 from pipeline.teachers.base import TextEmbedding
 from pipeline.teachers.lora import add_lora
-from pipeline.teachers.weightless import WeightlessParts
+from pipeline.teachers.weightless import weightless_teacher
 
 FLUX = {"transformer": 11_901_408_320, "text_encoder_2": 4_762_310_656, "text_encoder": 123_060_480, "vae": 83_819_683}
 KLEIN = {"transformer": 3_875_544_576, "text_encoder": 4_022_468_096, "vae": 84_046_115}
@@ -32,8 +32,8 @@ SD35_LARGE = {"transformer": 8_056_627_520, "text_encoder_3": 4_762_310_656, "te
 BFLOAT16 = MemorySettings(torch.bfloat16, limit=24_000_000_000)
 
 
-def parts_of(spec, dtype=torch.bfloat16, **options):
-    return WeightlessParts(outline_teacher(str(spec), **options), dtype)
+def weightless(spec, dtype=torch.bfloat16, **options):
+    return weightless_teacher(outline_teacher(str(spec), **options), dtype)
 
 
 def activations(phase):
@@ -44,46 +44,46 @@ def activations(phase):
     ("preset", "published"), [("flux-kontext", FLUX), ("flux2-klein-base", KLEIN), ("sd35-large", SD35_LARGE)]
 )
 def test_the_components_have_as_many_parameters_as_those_published(preset, published):
-    parts = parts_of(preset)
-    assert {name: sum(p.numel() for p in parts.module(name).parameters()) for name in published} == published
+    teacher = weightless(preset)
+    modules = {**teacher.text_pipe.components, "transformer": teacher.transformer, "vae": teacher.vae}
+    assert {name: sum(p.numel() for p in modules[name].parameters()) for name in published} == published
 
 
 @pytest.mark.parametrize("preset", [name for name, preset in PRESETS.items() if preset.published])
 def test_a_published_transformer_is_one_that_its_family_knows(preset):
-    parts = parts_of(preset)
-    architecture = parts.outline.architecture
-    transformer = parts.module("transformer")
+    teacher = weightless(preset)
+    transformer = teacher.transformer
     blocks = [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
-    assert len(blocks) == len(architecture.taps())
+    assert len(blocks) == len(teacher.architecture.taps())
 
 
 def test_flux_at_its_real_size_needs_8_bits_on_a_device_of_24_gb():
-    parts = parts_of("flux-kontext")
-    build = build_phase(parts, BuildConfig(batch=4))
+    teacher = weightless("flux-kontext")
+    build = build_phase(teacher, BuildConfig(batch=4))
     assert build.device["transformer"] == 2 * FLUX["transformer"]
     assert build.total > BFLOAT16.limit > build.total - FLUX["transformer"]
     assert build.host == {"features of two shards": 2 * 4 * 4 * 1024 * 3072 * 2}  # rows, timesteps, tokens, channels
     # A batch of sixteen rows keeps at least the sequence of text and image tokens of each, some times over.
     assert activations(build) > 5 * 16 * (512 + 2 * 1024) * 3072 * 2
-    shallow = build_phase(parts, BuildConfig(batch=4, taps=("double.0",)))
+    shallow = build_phase(teacher, BuildConfig(batch=4, taps=("double.0",)))
     assert activations(shallow) <= activations(build)
-    kept, recomputed = refine_phases(parts, BFLOAT16)
+    kept, recomputed = refine_phases(teacher, BFLOAT16)
     assert kept.device["LoRA of rank 16"] == 4 * 26_148_864
     assert kept.device["moments of Adam"] == 2 * kept.device["gradients"] == 2 * 4 * 26_148_864
     assert 5 * activations(recomputed) < activations(kept)
 
 
 def test_text_and_latents_have_phases_of_their_own():
-    parts = parts_of("flux-dev")
-    text = text_phase(parts, BuildConfig(batch=4))
+    teacher = weightless("flux-dev")
+    text = text_phase(teacher)
     weights = sum(size for what, size in text.device.items() if what.startswith("text_encoder"))
     positions = 77 * 8
     assert weights == 2 * (FLUX["text_encoder"] + FLUX["text_encoder_2"]) + positions
     # T5 scores every pair of 512 tokens in each of its 64 heads.
-    assert activations(text) > 4 * 64 * 512 * 512 * 2
-    latents = latents_phase(parts, BuildConfig(batch=4))
+    assert activations(text) > 64 * 512 * 512 * 2
+    latents = latents_phase(teacher)
     assert latents.device["vae"] == 2 * FLUX["vae"]
-    assert activations(latents) > 2 * 4 * 128 * 512 * 512 * 2  # one layer of the encoder in, one out
+    assert activations(latents) > 2 * 128 * 512 * 512 * 2  # one layer of the encoder in, one out
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def real_inputs(teacher, rows):
 def test_activations_of_a_build_are_what_the_allocator_really_gives_out(family, resolution, folders):
     options = {"resolution": resolution}
     config = BuildConfig(batch=2, timesteps=(10, 28))
-    measured = activations(build_phase(parts_of(folders[family], torch.float32, **options), config))
+    measured = activations(build_phase(weightless(folders[family], torch.float32, **options), config))
     teacher = load_teacher(str(folders[family]), dtype=torch.float32, device="cpu", **options)
     conditions, noise, sigma, size = real_inputs(teacher, 4)
 
@@ -142,7 +142,7 @@ def test_activations_of_a_build_are_what_the_allocator_really_gives_out(family, 
 def test_activations_of_stage_one_are_what_the_allocator_really_gives_out(family, resolution, checkpointing, folders):
     options = {"resolution": resolution}
     settings = MemorySettings(torch.float32, limit=1, refine_batch=4)
-    phase = refine_phases(parts_of(folders[family], torch.float32, **options), settings)[checkpointing]
+    phase = refine_phases(weightless(folders[family], torch.float32, **options), settings)[checkpointing]
     teacher = load_teacher(str(folders[family]), dtype=torch.float32, device="cpu", **options)
     trained = add_lora(teacher.transformer, 16, 0)
     if checkpointing:
@@ -154,13 +154,13 @@ def test_activations_of_stage_one_are_what_the_allocator_really_gives_out(family
 
     peak = allocated_peak(run)
     assert phase.device["gradients"] == sum(p.grad.nbytes for p in trained if p.grad is not None)
-    assert 0.99 < activations(phase) / (peak + size) < 1.08  # rather too much than too little
+    assert 0.97 < activations(phase) / (peak + size) < 1.08  # rather too much than too little
 
 
 def test_what_does_not_fit_is_a_warning_with_what_would_do(flux_folder):
     outline = outline_teacher(str(flux_folder), resolution=96)
     config = BuildConfig(batch=8, timesteps=(10, 28))
-    build = build_phase(WeightlessParts(outline, torch.bfloat16), config)
+    build = build_phase(weightless_teacher(outline, torch.bfloat16), config)
     roomy = MemorySettings(torch.float32, limit=100_000_000)
     assert memory_budget(outline, config, roomy)["warnings"] == []
     tight = MemorySettings(torch.bfloat16, limit=build.total - 1)
@@ -175,14 +175,14 @@ def test_what_does_not_fit_is_a_warning_with_what_would_do(flux_folder):
 
 def test_a_folder_whose_components_are_not_described_is_refused_with_what_is_missing(flux_folder, tmp_path):
     folder = shutil.copytree(flux_folder, tmp_path / "flux", ignore=shutil.ignore_patterns("*.safetensors"))
-    assert parts_of(folder).module("text_encoder").device.type == "meta"  # weights are not needed
+    assert weightless(folder).text_pipe.text_encoder.device.type == "meta"  # weights are not needed
     (folder / "text_encoder/config.json").unlink()
     with pytest.raises(TeacherError, match=r"no text_encoder/config.json there"):
-        parts_of(folder).module("text_encoder")
+        _ = weightless(folder).text_pipe
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "NoSuchAutoencoder"]}))
     with pytest.raises(TeacherError, match=r"no diffusers.NoSuchAutoencoder for vae/config.json"):
-        parts_of(folder).module("vae")
+        _ = weightless(folder).vae
 
 
 def test_the_command_adds_the_budget_only_when_asked(flux_folder):
