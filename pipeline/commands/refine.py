@@ -7,6 +7,7 @@ import typer
 
 from pipeline.options import (
     AnnotationsOption,
+    ContextOption,
     DataOption,
     DatasetOption,
     DebugOption,
@@ -56,6 +57,7 @@ def refine(
     device: DeviceOption = "auto",
     resolution: ResolutionOption = None,
     guidance: GuidanceOption = 3.5,
+    context: ContextOption = None,
     limit: LimitOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -68,6 +70,7 @@ def refine(
     opened, loaded = open_inputs(
         dataset, data, teacher, revision, None, dtype, device, resolution, guidance, limit,
         train_classes=train_classes, train_ratio=train_ratio, superclass=superclass, annotations=annotations,
+        context=context,
     )  # fmt: skip
     from pipeline.refine import RefineConfig
     from pipeline.refine import refine as run_refine
