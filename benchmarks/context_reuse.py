@@ -2,24 +2,24 @@
 
 `python -m benchmarks.context_reuse`. The forward passes of a build, text and latents at hand, with a small FLUX.2 of
 the real class: klein's proportions of double to single blocks and of text to image tokens, random weights. The same
-weights run with a joint and with a reused context, in turns, in one thread.
+weights run with a joint and with a reused context, in turns, each in a process of its own with one thread.
 """
 
 import argparse
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.measure import in_turns, medians, save, table
-from pipeline.teachers.base import TextEmbedding
+from benchmarks.measure import Work, in_turns_apart, medians, save, table
+from pipeline.teachers.base import ContextMode, TextEmbedding
 from pipeline.teachers.flux2 import Flux2KleinTeacher
 
 LATENT_CHANNELS, TEXT_CHANNELS = 16, 48
+MODES: tuple[ContextMode, ...] = ("joint", "reused")
 # Tap and number of timesteps; klein has 5 double and 20 single blocks.
 CASES = (("hidden", 1), ("hidden", 4), ("hidden", 8), ("single.2", 4))
 
@@ -49,58 +49,61 @@ def save_teacher(folder: Path, heads: int) -> Path:
     return folder
 
 
-def measure(teachers: dict[str, Flux2KleinTeacher], tap: str, steps: int, images: int, rounds: int) -> dict[str, Any]:
-    """Time the passes of a batch; *_tokens: how many tokens go through the blocks for one image."""
-    tokens = teachers["joint"].tap_shape(tap).tokens
-    text_tokens = tokens // 2
+def prepare(folder: Path, context: ContextMode, side: int, images: int) -> dict[str, Work]:
+    """Load the teacher with this kind of context; its ways of working are the cases, each counting images."""
+    torch.set_num_threads(1)
+    teacher = Flux2KleinTeacher(folder, resolution=side, context=context)
+    tokens = teacher.tap_shape("hidden").tokens
     generator = torch.Generator().manual_seed(0)
-    text = TextEmbedding(
-        torch.randn(images, text_tokens, TEXT_CHANNELS, generator=generator), torch.zeros(images, 0)
-    )
-    context = torch.randn(images, tokens, LATENT_CHANNELS, generator=generator)
-    noisy = torch.randn(images * steps, tokens, LATENT_CHANNELS, generator=generator)
-    sigma = torch.linspace(0.9, 0.1, steps).repeat(images)
-    seconds = in_turns(
-        {name: partial(t.features, noisy, context, sigma, text, [tap]) for name, t in teachers.items()}, rounds
-    )
-    return {
-        "tap": tap,
-        "timesteps": steps,
-        "images": images,
-        "joint_tokens": steps * (text_tokens + 2 * tokens),
-        "reused_tokens": 1 + tokens + steps * (text_tokens + tokens),
-        "seconds": seconds,
-    }
+    text = torch.randn(images, tokens // 2, TEXT_CHANNELS, generator=generator)
+    clean = torch.randn(images, tokens, LATENT_CHANNELS, generator=generator)
+
+    def work(tap: str, steps: int) -> float:
+        noisy = torch.randn(images * steps, tokens, LATENT_CHANNELS, generator=generator)
+        sigma = torch.linspace(0.9, 0.1, steps).repeat(images)
+        teacher.features(noisy, clean, sigma, TextEmbedding(text, torch.zeros(images, 0)), [tap])
+        return images
+
+    return {case_name(tap, steps): partial(work, tap, steps) for tap, steps in CASES}
+
+
+def case_name(tap: str, steps: int) -> str:
+    return f"{tap}, {steps} timesteps"
+
+
+def tokens_per_image(context: ContextMode, tokens: int, steps: int) -> int:
+    """How many tokens go through the blocks for one image; text has half as many as a view."""
+    text = tokens // 2
+    # Alone, the context has one token in place of its text.
+    return steps * (text + 2 * tokens) if context == "joint" else 1 + tokens + steps * (text + tokens)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=2, help="images per batch")
+    parser.add_argument("--images", type=int, default=1, help="images per batch")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--small", action="store_true", help="a tiny workload, to see that everything works")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
     side, heads = (64, 1) if args.small else (256, 3)
     with tempfile.TemporaryDirectory() as place:
         folder = save_teacher(Path(place), heads)
-        teachers = {c: Flux2KleinTeacher(folder, resolution=side, context=c) for c in ("joint", "reused")}
-    results = [measure(teachers, tap, steps, args.images, args.rounds) for tap, steps in CASES]
-    shape = teachers["joint"].tap_shape("hidden")
-    print(f"{shape.tokens} tokens x {shape.channels} channels, {args.images} images per batch, {args.rounds} rounds\n")
-    rows = []
-    for found in results:
-        typical = {name: value / found["images"] for name, value in medians(found["seconds"]).items()}
-        rows.append(
-            (found["tap"], found["timesteps"], found["joint_tokens"], found["reused_tokens"],
-             found["joint_tokens"] / found["reused_tokens"], typical["joint"], typical["reused"],
-             f"{typical['joint'] / typical['reused']:.2f}")
-        )  # fmt: skip
+        contenders = {c: partial(prepare, folder, c, side, args.images) for c in MODES}
+        rates = in_turns_apart(contenders, args.rounds, least_seconds=0.0 if args.small else 0.2)
+    tokens, rows = (side // 16) ** 2, []
+    for tap, steps in CASES:
+        typical = {c: medians(rates[c])[case_name(tap, steps)] for c in MODES}
+        joint, reused = (tokens_per_image(c, tokens, steps) for c in MODES)
+        speed_up = f"{typical['reused'] / typical['joint']:.2f}"
+        rows.append((tap, steps, joint, reused, joint / reused, *typical.values(), speed_up))
+    print(
+        f"{tokens} tokens x {128 * heads} channels, {args.images} images per batch, medians of {args.rounds} rounds\n"
+    )
     print(table(
-        ["tap", "timesteps", "tokens per image, joint", "reused", "ratio", "s per image, joint", "reused", "speed-up"],
+        ["tap", "timesteps", "tokens per image, joint", "reused", "ratio", "images/s, joint", "reused", "speed-up"],
         rows,
     ))  # fmt: skip
     if not args.small:
-        save("context_reuse", {"tokens": shape.tokens, "channels": shape.channels, "cases": results})
+        save("context_reuse", {"tokens": tokens, "channels": 128 * heads, "images_per_second": rates})
 
 
 if __name__ == "__main__":

@@ -74,8 +74,8 @@ ContextOption = Annotated[
     Context | None,
     typer.Option(
         "--context",
-        help="joint: context and noisy tokens see each other; reused: the context sees only itself and is computed once "
-        "per image for all timesteps (FLUX.2); default as the teacher was trained.",
+        help="joint: context and noisy tokens see each other; reused: the context sees only itself and is computed "
+        "once per image for all timesteps (FLUX.2); default as the teacher was trained.",
         show_default=False,
     ),
 ]

@@ -11,7 +11,7 @@ as clean ones, so that every block's keys and values of them are the same for al
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from pipeline.teachers.architecture import Architecture, flux2_architecture
-from pipeline.teachers.base import TextEmbedding
+from pipeline.teachers.base import ContextMode, TextEmbedding
 from pipeline.teachers.capture import capture
 from pipeline.teachers.diffusers_teacher import DiffusersTeacher
 
@@ -88,7 +88,7 @@ class Flux2KleinTeacher(DiffusersTeacher):
     """
 
     family = "flux2"
-    contexts = ("joint", "reused")
+    contexts: ClassVar[tuple[ContextMode, ...]] = ("joint", "reused")
     pipeline = Flux2KleinPipeline
     components = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
@@ -198,5 +198,5 @@ class Flux2KleinKVTeacher(Flux2KleinTeacher):
     """A FLUX.2 klein whose weights were trained with a reused context, as `Flux2KleinKVPipeline` runs it."""
 
     pipeline = Flux2KleinKVPipeline
-    contexts = ("reused",)
+    contexts: ClassVar[tuple[ContextMode, ...]] = ("reused",)
     only_context = "a Flux2KleinKVPipeline was trained with a context that never sees the noise"

@@ -1,4 +1,4 @@
-"""A reused context: computed once per image, read by every timestep, and the very function diffusers' own pipeline runs."""
+"""A reused context is computed once per image, read by every timestep, and is what diffusers' own pipeline computes."""
 
 import gc
 import json
@@ -246,7 +246,9 @@ def test_stage_one_and_the_build_compute_the_same_with_a_reused_context(folder, 
     torch.testing.assert_close(built, trained, atol=1e-5, rtol=1e-5)
 
 
-def test_a_cache_of_reused_contexts_has_an_id_of_its_own_and_resumes(folder, joint, tiny_dataset, tmp_path, monkeypatch):
+def test_a_cache_of_reused_contexts_has_an_id_of_its_own_and_resumes(
+    folder, joint, tiny_dataset, tmp_path, monkeypatch
+):
     reused = load(folder, context="reused")
     whole = build(reused, tiny_dataset, BUILD, tmp_path / "reused", log=str)
     other = build(joint, tiny_dataset, BUILD, tmp_path / "joint", log=str)
