@@ -88,16 +88,14 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = save_teacher(Path(place), heads)
         contenders = {c: partial(prepare, folder, c, side, args.images) for c in MODES}
-        rates = in_turns_apart(contenders, args.rounds, least_seconds=0.0 if args.small else 0.2)
+        rates = in_turns_apart(contenders, args.rounds, least_seconds=0.001 if args.small else 0.2)
     tokens, rows = (side // 16) ** 2, []
     for tap, steps in CASES:
         typical = {c: medians(rates[c])[case_name(tap, steps)] for c in MODES}
         joint, reused = (tokens_per_image(c, tokens, steps) for c in MODES)
         speed_up = f"{typical['reused'] / typical['joint']:.2f}"
         rows.append((tap, steps, joint, reused, joint / reused, *typical.values(), speed_up))
-    print(
-        f"{tokens} tokens x {128 * heads} channels, {args.images} images per batch, medians of {args.rounds} rounds\n"
-    )
+    print(f"{tokens} tokens x {128 * heads} channels, batches of {args.images}, medians of {args.rounds} rounds\n")
     print(table(
         ["tap", "timesteps", "tokens per image, joint", "reused", "ratio", "images/s, joint", "reused", "speed-up"],
         rows,
