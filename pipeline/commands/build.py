@@ -8,6 +8,7 @@ import typer
 
 from pipeline.options import (
     AnnotationsOption,
+    ConditionsOption,
     ContextOption,
     DataOption,
     DatasetOption,
@@ -113,6 +114,7 @@ def build(
     repair: Annotated[
         bool, typer.Option("--repair", help="Check the cache first, and build again exactly what is damaged.")
     ] = False,
+    conditions: ConditionsOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     resolution: ResolutionOption = None,
@@ -162,7 +164,7 @@ def build(
     # Before the teacher: a broken image should not wait for 24 GB of weights.
     scanned = scan_for(opened, config, tolerance)
     loaded = open_teacher(dataset, teacher, revision, lora, dtype, device, resolution, guidance, context)
-    run_build(loaded, opened, config, place, tolerance=tolerance, scanned=scanned, repair=repair)
+    run_build(loaded, opened, config, place, tolerance=tolerance, scanned=scanned, repair=repair, conditions=conditions)
 
 
 def _check_begun(cache: Path, option: str) -> None:

@@ -7,6 +7,7 @@ import typer
 
 from pipeline.options import (
     AnnotationsOption,
+    ConditionsOption,
     ContextOption,
     DataOption,
     DatasetOption,
@@ -54,6 +55,7 @@ def probe(
     recommend: Annotated[int, typer.Option(help="How many timesteps to recommend.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     batch: Annotated[int, typer.Option(help="Images per forward pass.")] = 4,
+    conditions: ConditionsOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     resolution: ResolutionOption = None,
@@ -84,4 +86,4 @@ def probe(
         seed=seed,
         batch=batch,
     )
-    run_probe(loaded, opened, config, output or run_folder(dataset) / "probe")
+    run_probe(loaded, opened, config, output or run_folder(dataset) / "probe", conditions=conditions)

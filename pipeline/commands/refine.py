@@ -7,6 +7,7 @@ import typer
 
 from pipeline.options import (
     AnnotationsOption,
+    ConditionsOption,
     ContextOption,
     DataOption,
     DatasetOption,
@@ -53,6 +54,7 @@ def refine(
         typer.Option(help="Compute activations twice instead of keeping them; default on a GPU.", show_default=False),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of initialisation, order and noise.")] = 0,
+    conditions: ConditionsOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     resolution: ResolutionOption = None,
@@ -90,4 +92,4 @@ def refine(
         if gradient_checkpointing is None
         else gradient_checkpointing,
     )
-    run_refine(loaded, opened, config, output or run_folder(dataset) / "lora")
+    run_refine(loaded, opened, config, output or run_folder(dataset) / "lora", conditions=conditions)

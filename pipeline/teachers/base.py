@@ -19,6 +19,10 @@ class TeacherError(DitDistillError):
     """The teacher cannot be loaded or asked for what it has not; the message says what is missing."""
 
 
+# What of a teacher is loaded and released as one.
+Part = Literal["text", "vae", "transformer"]
+
+
 @dataclass(frozen=True)
 class TextEmbedding:
     """Text as the DiT takes it. tokens: (B, S, D); pooled: (B, D_pooled), D_pooled = 0 where the DiT takes none."""
@@ -48,6 +52,7 @@ class TapShape:
 class Teacher(Protocol):
     """A frozen diffusion transformer with its VAE, text encoders and scheduler.
 
+    Each of the three is loaded when it is first used, and stays in memory until it is released.
     transformer: the trainable module, for Stage I. lora: the LoRA attached at load time, if any. context: how the clean
     context enters; features and predict compute the same function of it.
     Latents are packed tokens (B, L, C_latent), already shifted and scaled as the DiT expects them.
@@ -79,6 +84,14 @@ class Teacher(Protocol):
 
     def sigmas(self, num_steps: int) -> list[float]:
         """The T noise levels the family's own sampler visits at this resolution, noisiest first."""
+        ...
+
+    def release(self, part: Part) -> None:
+        """Take the text encoders, the VAE or the transformer out of memory; what was trained in it is lost."""
+        ...
+
+    def encoder_identity(self, part: Part) -> dict[str, Any]:
+        """All that decides which numbers `encode_text` or `encode_images` gives for an input, as JSON values."""
         ...
 
     def encode_text(self, captions: Sequence[str]) -> TextEmbedding: ...

@@ -8,14 +8,14 @@ The context may also be reused, as `Flux2KleinKVPipeline` does: its tokens atten
 as clean ones, so that every block's keys and values of them are the same for all timesteps and texts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline
+from diffusers import Flux2KleinPipeline
 from diffusers.models.transformers.transformer_flux2 import (
     Flux2KVAttnProcessor,
     Flux2KVLayerCache,
@@ -90,22 +90,16 @@ class Flux2KleinTeacher(DiffusersTeacher):
     family = "flux2"
     contexts: ClassVar[tuple[ContextMode, ...]] = ("joint", "reused")
     pipeline = Flux2KleinPipeline
-    components = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    text_components = ("text_encoder", "tokenizer")
 
     def __init__(self, folder: Path, **options: Any):
         super().__init__(folder, **options)
-        # The pipeline never passes one, whatever the configuration says.
-        self.guidance = None
-        # Only hidden states are read; the logits of 512 tokens over Qwen3's vocabulary would be 155 MB a caption.
-        self.pipe.text_encoder.lm_head = torch.nn.Identity()
-        self.text_tokens = min(_MAX_TEXT_TOKENS, self.pipe.tokenizer.model_max_length)
         self._object_ids = image_ids(*self.grid).to(self.device)
         self._context_ids = image_ids(*self.grid, time=_REFERENCE_TIME).to(self.device)
-        if self.context == "reused":
-            for block in self.transformer.transformer_blocks:
-                block.attn.set_processor(Flux2KVAttnProcessor())
-            for block in self.transformer.single_transformer_blocks:
-                block.attn.set_processor(Flux2KVParallelSelfAttnProcessor())
+
+    @staticmethod
+    def read_shapes(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Architecture:
+        return flux2_architecture(transformer, vae)
 
     def sigmas(self, num_steps: int) -> list[float]:
         mu = compute_empirical_mu(self.grid[0] * self.grid[1], num_steps)
@@ -113,13 +107,25 @@ class Flux2KleinTeacher(DiffusersTeacher):
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextEmbedding:
-        tokens, _ = self.pipe.encode_prompt(
-            prompt=list(captions), device=self.device, max_sequence_length=self.text_tokens
-        )
+        pipe = self.text_pipe
+        length = min(_MAX_TEXT_TOKENS, pipe.tokenizer.model_max_length)
+        tokens, _ = pipe.encode_prompt(prompt=list(captions), device=self.device, max_sequence_length=length)
         return TextEmbedding(tokens.to(self.dtype), tokens.new_zeros(len(tokens), 0))
 
-    def _read_architecture(self) -> Architecture:
-        return flux2_architecture(self.transformer.config, self.vae.config)
+    def _load_text(self) -> Any:
+        pipe = super()._load_text()
+        # Only hidden states are read; the logits of 512 tokens over Qwen3's vocabulary would be 155 MB a caption.
+        pipe.text_encoder.lm_head = torch.nn.Identity()
+        return pipe
+
+    def _load(self, *names: str) -> Any:
+        pipe = super()._load(*names)
+        if "transformer" in names and self.context == "reused":
+            for block in pipe.transformer.transformer_blocks:
+                block.attn.set_processor(Flux2KVAttnProcessor())
+            for block in pipe.transformer.single_transformer_blocks:
+                block.attn.set_processor(Flux2KVParallelSelfAttnProcessor())
+        return pipe
 
     def _forward(self, noisy: Tensor, context: Any, sigma: Tensor, text: TextEmbedding) -> Tensor:
         tokens, ids = noisy, self._object_ids  # B, L, C
@@ -195,8 +201,11 @@ class Flux2KleinTeacher(DiffusersTeacher):
 
 
 class Flux2KleinKVTeacher(Flux2KleinTeacher):
-    """A FLUX.2 klein whose weights were trained with a reused context, as `Flux2KleinKVPipeline` runs it."""
+    """A FLUX.2 klein whose weights were trained with a reused context, as `Flux2KleinKVPipeline` runs it.
 
-    pipeline = Flux2KleinKVPipeline
+    That class cannot be made without its transformer; the other one loads the same folders part by part.
+    """
+
+    pipeline_name = "Flux2KleinKVPipeline"
     contexts: ClassVar[tuple[ContextMode, ...]] = ("reused",)
     only_context = "a Flux2KleinKVPipeline was trained with a context that never sees the noise"

@@ -12,6 +12,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 
 from pipeline.teachers.base import ContextMode, TeacherError
+from pipeline.teachers.weights import check_safetensors
 
 # What Stage I writes beside the weights.
 RECORD_NAME = "refine.json"
@@ -37,12 +38,18 @@ def lora_file(path: Path) -> Path:
 
 
 def check_made_for(path: Path, transformer_digest: str, teacher: str, context: ContextMode) -> None:
-    """Raise TeacherError if Stage I left a record beside the LoRA that names another transformer or kind of context.
+    """Raise TeacherError if a LoRA is damaged, or if the record that Stage I left beside it does not fit this teacher.
 
-    A LoRA of FLUX.1-dev fits FLUX.1-Kontext by shape; applied by mistake it would spoil a cache without a sound. So
-    would one that has learnt to read another context.
+    That is a record of another transformer, or of the same with another kind of context. A LoRA of FLUX.1-dev
+    fits FLUX.1-Kontext by shape; applied by mistake it would spoil a cache without a sound.
     """
-    record = lora_file(path).parent / RECORD_NAME
+    file = lora_file(path)
+    if file.suffix == ".safetensors":
+        try:
+            check_safetensors(file)
+        except ValueError as error:
+            raise TeacherError(f"LoRA {path} does not fit this teacher: {error}") from None
+    record = file.parent / RECORD_NAME
     if not record.is_file():
         return
     try:
@@ -50,7 +57,7 @@ def check_made_for(path: Path, transformer_digest: str, teacher: str, context: C
         digest, name = made_for["transformer_digest"], made_for["teacher"]
         # Records from before there was a choice do not name it.
         refined_with = made_for.get("context", "joint")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError):
         raise TeacherError(f"{record}: not a record of dit-cache refine; remove it or refine again") from None
     if digest != transformer_digest:
         raise TeacherError(f"LoRA {path} was refined on {name}, not on {teacher}: refine again, or name that teacher")

@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_flux2 import Flux2KVLayerCache
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_teachers import QWEN_TOKENS, save_tiny_klein, save_tiny_sd3
+from tiny_teachers import QWEN_TOKENS, direct_features, encode_conditions, save_tiny_klein, save_tiny_sd3
 from typer.testing import CliRunner
 
 from cache_schema import open_cache
@@ -26,9 +26,7 @@ from cache_schema.writer import CacheWriter
 from pipeline.build import build
 from pipeline.build_config import BuildConfig
 from pipeline.cli import app
-from pipeline.conditions import encode_conditions
 from pipeline.curriculum import add_noise
-from pipeline.features import teacher_features
 from pipeline.refine import RefineConfig, cdr_loss, refine
 from pipeline.teachers import load_teacher
 from pipeline.teachers.base import TeacherError
@@ -239,7 +237,7 @@ def test_stage_one_and_the_build_compute_the_same_with_a_reused_context(folder, 
     c = encode_conditions(refined, tiny_dataset, tiny_dataset.samples[:2], "canonical")
     sigma = torch.tensor([0.3, 0.7])
     theirs = load(folder, context="reused")
-    theirs.pipe.load_lora_weights(tmp_path)
+    theirs.transformer_pipe.load_lora_weights(tmp_path)
     with torch.no_grad():
         trained = theirs.predict(c.object, c.context, sigma, c.text)
     [built] = refined.features(c.object, c.context, sigma, c.text, ["velocity"]).values()
@@ -261,7 +259,7 @@ def test_a_cache_of_reused_contexts_has_an_id_of_its_own_and_resumes(
     cache = open_cache(tmp_path / "reused")
     sample = next(s for s in tiny_dataset.samples if s.id == cache.samples["id"][0].as_py())
     sigmas = reused.sigmas(28)
-    [expected] = teacher_features(reused, tiny_dataset, [sample], BUILD, [sigmas[9], sigmas[27]]).values()
+    [expected] = direct_features(reused, tiny_dataset, [sample], BUILD, [sigmas[9], sigmas[27]]).values()
     torch.testing.assert_close(cache.read([0], tap="hidden").decode(), expected[:, 0], atol=1e-5, rtol=1e-5)
 
     write = CacheWriter.write_shard
