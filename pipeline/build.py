@@ -138,6 +138,7 @@ def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samp
             resolution=teacher.resolution,
             text=config.text,
             guidance=teacher.guidance,
+            context=teacher.context,
         ),
         curriculum=Curriculum(
             num_steps=config.num_steps,

@@ -25,6 +25,11 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Context(StrEnum):
+    joint = "joint"
+    reused = "reused"
+
+
 DatasetOption = Annotated[
     str, typer.Option("--dataset", help=f"Data set: {', '.join(dataset_names())}; demo is built in.")
 ]
@@ -65,6 +70,15 @@ ResolutionOption = Annotated[
     int | None, typer.Option(help="Side of the teacher's views in pixels; default from the preset.")
 ]
 GuidanceOption = Annotated[float, typer.Option(help="Guidance, for teachers whose configuration embeds it.")]
+ContextOption = Annotated[
+    Context | None,
+    typer.Option(
+        "--context",
+        help="joint: context and noisy tokens see each other; reused: the context sees only itself and is computed "
+        "once per image for all timesteps (FLUX.2); default as the teacher was trained.",
+        show_default=False,
+    ),
+]
 ConditionsOption = Annotated[
     Path | None,
     typer.Option(
@@ -118,7 +132,7 @@ def open_inputs(
     dataset: str, data: Path | None, teacher: str | None, revision: str | None, lora: Path | None, dtype: Dtype,
     device: str, resolution: int | None, guidance: float, limit: int | None, *,
     train_classes: str | None = None, train_ratio: float | None = None, superclass: str | None = None,
-    annotations: Path | None = None,
+    annotations: Path | None = None, context: Context | None = None,
 ) -> "tuple[Dataset, Teacher]":  # fmt: skip
     """Open the data set and load the teacher that the options name."""
     # The data set first: a wrong path should not wait for 24 GB of weights.
@@ -126,7 +140,7 @@ def open_inputs(
         dataset, data, limit,
         train_classes=train_classes, train_ratio=train_ratio, superclass=superclass, annotations=annotations,
     )  # fmt: skip
-    return opened, open_teacher(dataset, teacher, revision, lora, dtype, device, resolution, guidance)
+    return opened, open_teacher(dataset, teacher, revision, lora, dtype, device, resolution, guidance, context)
 
 
 def open_data(
@@ -185,7 +199,7 @@ def choose_dtype(dtype: Dtype, device: "torch.device") -> "torch.dtype":
 
 def open_teacher(
     dataset: str, teacher: str | None, revision: str | None, lora: Path | None, dtype: Dtype, device: str,
-    resolution: int | None, guidance: float,
+    resolution: int | None, guidance: float, context: Context | None = None,
 ) -> "Teacher":  # fmt: skip
     """Load the teacher that the options name, or that of the data set's preset."""
     from pipeline.teachers import load_teacher
@@ -199,4 +213,5 @@ def open_teacher(
         dtype=choose_dtype(dtype, target),
         device=str(target),
         guidance=guidance,
+        context=context.value if context else None,
     )

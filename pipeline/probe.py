@@ -104,6 +104,7 @@ def probe(
         "dataset": dataset.name,
         "teacher": teacher.source,
         "refined": teacher.lora is not None,
+        "context": teacher.context,
         "config": asdict(config),
         "images": len(samples),
         "classes": classes,

@@ -9,6 +9,7 @@ import typer
 from pipeline.options import (
     AnnotationsOption,
     ConditionsOption,
+    ContextOption,
     DataOption,
     DatasetOption,
     DebugOption,
@@ -118,6 +119,7 @@ def build(
     device: DeviceOption = "auto",
     resolution: ResolutionOption = None,
     guidance: GuidanceOption = 3.5,
+    context: ContextOption = None,
     limit: LimitOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -161,7 +163,7 @@ def build(
     tolerance = Tolerance(max_bad=bad_share, strict=strict)
     # Before the teacher: a broken image should not wait for 24 GB of weights.
     scanned = scan_for(opened, config, tolerance)
-    loaded = open_teacher(dataset, teacher, revision, lora, dtype, device, resolution, guidance)
+    loaded = open_teacher(dataset, teacher, revision, lora, dtype, device, resolution, guidance, context)
     run_build(loaded, opened, config, place, tolerance=tolerance, scanned=scanned, repair=repair, conditions=conditions)
 
 

@@ -8,6 +8,7 @@ import typer
 
 from pipeline.commands.build import Encoding, ImageFormat, Store
 from pipeline.options import (
+    ContextOption,
     DataOption,
     DatasetOption,
     DebugOption,
@@ -78,6 +79,7 @@ def estimate(
     device: DeviceOption = "auto",
     resolution: ResolutionOption = None,
     guidance: GuidanceOption = 3.5,
+    context: ContextOption = None,
     limit: LimitOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the estimate as JSON, for scripts.")] = False,
     debug: DebugOption = False,
@@ -118,7 +120,7 @@ def estimate(
     found = work.estimate(plan, demand, place, rate)  # before --measure: a wrong option should not wait for weights
     if measure:
         assert opened is not None
-        loaded = open_teacher(dataset, teacher, revision, lora, dtype, device, resolution, guidance)
+        loaded = open_teacher(dataset, teacher, revision, lora, dtype, device, resolution, guidance, context)
         found = work.estimate(plan, demand, place, work.measure_rate(loaded, opened, config, measure))
     typer.echo(json.dumps(found, indent=2) if as_json else estimate_text(found))
     for warning in found["warnings"]:

@@ -8,6 +8,7 @@ import typer
 from pipeline.options import (
     AnnotationsOption,
     ConditionsOption,
+    ContextOption,
     DataOption,
     DatasetOption,
     DebugOption,
@@ -59,6 +60,7 @@ def probe(
     device: DeviceOption = "auto",
     resolution: ResolutionOption = None,
     guidance: GuidanceOption = 3.5,
+    context: ContextOption = None,
     limit: LimitOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -66,6 +68,7 @@ def probe(
     opened, loaded = open_inputs(
         dataset, data, teacher, revision, lora, dtype, device, resolution, guidance, limit,
         train_classes=train_classes, train_ratio=train_ratio, superclass=superclass, annotations=annotations,
+        context=context,
     )  # fmt: skip
     from pipeline.probe import ProbeConfig
     from pipeline.probe import probe as run_probe

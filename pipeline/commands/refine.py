@@ -8,6 +8,7 @@ import typer
 from pipeline.options import (
     AnnotationsOption,
     ConditionsOption,
+    ContextOption,
     DataOption,
     DatasetOption,
     DebugOption,
@@ -58,6 +59,7 @@ def refine(
     device: DeviceOption = "auto",
     resolution: ResolutionOption = None,
     guidance: GuidanceOption = 3.5,
+    context: ContextOption = None,
     limit: LimitOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -70,6 +72,7 @@ def refine(
     opened, loaded = open_inputs(
         dataset, data, teacher, revision, None, dtype, device, resolution, guidance, limit,
         train_classes=train_classes, train_ratio=train_ratio, superclass=superclass, annotations=annotations,
+        context=context,
     )  # fmt: skip
     from pipeline.refine import RefineConfig
     from pipeline.refine import refine as run_refine
