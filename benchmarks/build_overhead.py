@@ -47,10 +47,16 @@ class PacedTeacher(FluxTeacher):
         return TapShape(tap, self.grid[0] * self.grid[1], CHANNELS, self.grid)
 
     def features(
-        self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding, taps: Sequence[str]
+        self,
+        noisy: Tensor,
+        context: Tensor | None,
+        sigma: Tensor,
+        text: TextEmbedding,
+        taps: Sequence[str],
+        rows: int | None = None,
     ) -> dict[str, Tensor]:
         started = time.perf_counter()
-        found = super().features(noisy, context, sigma, text, taps)
+        found = super().features(noisy, context, sigma, text, taps, rows)
         images = len(noisy) // self.timesteps
         self.images += images
         wide = {tap: tokens.repeat(1, 1, CHANNELS // WIDTH) for tap, tokens in found.items()}
@@ -120,8 +126,8 @@ def bare_seconds(teacher: PacedTeacher, dataset: Photographs, config: BuildConfi
     started = time.perf_counter()
     for _ in range(images // config.batch):
         pairs = [teacher.encode_images(torch.stack(pair)) for pair in zip(pixels.object, pixels.context, strict=True)]
-        clean, context = (torch.stack([pair[side] for pair in pairs]).repeat_interleave(T, 0) for side in (0, 1))
-        teacher.features(clean, context, sigma.repeat(len(samples)), text.repeat(T), config.taps)
+        clean, context = (torch.stack([pair[side] for pair in pairs]) for side in (0, 1))
+        teacher.features(clean.repeat_interleave(T, 0), context, sigma.repeat(len(samples)), text, config.taps)
     return time.perf_counter() - started
 
 

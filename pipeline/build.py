@@ -138,6 +138,8 @@ def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samp
             resolution=teacher.resolution,
             text=config.text,
             guidance=teacher.guidance,
+            context=teacher.context,
+            quantization=teacher.quantization,
         ),
         curriculum=Curriculum(
             num_steps=config.num_steps,

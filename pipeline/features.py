@@ -46,8 +46,7 @@ def teacher_features(
         noise = torch.stack([sample_noise(s.id, view, config.seed, shape) for s in samples]).to(given.object)
         sigma = torch.tensor(list(sigmas)).repeat(B).to(given.object.device)  # B·T, timesteps fastest
         noisy = add_noise(given.object.repeat_interleave(T, 0), noise.repeat_interleave(T, 0), sigma)
-        context = given.context.repeat_interleave(T, 0)
-        found = teacher.features(noisy, context, sigma, given.text.repeat(T), config.taps)
+        found = teacher.features(noisy, given.context, sigma, given.text, config.taps)
         for tap, tokens in found.items():
             per_view[tap].append(tokens.unflatten(0, (B, T)))  # B, T, L, C
     # One view is stacked without a copy.

@@ -1,6 +1,5 @@
 """What is in memory in each phase of the heavy job: weights counted and activations measured on the meta device."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -18,10 +17,10 @@ from pipeline.build_config import BuildConfig
 from pipeline.conditions import Conditions
 from pipeline.refine.loss import cdr_loss
 from pipeline.teachers import TeacherOutline
-from pipeline.teachers.base import TextEmbedding
+from pipeline.teachers.base import ContextMode, Quantization, TextEmbedding
 from pipeline.teachers.diffusers_teacher import DiffusersTeacher
 from pipeline.teachers.lora import add_lora
-from pipeline.teachers.quantization import Quantization, is_available
+from pipeline.teachers.quantization import is_available
 from pipeline.teachers.weightless import META, weightless_teacher
 from pipeline.tensor_memory import FusedAttention, MemoryMeter, module_bytes
 
@@ -30,11 +29,15 @@ _ADAM_MOMENTS = 2
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """How the teacher would be loaded. limit: bytes of the device; refine_batch: images per step of Stage I."""
+    """How the teacher would be loaded. limit: bytes of the device; refine_batch: images per step of Stage I.
+
+    context: None as the family was trained.
+    """
 
     dtype: torch.dtype
     limit: int
     quantization: Quantization | None = None
+    context: ContextMode | None = None
     rank: int = 16
     refine_batch: int = 1
 
@@ -70,7 +73,7 @@ def memory_budget(outline: TeacherOutline, config: BuildConfig, settings: Memory
     tensors in one batch of the real classes; what the allocator rounds up and CUDA itself takes is not in them. Raises
     TeacherError if a configuration is missing.
     """
-    teacher = weightless_teacher(outline, settings.dtype, settings.quantization)
+    teacher = _teacher(outline, settings, settings.quantization)
     phases = [
         text_phase(teacher),
         latents_phase(teacher),
@@ -113,9 +116,8 @@ def latents_phase(teacher: DiffusersTeacher) -> Phase:
 
 def build_phase(teacher: DiffusersTeacher, config: BuildConfig) -> Phase:
     """The cache build: all timesteps of a batch of images in one pass that ends at the deepest tap."""
-    rows = config.batch * len(config.timesteps)
-    conditions, noise, sigma = _inputs(teacher, rows)
-    run = partial(teacher.features, noise, conditions.context, sigma, conditions.text, config.taps)
+    conditions, noisy, sigma = _inputs(teacher, config.batch, len(config.timesteps))
+    run = partial(teacher.features, noisy, conditions.context, sigma, conditions.text, config.taps)
     what = f"activations, {_count(config.batch, 'image')} × {_count(len(config.timesteps), 'timestep')}"
     device = {
         "transformer": module_bytes(teacher.transformer),
@@ -130,9 +132,7 @@ def refine_phases(teacher: DiffusersTeacher, settings: MemorySettings) -> tuple[
     First with all activations kept, then with gradient checkpointing. The teacher is as it was afterwards.
     """
     frozen = module_bytes(teacher.transformer)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # peft could not merge this LoRA into weights of 8 bits
-        trained = add_lora(teacher.transformer, settings.rank, seed=0)
+    trained = add_lora(teacher.transformer, settings.rank, seed=0)
     lora = module_bytes(teacher.transformer) - frozen
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)  # as in a second batch that accumulates
@@ -161,21 +161,25 @@ def refine_phases(teacher: DiffusersTeacher, settings: MemorySettings) -> tuple[
     return kept, recomputed
 
 
-def _inputs(teacher: DiffusersTeacher, rows: int) -> tuple[Conditions, torch.Tensor, torch.Tensor]:
-    """Conditions, noise (rows, L, C) and σ (rows,) of a batch, on the meta device."""
+def _teacher(outline: TeacherOutline, settings: MemorySettings, kind: Quantization | None) -> DiffusersTeacher:
+    return weightless_teacher(outline, settings.dtype, kind, settings.context)
+
+
+def _inputs(teacher: DiffusersTeacher, images: int, steps: int = 1) -> tuple[Conditions, torch.Tensor, torch.Tensor]:
+    """On the meta device, conditions of a batch of images, and what differs in each of its `steps` rows: (B·T, …)."""
     config, dtype = teacher.transformer.config, teacher.dtype
     latents = teacher.tap_shape("velocity")
-    shape = (rows, latents.tokens, latents.channels)
+    shape = (latents.tokens, latents.channels)
 
     def empty(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device=META)
 
     text = TextEmbedding(
-        tokens=empty(rows, teacher.text_length, config.joint_attention_dim),
-        pooled=empty(rows, config.get("pooled_projection_dim") or 0),
+        tokens=empty(images, teacher.text_length, config.joint_attention_dim),
+        pooled=empty(images, config.get("pooled_projection_dim") or 0),
     )
-    conditions = Conditions(object=empty(*shape), context=empty(*shape), text=text)
-    return conditions, empty(*shape), torch.empty(rows, device=META)
+    conditions = Conditions(object=empty(images, *shape), context=empty(images, *shape), text=text)
+    return conditions, empty(images * steps, *shape), torch.empty(images * steps, device=META)
 
 
 def _measure(run: Callable[[], Any], resident: Sequence[Any]) -> int:
@@ -241,7 +245,7 @@ def _remedy(phase: Phase, outline: TeacherOutline, config: BuildConfig, settings
     given = settings.quantization
     kinds: list[Quantization | None] = [given] if given or not is_available() else [None, "int8"]
     for kind in kinds if phase.name in ("build", "refine") else []:
-        teacher = weightless_teacher(outline, settings.dtype, kind)
+        teacher = _teacher(outline, settings, kind)
         option = f"--quantize {kind} " if kind != given else ""
         if phase.name == "refine":
             if refine_phases(teacher, settings)[1].total <= settings.limit:

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.datasets.base import Dataset
-    from pipeline.teachers.base import Teacher
-    from pipeline.teachers.quantization import Quantization
+    from pipeline.teachers.base import Quantization, Teacher
 
 
 class Dtype(StrEnum):
@@ -35,6 +34,11 @@ class Quantize(StrEnum):
     def kind(self) -> "Quantization | None":
         """As the pipeline takes it."""
         return None if self is Quantize.none else "int8" if self is Quantize.int8 else "fp8"
+
+
+class Context(StrEnum):
+    joint = "joint"
+    reused = "reused"
 
 
 DatasetOption = Annotated[
@@ -75,11 +79,27 @@ DtypeOption = Annotated[
 QuantizeOption = Annotated[
     Quantize, typer.Option(help="Keep the transformer's linear layers in 8 bits: half the memory of bfloat16.")
 ]
+OffloadOption = Annotated[
+    bool,
+    typer.Option("--offload", help="Keep text encoders and transformer in main memory, on the GPU block by block."),
+]
+CompileOption = Annotated[
+    bool, typer.Option("--compile", help="Compile the transformer's blocks: minutes at the start, faster afterwards.")
+]
 DeviceOption = Annotated[str, typer.Option(help="Where the teacher runs; auto takes the GPU if there is one.")]
 ResolutionOption = Annotated[
     int | None, typer.Option(help="Side of the teacher's views in pixels; default from the preset.")
 ]
 GuidanceOption = Annotated[float, typer.Option(help="Guidance, for teachers whose configuration embeds it.")]
+ContextOption = Annotated[
+    Context | None,
+    typer.Option(
+        "--context",
+        help="joint: context and noisy tokens see each other; reused: the context sees only itself and is computed "
+        "once per image for all timesteps (FLUX.2); default as the teacher was trained.",
+        show_default=False,
+    ),
+]
 ConditionsOption = Annotated[
     Path | None,
     typer.Option(
@@ -133,7 +153,8 @@ def open_inputs(
     dataset: str, data: Path | None, teacher: str | None, revision: str | None, lora: Path | None, dtype: Dtype,
     device: str, resolution: int | None, guidance: float, limit: int | None, *,
     train_classes: str | None = None, train_ratio: float | None = None, superclass: str | None = None,
-    annotations: Path | None = None,
+    annotations: Path | None = None, context: Context | None = None, quantize: Quantize = Quantize.none,
+    offload: bool = False, compile_blocks: bool = False,
 ) -> "tuple[Dataset, Teacher]":  # fmt: skip
     """Open the data set and load the teacher that the options name."""
     # The data set first: a wrong path should not wait for 24 GB of weights.
@@ -141,7 +162,10 @@ def open_inputs(
         dataset, data, limit,
         train_classes=train_classes, train_ratio=train_ratio, superclass=superclass, annotations=annotations,
     )  # fmt: skip
-    return opened, open_teacher(dataset, teacher, revision, lora, dtype, device, resolution, guidance)
+    return opened, open_teacher(
+        dataset, teacher, revision, lora, dtype, device, resolution, guidance, context,
+        quantize=quantize, offload=offload, compile_blocks=compile_blocks,
+    )  # fmt: skip
 
 
 def open_data(
@@ -200,10 +224,12 @@ def choose_dtype(dtype: Dtype, device: "torch.device") -> "torch.dtype":
 
 def open_teacher(
     dataset: str, teacher: str | None, revision: str | None, lora: Path | None, dtype: Dtype, device: str,
-    resolution: int | None, guidance: float,
+    resolution: int | None, guidance: float, context: Context | None = None, *, quantize: Quantize = Quantize.none,
+    offload: bool = False, compile_blocks: bool = False,
 ) -> "Teacher":  # fmt: skip
     """Load the teacher that the options name, or that of the data set's preset."""
     from pipeline.teachers import load_teacher
+    from pipeline.teachers.loading import Loading
 
     target = choose_device(device)
     return load_teacher(
@@ -214,4 +240,6 @@ def open_teacher(
         dtype=choose_dtype(dtype, target),
         device=str(target),
         guidance=guidance,
+        context=context.value if context else None,
+        loading=Loading(quantize.kind, offload, compile_blocks),
     )

@@ -104,6 +104,8 @@ def probe(
         "dataset": dataset.name,
         "teacher": teacher.source,
         "refined": teacher.lora is not None,
+        "context": teacher.context,
+        "quantization": teacher.quantization,
         "config": asdict(config),
         "images": len(samples),
         "classes": classes,

@@ -8,7 +8,9 @@ import typer
 
 from pipeline.options import (
     AnnotationsOption,
+    CompileOption,
     ConditionsOption,
+    ContextOption,
     DataOption,
     DatasetOption,
     DebugOption,
@@ -17,6 +19,9 @@ from pipeline.options import (
     DtypeOption,
     GuidanceOption,
     LimitOption,
+    OffloadOption,
+    Quantize,
+    QuantizeOption,
     ResolutionOption,
     RevisionOption,
     SuperclassOption,
@@ -118,6 +123,10 @@ def build(
     device: DeviceOption = "auto",
     resolution: ResolutionOption = None,
     guidance: GuidanceOption = 3.5,
+    context: ContextOption = None,
+    quantize: QuantizeOption = Quantize.none,
+    offload: OffloadOption = False,
+    compile_blocks: CompileOption = False,
     limit: LimitOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -161,7 +170,10 @@ def build(
     tolerance = Tolerance(max_bad=bad_share, strict=strict)
     # Before the teacher: a broken image should not wait for 24 GB of weights.
     scanned = scan_for(opened, config, tolerance)
-    loaded = open_teacher(dataset, teacher, revision, lora, dtype, device, resolution, guidance)
+    loaded = open_teacher(
+        dataset, teacher, revision, lora, dtype, device, resolution, guidance, context,
+        quantize=quantize, offload=offload, compile_blocks=compile_blocks,
+    )  # fmt: skip
     run_build(loaded, opened, config, place, tolerance=tolerance, scanned=scanned, repair=repair, conditions=conditions)
 
 

@@ -8,6 +8,8 @@ import typer
 
 from pipeline.commands.build import Encoding, ImageFormat, Store
 from pipeline.options import (
+    Context,
+    ContextOption,
     DataOption,
     DatasetOption,
     DebugOption,
@@ -90,6 +92,7 @@ def estimate(
     device: DeviceOption = "auto",
     resolution: ResolutionOption = None,
     guidance: GuidanceOption = 3.5,
+    context: ContextOption = None,
     limit: LimitOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the estimate as JSON, for scripts.")] = False,
     debug: DebugOption = False,
@@ -130,10 +133,12 @@ def estimate(
     found = work.estimate(plan, demand, place, rate)  # before --measure: a wrong option should not wait for weights
     if measure:
         assert opened is not None
-        loaded = open_teacher(dataset, teacher, revision, lora, dtype, device, resolution, guidance)
+        loaded = open_teacher(
+            dataset, teacher, revision, lora, dtype, device, resolution, guidance, context, quantize=quantize
+        )
         found = work.estimate(plan, demand, place, work.measure_rate(loaded, opened, config, measure))
     if memory is not None:
-        found["memory"] = _memory_budget(outline, config, memory, quantize, preset.refine_batch, dtype, device)
+        found["memory"] = _memory_budget(outline, config, memory, quantize, preset.refine_batch, dtype, device, context)
         found["warnings"] += found["memory"].pop("warnings")
     typer.echo(json.dumps(found, indent=2) if as_json else estimate_text(found))
     for warning in found["warnings"]:
@@ -142,7 +147,7 @@ def estimate(
 
 def _memory_budget(
     outline: "TeacherOutline", config: "BuildConfig", gigabytes: float, quantize: Quantize, refine_batch: int,
-    dtype: Dtype, device: str,
+    dtype: Dtype, device: str, context: Context | None,
 ) -> dict[str, Any]:  # fmt: skip
     import torch
 
@@ -157,6 +162,7 @@ def _memory_budget(
         dtype=choose_dtype(dtype, target),
         limit=round(gigabytes * 1e9),
         quantization=quantize.kind,
+        context=context.value if context else None,
         refine_batch=refine_batch,
     )
     return memory_budget(outline, config, settings)

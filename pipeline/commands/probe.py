@@ -7,7 +7,9 @@ import typer
 
 from pipeline.options import (
     AnnotationsOption,
+    CompileOption,
     ConditionsOption,
+    ContextOption,
     DataOption,
     DatasetOption,
     DebugOption,
@@ -16,6 +18,9 @@ from pipeline.options import (
     DtypeOption,
     GuidanceOption,
     LimitOption,
+    OffloadOption,
+    Quantize,
+    QuantizeOption,
     ResolutionOption,
     RevisionOption,
     SuperclassOption,
@@ -59,6 +64,10 @@ def probe(
     device: DeviceOption = "auto",
     resolution: ResolutionOption = None,
     guidance: GuidanceOption = 3.5,
+    context: ContextOption = None,
+    quantize: QuantizeOption = Quantize.none,
+    offload: OffloadOption = False,
+    compile_blocks: CompileOption = False,
     limit: LimitOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -66,6 +75,7 @@ def probe(
     opened, loaded = open_inputs(
         dataset, data, teacher, revision, lora, dtype, device, resolution, guidance, limit,
         train_classes=train_classes, train_ratio=train_ratio, superclass=superclass, annotations=annotations,
+        context=context, quantize=quantize, offload=offload, compile_blocks=compile_blocks,
     )  # fmt: skip
     from pipeline.probe import ProbeConfig
     from pipeline.probe import probe as run_probe

@@ -7,7 +7,9 @@ import typer
 
 from pipeline.options import (
     AnnotationsOption,
+    CompileOption,
     ConditionsOption,
+    ContextOption,
     DataOption,
     DatasetOption,
     DebugOption,
@@ -16,6 +18,8 @@ from pipeline.options import (
     DtypeOption,
     GuidanceOption,
     LimitOption,
+    Quantize,
+    QuantizeOption,
     ResolutionOption,
     RevisionOption,
     SuperclassOption,
@@ -58,6 +62,9 @@ def refine(
     device: DeviceOption = "auto",
     resolution: ResolutionOption = None,
     guidance: GuidanceOption = 3.5,
+    context: ContextOption = None,
+    quantize: QuantizeOption = Quantize.none,
+    compile_blocks: CompileOption = False,
     limit: LimitOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -70,6 +77,7 @@ def refine(
     opened, loaded = open_inputs(
         dataset, data, teacher, revision, None, dtype, device, resolution, guidance, limit,
         train_classes=train_classes, train_ratio=train_ratio, superclass=superclass, annotations=annotations,
+        context=context, quantize=quantize, compile_blocks=compile_blocks,
     )  # fmt: skip
     from pipeline.refine import RefineConfig
     from pipeline.refine import refine as run_refine

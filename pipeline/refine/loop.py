@@ -145,6 +145,8 @@ class _Run:
             "processes": self.accelerator.num_processes,
             "teacher": self.teacher.source,
             "transformer_digest": self.teacher.digests()["transformer"],
+            "context": self.teacher.context,
+            "quantization": self.teacher.quantization,
             "validation": self.progress.validation,
             "seconds": round(self.progress.seconds, 1),
         }
@@ -236,6 +238,8 @@ class _Run:
             "resolution": self.teacher.resolution,
             "dtype": str(self.teacher.dtype).removeprefix("torch."),
             "guidance": self.teacher.guidance,
+            "context": self.teacher.context,
+            "quantization": self.teacher.quantization,
             "transformer": self.teacher.digests()["transformer"],
             "training images": _fingerprint(self.train_samples),
         }

@@ -14,10 +14,12 @@ from pipeline.teachers.architecture import (
     read_classes,
     sd3_architecture,
 )
-from pipeline.teachers.base import TapShape, Teacher, TeacherError
+from pipeline.teachers.base import ContextMode, TapShape, Teacher, TeacherError
 
 if TYPE_CHECKING:
     import torch
+
+    from pipeline.teachers.loading import Loading
 
 __all__ = ["PRESETS", "Teacher", "TeacherError", "TeacherOutline", "load_teacher", "outline_teacher"]
 
@@ -63,6 +65,7 @@ _FLUX = Family("pipeline.teachers.flux:FluxTeacher", flux_architecture)
 _FAMILIES = {
     "FluxPipeline": _FLUX,
     "FluxKontextPipeline": _FLUX,
+    "Flux2KleinKVPipeline": Family("pipeline.teachers.flux2:Flux2KleinKVTeacher", flux2_architecture),
     "Flux2KleinPipeline": Family("pipeline.teachers.flux2:Flux2KleinTeacher", flux2_architecture),
     "StableDiffusion3Pipeline": Family("pipeline.teachers.sd3:StableDiffusion3Teacher", sd3_architecture),
 }
@@ -123,10 +126,14 @@ def load_teacher(
     dtype: "torch.dtype",
     device: str,
     guidance: float = 3.5,
+    context: ContextMode | None = None,
+    loading: "Loading | None" = None,
 ) -> Teacher:
     """Load a teacher by preset name, diffusers folder or hub repository.
 
-    Raises TeacherError if it cannot be found or downloaded, or is of no known family.
+    context: None as the family was trained. loading: None as the weights were saved. Raises TeacherError if it cannot
+    be found or downloaded, is of no known family, or its family does not know that kind of context, and where the
+    device does not allow that kind of loading.
     """
     from pipeline.teachers.weights import locate
 
@@ -142,6 +149,8 @@ def load_teacher(
         device=device,
         guidance=guidance,
         lora=lora,
+        context=context,
+        **({"loading": loading} if loading else {}),
     )
 
 

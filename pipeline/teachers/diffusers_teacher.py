@@ -6,7 +6,7 @@ has to hold more than the one at work.
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,27 +15,41 @@ from torch import Tensor
 from torch.nn import Module
 
 from pipeline.teachers.architecture import Architecture, read_architecture
-from pipeline.teachers.base import Part, TapShape, TeacherError, TextEmbedding
+from pipeline.teachers.base import ContextMode, Part, TapShape, TeacherError, TextEmbedding
 from pipeline.teachers.capture import capture
+from pipeline.teachers.loading import PLAIN, Loading, compile_blocks, offload_text_encoder, offload_transformer
 from pipeline.teachers.lora import attach_lora, check_made_for, save_lora
 from pipeline.teachers.packing import pack_latents, unpack_latents
+from pipeline.teachers.quantization import pipeline_config
 from pipeline.teachers.weights import check_weights, component_digest
 from pipeline.views import from_signed, to_signed
+
+
+def blocks_of(transformer: Any) -> list[Module]:
+    """The transformer's blocks in the order in which they run."""
+    return [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
 
 
 class DiffusersTeacher(ABC):
     """A diffusers folder behind the `Teacher` protocol; a family adds its text, its positions and one step of its DiT.
 
     folder: a diffusers folder on disk. resolution: side of both views in pixels. guidance: used only where the
-    configuration has guidance embeddings. lora: a LoRA in diffusers' layout, the result of Stage I.
-    Raises TeacherError if the folder is not of this family or the resolution does not fit its VAE.
+    configuration has guidance embeddings. lora: a LoRA in diffusers' layout, the result of Stage I. context: one of the
+    family's `contexts`, by default the first.
+    Raises TeacherError if the folder is not of this family, the resolution does not fit its VAE, or the family does not
+    know this kind of context.
     """
 
     family: str
     # diffusers' pipeline class, and those of its components that embed text.
     pipeline: ClassVar[Any]
+    # What folders call it, where that is another class with the same components.
+    pipeline_name: ClassVar[str | None] = None
     text_components: ClassVar[tuple[str, ...]]
     optional_components: ClassVar[tuple[str, ...]] = ()
+    # How its context may enter, and why not otherwise.
+    contexts: ClassVar[tuple[ContextMode, ...]] = ("joint",)
+    only_context: ClassVar[str] = "its context and noisy tokens attend to each other, so that nothing can be reused"
 
     def __init__(
         self,
@@ -48,10 +62,17 @@ class DiffusersTeacher(ABC):
         device: str | torch.device = "cpu",
         guidance: float = 3.5,
         lora: Path | None = None,
+        context: ContextMode | None = None,
+        loading: Loading = PLAIN,
     ):
+        loading.check(torch.device(device))
         self.folder, self.source, self.revision = Path(folder), source or str(folder), revision
         self.resolution, self.dtype, self.device = resolution, dtype, torch.device(device)
-        self.pipeline_class: str = self.pipeline.__name__
+        self.pipeline_class: str = self.pipeline_name or self.pipeline.__name__
+        self.context: ContextMode = context or self.contexts[0]
+        if self.context not in self.contexts:
+            raise TeacherError(f"teacher {self.source}: {self.only_context}; use --context {self.contexts[0]}")
+        self.loading, self.quantization = loading, loading.quantization
         self._digests: dict[str, str] = {}  # reading 24 GB takes a minute: once is enough
         self._parts: dict[Part, Any] = {}
         self._absent = self._find_absent()
@@ -61,7 +82,7 @@ class DiffusersTeacher(ABC):
         self.scheduler = self._load("scheduler").scheduler
         self.lora = Path(lora) if lora else None
         if self.lora:
-            check_made_for(self.lora, self.digests()["transformer"], self.source)
+            check_made_for(self.lora, self.digests()["transformer"], self.source, self.context)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -114,8 +135,11 @@ class DiffusersTeacher(ABC):
         """Captions as the pipeline embeds them."""
 
     @abstractmethod
-    def _forward(self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding) -> Tensor:
-        """One step of the pipeline, without classifier-free guidance: ε − z for the object tokens, packed."""
+    def _forward(self, noisy: Tensor, context: Any, sigma: Tensor, text: TextEmbedding) -> Tensor:
+        """One step of the pipeline, without classifier-free guidance: ε − z for the object tokens, packed.
+
+        context: packed latents, or what `_share_context` made of them, or None.
+        """
 
     @abstractmethod
     def _object_tokens(self, output: Any, text: TextEmbedding, with_context: bool) -> Tensor:
@@ -156,16 +180,54 @@ class DiffusersTeacher(ABC):
 
     @torch.no_grad()
     def features(
-        self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding, taps: Sequence[str]
+        self,
+        noisy: Tensor,
+        context: Tensor | None,
+        sigma: Tensor,
+        text: TextEmbedding,
+        taps: Sequence[str],
+        rows: int | None = None,
     ) -> dict[str, Tensor]:
+        images, rows = len(text.tokens), rows or len(noisy)
+        steps = len(noisy) // images
+        group = max(1, rows // steps)
+        parts: list[dict[str, Tensor]] = []
+        for first in range(0, images, group):
+            some, inside = slice(first, first + group), slice(first * steps, (first + group) * steps)
+            their_context = None if context is None else context[some]
+            parts += self._passes(noisy[inside], their_context, sigma[inside], text.rows(some), taps, rows)
+        return {tap: torch.cat([part[tap] for part in parts]) if len(parts) > 1 else parts[0][tap] for tap in taps}
+
+    def _passes(
+        self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding, taps: Sequence[str], rows: int
+    ) -> list[dict[str, Tensor]]:
+        """Taps of all rows of some images, `rows` at a time; what they share is computed once and gone afterwards."""
+        blocks = self._blocks()
         depths = {tap: self.architecture.block(tap, self.source) for tap in taps if tap != "velocity"}
-        blocks = [*self.transformer.transformer_blocks, *getattr(self.transformer, "single_transformer_blocks", ())]
-        features: dict[str, Tensor] = {}
-        with capture(blocks, depths, leave_early="velocity" not in taps) as found:
-            features["velocity"] = -self._forward(noisy, context, sigma, text)
-        for tap, output in found.items():
-            features[tap] = self._object_tokens(output, text, context is not None)
-        return {tap: features[tap] for tap in taps}
+        deepest = len(blocks) - 1 if "velocity" in taps else max(depths.values())
+        shared = None if context is None else self._share_context(context, deepest)
+        parts = []
+        for start in range(0, len(noisy), rows):
+            part = slice(start, start + rows)
+            steps = len(noisy[part]) // len(text.tokens)
+            given = shared(steps) if shared else None
+            features: dict[str, Tensor] = {}
+            with capture(blocks, depths, leave_early="velocity" not in taps) as found:
+                features["velocity"] = -self._forward(noisy[part], given, sigma[part], text.repeat(steps))
+            for tap, output in found.items():
+                features[tap] = self._object_tokens(output, text, context is not None)
+            parts.append({tap: features[tap] for tap in taps})
+        return parts
+
+    def _share_context(self, context: Tensor, deepest: int) -> Callable[[int], Any]:
+        """Do what is done once per image; what is returned gives `_forward` the context for `steps` rows of each image.
+
+        context: (B, L, C_latent). deepest: the last block that will run.
+        """
+        return lambda steps: context.repeat_interleave(steps, 0)
+
+    def _blocks(self) -> list[Module]:
+        return blocks_of(self.transformer)
 
     def taps(self) -> list[str]:
         return [*self.architecture.taps()[:-1], "hidden", "velocity"]  # hidden is the last block's output
@@ -213,20 +275,43 @@ class DiffusersTeacher(ABC):
             for module in pipe.components.values():
                 if isinstance(module, Module):
                     module.eval().requires_grad_(False)
-            if part == "transformer" and self.lora:
-                attach_lora(pipe.transformer, self.lora)
-            self._parts[part] = pipe.to(self.device)
+            if part == "transformer":
+                self._prepare_transformer(pipe.transformer)
+            self._parts[part] = self._offload(pipe) if self.loading.offload and part != "vae" else pipe.to(self.device)
         return self._parts[part]
+
+    def _prepare_transformer(self, transformer: Any) -> None:
+        if self.lora:
+            attach_lora(transformer, self.lora)
+        if self.loading.compile:
+            compile_blocks(blocks_of(transformer))
+
+    def _offload(self, pipe: Any) -> Any:
+        for name, module in pipe.components.items():
+            if name == "transformer" and module is not None:
+                offload_transformer(module, self.device)
+            elif isinstance(module, Module):
+                offload_text_encoder(module, self.device)
+        return pipe
+
+    def _quantization_config(self, names: Sequence[str]) -> Any:
+        kind = self.loading.quantization
+        return pipeline_config(kind) if kind and "transformer" in names else None
 
     def _load_text(self) -> Any:
         return self._load(*self.text_components)
 
     def _load(self, *names: str) -> Any:
         """The pipeline with these components alone. Raises TeacherError if they are not all there."""
+        return self._read_folder(names)
+
+    def _read_folder(self, names: Sequence[str]) -> Any:
         # diffusers wants to be told what is left out on purpose.
         without = dict.fromkeys(name for name in self.components if name not in names or name in self._absent)
         try:
-            pipe = self.pipeline.from_pretrained(self.folder, dtype=self.dtype, **without)
+            pipe = self.pipeline.from_pretrained(
+                self.folder, dtype=self.dtype, quantization_config=self._quantization_config(names), **without
+            )
         except (OSError, ValueError) as error:
             raise self._incomplete(error) from None
         pipe.set_progress_bar_config(disable=True)

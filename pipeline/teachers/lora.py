@@ -1,6 +1,9 @@
 """LoRA on the attention projections: made for Stage I, saved and loaded in diffusers' own layout."""
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 
-from pipeline.teachers.base import TeacherError
+from pipeline.teachers.base import ContextMode, TeacherError
 from pipeline.teachers.weights import check_safetensors
 
 # What Stage I writes beside the weights.
@@ -37,10 +40,11 @@ def lora_file(path: Path) -> Path:
     return file
 
 
-def check_made_for(path: Path, transformer_digest: str, teacher: str) -> None:
-    """Raise TeacherError if a LoRA is damaged, or if Stage I left a record beside it that names another transformer.
+def check_made_for(path: Path, transformer_digest: str, teacher: str, context: ContextMode) -> None:
+    """Raise TeacherError if a LoRA is damaged, or if the record that Stage I left beside it does not fit this teacher.
 
-    A LoRA of FLUX.1-dev fits FLUX.1-Kontext by shape; applied by mistake it would spoil a cache without a sound.
+    That is a record of another transformer, or of the same with another kind of context. A LoRA of FLUX.1-dev
+    fits FLUX.1-Kontext by shape; applied by mistake it would spoil a cache without a sound.
     """
     file = lora_file(path)
     if file.suffix == ".safetensors":
@@ -54,10 +58,17 @@ def check_made_for(path: Path, transformer_digest: str, teacher: str) -> None:
     try:
         made_for = json.loads(record.read_text(encoding="utf-8"))
         digest, name = made_for["transformer_digest"], made_for["teacher"]
+        # Records from before there was a choice do not name it.
+        refined_with = made_for.get("context", "joint")
     except (ValueError, KeyError, TypeError):
         raise TeacherError(f"{record}: not a record of dit-cache refine; remove it or refine again") from None
     if digest != transformer_digest:
         raise TeacherError(f"LoRA {path} was refined on {name}, not on {teacher}: refine again, or name that teacher")
+    if refined_with != context:
+        raise TeacherError(
+            f"LoRA {path} was refined with --context {refined_with}, not {context}: use --context {refined_with}, "
+            "or refine again"
+        )
 
 
 def attention_projections(transformer: Any) -> list[str]:
@@ -83,7 +94,8 @@ def add_lora(transformer: Any, rank: int, seed: int) -> list[torch.nn.Parameter]
         init_lora_weights="gaussian",
         target_modules=attention_projections(transformer),
     )
-    transformer.add_adapter(config)
+    with _no_talk_of_merging():
+        transformer.add_adapter(config)
     trainable = [p for p in transformer.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.data = parameter.data.float()
@@ -103,16 +115,25 @@ def save_lora(pipeline_class: Any, transformer: Any, folder: Path) -> Path:
 def attach_lora(transformer: Any, path: Path) -> None:
     """Load a LoRA; in float32 it is merged into the weights, so that it costs nothing per step.
 
-    In half precision it stays apart, because a small update may vanish when added to a rounded weight.
+    In half precision and 8 bits it stays apart, because a small update may vanish when added to a rounded weight.
     """
     file = lora_file(path)
     try:
-        transformer.load_lora_adapter(str(file.parent), weight_name=file.name, prefix="transformer")
+        with _no_talk_of_merging():
+            transformer.load_lora_adapter(str(file.parent), weight_name=file.name, prefix="transformer")
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise TeacherError(f"LoRA {file}: does not fit this teacher ({str(error).splitlines()[0]})") from None
     if not getattr(transformer, "peft_config", None):
         raise TeacherError(f"LoRA {file}: holds no weights for the transformer")
-    if transformer.dtype == torch.float32:
+    if transformer.dtype == torch.float32 and not getattr(transformer, "is_quantized", False):
         transformer.fuse_lora()
         transformer.unload_lora()
     transformer.requires_grad_(False)
+
+
+@contextmanager
+def _no_talk_of_merging() -> Iterator[None]:
+    """Keep peft from warning, layer by layer, that it could not merge a LoRA into weights of 8 bits: none is merged."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear", category=UserWarning)
+        yield

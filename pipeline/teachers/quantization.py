@@ -2,13 +2,11 @@
 
 import logging
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 from torch.nn import Module
 
-from pipeline.teachers.base import TeacherError
-
-Quantization = Literal["int8", "fp8"]
+from pipeline.teachers.base import Quantization, TeacherError
 
 
 def is_available() -> bool:
@@ -30,6 +28,17 @@ def weight_config(kind: Quantization) -> Any:
 
     registry.setLevel(level)
     return Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
+
+
+def pipeline_config(kind: Quantization) -> Any:
+    """What `from_pretrained` of a diffusers pipeline is given to quantise its transformer while it is read.
+
+    Raises TeacherError if torchao is not installed.
+    """
+    config = weight_config(kind)
+    from diffusers import PipelineQuantizationConfig, TorchAoConfig
+
+    return PipelineQuantizationConfig(quant_mapping={"transformer": TorchAoConfig(config)})
 
 
 def quantize(module: Module, kind: Quantization) -> None:

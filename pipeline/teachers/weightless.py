@@ -1,6 +1,6 @@
 """A teacher without weights: the real classes at their real size on the meta device, to be counted and measured."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -10,8 +10,8 @@ from torch.nn import Module
 
 from pipeline.teachers import TeacherOutline, adapter_class
 from pipeline.teachers.architecture import INDEX_NAME, read_config
-from pipeline.teachers.base import TeacherError
-from pipeline.teachers.quantization import Quantization, quantize
+from pipeline.teachers.base import ContextMode, Quantization, TeacherError
+from pipeline.teachers.quantization import quantize
 
 if TYPE_CHECKING:
     from pipeline.teachers.diffusers_teacher import DiffusersTeacher
@@ -20,27 +20,35 @@ META = torch.device("meta")
 
 
 def weightless_teacher(
-    outline: TeacherOutline, dtype: torch.dtype, quantization: Quantization | None = None
+    outline: TeacherOutline,
+    dtype: torch.dtype,
+    quantization: Quantization | None = None,
+    context: ContextMode | None = None,
 ) -> "DiffusersTeacher":
     """The family's own teacher, its components made of configurations alone, each when it is first used.
 
-    dtype: of the weights; quantization: of the transformer's linear layers. It runs, and what it returns has shapes but
-    no values; captions cannot be encoded, as there are no tokenizers. Raises TeacherError if a configuration is missing
-    or does not fit its class.
+    dtype: of the weights; quantization: of the transformer's linear layers; context: None as the family was trained. It
+    runs, and what it returns has shapes but no values; captions cannot be encoded, as there are no tokenizers. Raises
+    TeacherError if a configuration is missing or does not fit its class.
     """
     index = read_config(outline.configs, INDEX_NAME, outline.revision)
     there = {name for name, value in index.items() if isinstance(value, list) and value[-1] is not None}
 
-    def load(teacher: Any, *names: str) -> _Components:
+    def read_folder(teacher: Any, names: Sequence[str]) -> _Components:
         made = {name: _component(outline, index[name], name, dtype) for name in names if name in there}
         if quantization and "transformer" in made:
             quantize(made["transformer"], quantization)
         return _Components(dict.fromkeys(teacher.components) | made)
 
     adapter = adapter_class(outline.adapter)
-    hooks = {"_find_absent": lambda teacher: set(teacher.components) - there, "_load": load}
+    hooks = {"_find_absent": lambda teacher: set(teacher.components) - there, "_read_folder": read_folder}
     return type("Weightless", (adapter,), hooks)(
-        outline.configs, source=outline.source, resolution=outline.resolution, dtype=dtype, device=META
+        outline.configs,
+        source=outline.source,
+        resolution=outline.resolution,
+        dtype=dtype,
+        device=META,
+        context=context,
     )
 
 

@@ -109,16 +109,18 @@ def allocated_peak(run):
     return peak
 
 
-def real_inputs(teacher, rows):
-    tokens, channels = teacher.tap_shape("velocity").tokens, teacher.tap_shape("velocity").channels
-    z, context, noise = torch.randn(3, rows, tokens, channels, dtype=teacher.dtype)
+def real_inputs(teacher, images, steps=1):
+    """Conditions, rows and their σ as `pipeline.memory` measures with, and their bytes."""
+    shape = teacher.tap_shape("velocity")
+    clean, context = torch.randn(2, images, shape.tokens, shape.channels, dtype=teacher.dtype)
+    rows = torch.randn(images * steps, shape.tokens, shape.channels, dtype=teacher.dtype)
     config = teacher.transformer.config
     text = TextEmbedding(
-        torch.randn(rows, teacher.text_length, config.joint_attention_dim, dtype=teacher.dtype),
-        torch.randn(rows, config.get("pooled_projection_dim") or 0, dtype=teacher.dtype),
+        torch.randn(images, teacher.text_length, config.joint_attention_dim, dtype=teacher.dtype),
+        torch.randn(images, config.get("pooled_projection_dim") or 0, dtype=teacher.dtype),
     )
-    inputs = [z, context, text.tokens, text.pooled, noise]
-    return Conditions(z, context, text), noise, torch.rand(rows), sum(t.nbytes for t in inputs)
+    size = sum(t.nbytes for t in (clean, context, rows, text.tokens, text.pooled))
+    return Conditions(clean, context, text), rows, torch.rand(images * steps), size
 
 
 # In float32, as the CPU's bfloat16 kernels work on copies of their own.
@@ -128,10 +130,10 @@ def test_activations_of_a_build_are_what_the_allocator_really_gives_out(family, 
     config = BuildConfig(batch=2, timesteps=(10, 28))
     measured = activations(build_phase(weightless(folders[family], torch.float32, **options), config))
     teacher = load_teacher(str(folders[family]), dtype=torch.float32, device="cpu", **options)
-    conditions, noise, sigma, size = real_inputs(teacher, 4)
+    conditions, noisy, sigma, size = real_inputs(teacher, 2, steps=2)
 
     def run():
-        teacher.features(noise, conditions.context, sigma, conditions.text, ["hidden"])
+        teacher.features(noisy, conditions.context, sigma, conditions.text, ["hidden"])
 
     # Clean latents go into the noise of a build before the DiT sees it.
     assert measured == pytest.approx(allocated_peak(run) + size - conditions.object.nbytes, rel=0.03)
