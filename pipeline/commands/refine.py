@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from cache_schema.errors import DitDistillError
 from pipeline.options import (
     AnnotationsOption,
     CompileOption,
@@ -74,6 +75,10 @@ def refine(
     GPUs: torchrun --nproc-per-node 8 -m pipeline.cli refine …
     """
     preset = preset_for(dataset)
+    if compile_blocks and quantize.kind:
+        raise DitDistillError(
+            "--compile: PyTorch cannot compile gradients through weights of 8 bits; leave out --compile or --quantize"
+        )
     opened, loaded = open_inputs(
         dataset, data, teacher, revision, None, dtype, device, resolution, guidance, limit,
         train_classes=train_classes, train_ratio=train_ratio, superclass=superclass, annotations=annotations,
