@@ -94,7 +94,8 @@ class _Run:
         """All steps from the last checkpoint on."""
         config = self.config
         add_lora(self.teacher.transformer, config.rank, config.seed)
-        if config.gradient_checkpointing:
+        recompute = config.gradient_checkpointing
+        if self.teacher.device.type == "cuda" if recompute is None else recompute:
             self.teacher.transformer.enable_gradient_checkpointing()
         self.parameters = {n: p for n, p in self.teacher.transformer.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.Adam(self.parameters.values(), lr=config.lr)
