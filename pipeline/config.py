@@ -72,11 +72,15 @@ class TeacherOptions:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything from a data set to its cache. steps: what `dit-cache run` does, in this order."""
+    """Everything from a data set to its cache. steps: what `dit-cache run` does, in this order.
+
+    conditions: folder of prompt embeddings and latents (`pipeline.condition_store`), None beside the results.
+    """
 
     data: DataOptions
     teacher: TeacherOptions
     steps: tuple[Step, ...] = ("annotate", "refine", "build", "verify")
+    conditions: Path | None = None
     annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from cache_schema.card import format_bytes
@@ -153,10 +154,11 @@ def estimate(plan: CachePlan, demand: Demand, output: Path, rate: TeacherRate | 
 
 
 def measure_rate(teacher: "Teacher", dataset: Dataset, config: "BuildConfig", count: int) -> TeacherRate:
-    """Run the teacher on `count` images as the build would, reading and text included, and time it.
+    """Run the teacher on `count` images as the build would and time it: captions, latents and forward passes.
 
-    One batch goes first untimed: it pays for loading kernels and filling caches.
+    Loading is not counted; one batch goes first untimed, which pays for loading kernels and filling caches.
     """
+    from pipeline.condition_store import ConditionStore
     from pipeline.features import teacher_features
 
     samples = _evenly_spaced([s for s in dataset.samples if s.split in config.feature_splits], count)
@@ -167,16 +169,21 @@ def measure_rate(teacher: "Teacher", dataset: Dataset, config: "BuildConfig", co
     schedule = teacher.sigmas(config.num_steps)
     sigmas = [schedule[p - 1] for p in config.timesteps]
     batches = [samples[i : i + config.batch] for i in range(0, len(samples), config.batch)]
+    with TemporaryDirectory(prefix="dit-cache-") as folder:
+        store = ConditionStore(Path(folder), teacher, dataset, use_captions=config.text == "caption")
+        encoded = store.prepare(samples, config.views, log=lambda _: None)
 
-    def run(batch: Sequence[Sample]) -> None:
-        for tokens in teacher_features(teacher, dataset, batch, config, sigmas).values():
-            tokens.float().cpu()  # as the build does; on a GPU this also waits for the result
+        def run(batch: Sequence[Sample]) -> None:
+            conditions = {view: store.read(batch, view) for view in config.views}
+            for tokens in teacher_features(teacher, batch, conditions, config, sigmas).values():
+                tokens.float().cpu()  # as the build does; on a GPU this also waits for the result
 
-    run(batches[0])
-    started = time.perf_counter()
-    for batch in batches:
-        run(batch)
-    per_second = len(samples) * len(config.views) / (time.perf_counter() - started)
+        run(batches[0])
+        started = time.perf_counter()
+        for batch in batches:
+            run(batch)
+        seconds = encoded.seconds + time.perf_counter() - started
+    per_second = len(samples) * len(config.views) / seconds
     basis = f"measured on {teacher.device}: {len(samples)} images in batches of {len(batches[0])}"
     return TeacherRate(per_second, basis)
 

@@ -65,6 +65,14 @@ ResolutionOption = Annotated[
 GuidanceOption = Annotated[
     float | None, typer.Option(help="Guidance, for teachers whose configuration embeds it.", show_default="3.5")
 ]
+ConditionsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--conditions",
+        help="Folder of prompt embeddings and latents, computed once and shared by refine, probe and build; default "
+        "conditions, beside the output.",
+    ),
+]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Use only the first N images of each split, to try.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 

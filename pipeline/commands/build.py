@@ -8,6 +8,7 @@ import typer
 
 from pipeline.options import (
     AnnotationsOption,
+    ConditionsOption,
     DataOption,
     DatasetOption,
     DebugOption,
@@ -145,6 +146,7 @@ def build(
     repair: Annotated[
         bool, typer.Option("--repair", help="Check the cache first, and build again exactly what is damaged.")
     ] = False,
+    conditions: ConditionsOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     resolution: ResolutionOption = None,
@@ -162,7 +164,7 @@ def build(
     from pipeline.run.steps import build_cache
 
     config = make_config(
-        dataset, teacher,
+        dataset, teacher, conditions=conditions,
         data__root=data, data__limit=limit, data__train_classes=parse_classes(train_classes),
         data__train_ratio=train_ratio, data__superclass=superclass, data__annotations=annotations,
         teacher__revision=revision, teacher__resolution=resolution, teacher__guidance=guidance,

@@ -7,6 +7,7 @@ import typer
 
 from pipeline.options import (
     AnnotationsOption,
+    ConditionsOption,
     DataOption,
     DatasetOption,
     DebugOption,
@@ -58,6 +59,7 @@ def probe(
     recommend: Annotated[int | None, typer.Option(help="How many timesteps to recommend.", show_default="4")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise.", show_default="0")] = None,
     batch: Annotated[int | None, typer.Option(help="Images per forward pass.", show_default="4")] = None,
+    conditions: ConditionsOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     resolution: ResolutionOption = None,
@@ -72,7 +74,7 @@ def probe(
 
     every = range(1, (num_steps or DEFAULT_STEPS) + 1)
     config = make_config(
-        dataset, teacher,
+        dataset, teacher, conditions=conditions,
         data__root=data, data__limit=limit, data__train_classes=parse_classes(train_classes),
         data__train_ratio=train_ratio, data__superclass=superclass, data__annotations=annotations,
         teacher__revision=revision, teacher__resolution=resolution, teacher__guidance=guidance,

@@ -7,6 +7,7 @@ import typer
 
 from pipeline.options import (
     AnnotationsOption,
+    ConditionsOption,
     DataOption,
     DatasetOption,
     DebugOption,
@@ -60,6 +61,7 @@ def refine(
         typer.Option(help="Compute activations twice instead of keeping them; default on a GPU.", show_default=False),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of initialisation, order and noise.", show_default="0")] = None,
+    conditions: ConditionsOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     resolution: ResolutionOption = None,
@@ -76,7 +78,7 @@ def refine(
     from pipeline.run.steps import refine_teacher
 
     config = make_config(
-        dataset, teacher,
+        dataset, teacher, conditions=conditions,
         data__root=data, data__limit=limit, data__train_classes=parse_classes(train_classes),
         data__train_ratio=train_ratio, data__superclass=superclass, data__annotations=annotations,
         teacher__revision=revision, teacher__resolution=resolution, teacher__guidance=guidance,

@@ -9,6 +9,7 @@ import typer
 from pipeline.datasets import dataset_names
 from pipeline.options import (
     AnnotationsOption,
+    ConditionsOption,
     DataOption,
     DebugOption,
     DeviceOption,
@@ -47,6 +48,7 @@ def run(
         typer.Option("--set", metavar="FIELD=VALUE", help="Any field, e.g. refine.steps=200; repeatable."),
     ] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Also compare taps and timesteps before the build.")] = False,
+    conditions: ConditionsOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     resolution: ResolutionOption = None,
@@ -89,7 +91,7 @@ def run(
     from pipeline.config import STEPS, Step, describe, make_config, render_config
 
     config = make_config(
-        dataset, teacher, settings or (), saved,
+        dataset, teacher, settings or (), saved, conditions=conditions,
         data__root=data, data__limit=limit, data__train_classes=parse_classes(train_classes),
         data__train_ratio=train_ratio, data__superclass=superclass, data__annotations=annotations,
         teacher__revision=revision, teacher__resolution=resolution, teacher__guidance=guidance,

@@ -15,6 +15,7 @@ from pipeline import estimate as sizes
 from pipeline.config import RunConfig, Step
 from pipeline.datasets.base import Dataset, split_counts
 from pipeline.device import choose_device
+from pipeline.probe import choose_samples
 from pipeline.run.state import RunFolder, State, config_for, lora_for, output_of
 from pipeline.teachers import outline_teacher
 
@@ -138,12 +139,12 @@ class _Forecaster:
         return {"work": work, "hours": hours, "basis": f"about, a training step as {passes} forward passes"}
 
     def _probe(self, state: State) -> dict[str, Any]:
-        chosen = self.config.probe
+        chosen, images = self.config.probe, len(choose_samples(self.dataset, self.config.probe))
         taps = ", ".join(chosen.taps) or "every tap"
-        work = f"about {chosen.images} images at {len(chosen.timesteps)} timesteps, {taps}"
+        work = f"{images} images at {len(chosen.timesteps)} timesteps, {taps}"
         if self._passes_per_second is None:
             return {"work": work, "basis": "--images-per-second"}
-        hours = chosen.images * len(chosen.timesteps) / self._passes_per_second / 3600
+        hours = images * len(chosen.timesteps) / self._passes_per_second / 3600
         return {"work": work, "hours": hours, "basis": "about, as in the build"}
 
     def _build(self, state: State) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def refine_teacher(config: RunConfig, output: Path) -> None:
     loaded = open_teacher(config.teacher, lora=None)
     from pipeline.refine import refine
 
-    refine(loaded, opened, config.refine, output)
+    refine(loaded, opened, config.refine, output, conditions=config.conditions)
 
 
 def probe_teacher(config: RunConfig, lora: Path | None, output: Path) -> None:
@@ -44,7 +44,7 @@ def probe_teacher(config: RunConfig, lora: Path | None, output: Path) -> None:
     loaded = open_teacher(config.teacher, lora)
     from pipeline.probe import probe
 
-    probe(loaded, opened, config.probe, output)
+    probe(loaded, opened, config.probe, output, conditions=config.conditions)
 
 
 def build_cache(config: RunConfig, lora: Path | None, output: Path, *, repair: bool = False) -> None:
@@ -54,7 +54,10 @@ def build_cache(config: RunConfig, lora: Path | None, output: Path, *, repair: b
     opened = open_data(config.data)
     scanned = scan_for(opened, config.build, config.tolerance)
     loaded = open_teacher(config.teacher, lora)
-    build(loaded, opened, config.build, output, tolerance=config.tolerance, scanned=scanned, repair=repair)
+    build(
+        loaded, opened, config.build, output,
+        tolerance=config.tolerance, scanned=scanned, repair=repair, conditions=config.conditions,
+    )  # fmt: skip
 
 
 def verify_cache(cache: Path) -> None:

@@ -18,7 +18,7 @@ class Architecture:
 
     latent_channels: of packed latents (2×2 patches). blocks: (kind, count), in the order in which they run; a tap
     `kind.N` reads the N-th of its kind. vae_factor: pixels per latent, per side. max_columns: where the positional
-    table ends, for families that put two views side by side.
+    table ends, for families that put two views side by side. guidance_embeds: whether guidance is one of its inputs.
     """
 
     family: str
@@ -27,6 +27,7 @@ class Architecture:
     blocks: tuple[tuple[str, int], ...]
     vae_factor: int = 8
     max_columns: int | None = None
+    guidance_embeds: bool = False
 
     def grid(self, resolution: int, source: str) -> tuple[int, int]:
         """Rows and columns of object tokens, each 2 × 2 latents; raises TeacherError if the resolution does not fit.
@@ -80,6 +81,8 @@ def flux_architecture(transformer: Mapping[str, Any], vae: Mapping[str, Any], fa
         hidden_channels=int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"]),
         blocks=(("double", int(transformer["num_layers"])), ("single", int(transformer["num_single_layers"]))),
         vae_factor=_vae_factor(vae),
+        # FLUX.2 klein's pipeline never passes one, whatever the configuration says.
+        guidance_embeds=family == "flux" and bool(transformer.get("guidance_embeds")),
     )
 
 
@@ -106,7 +109,7 @@ def _vae_factor(vae: Mapping[str, Any]) -> int:
 
 # As published. FLUX.1 [dev] and Kontext [dev]: 12 B parameters, 24 heads of 128. FLUX.2 klein 4B, base or not: 24 heads
 # of 128. Stable Diffusion 3.5 medium and large: heads of 64, as many as there are blocks.
-FLUX_1 = Architecture("flux", 64, 24 * 128, (("double", 19), ("single", 38)))
+FLUX_1 = Architecture("flux", 64, 24 * 128, (("double", 19), ("single", 38)), guidance_embeds=True)
 FLUX_2_KLEIN_4B = Architecture("flux2", 128, 24 * 128, (("double", 5), ("single", 20)))
 SD_3_5_MEDIUM = Architecture("sd3", 64, 24 * 64, (("block", 24),), max_columns=384)
 SD_3_5_LARGE = Architecture("sd3", 64, 38 * 64, (("block", 38),), max_columns=192)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,10 @@ from cache_schema.errors import DitDistillError
 
 class TeacherError(DitDistillError):
     """The teacher cannot be loaded or asked for what it has not; the message says what is missing."""
+
+
+# What of a teacher is loaded and released as one.
+Part = Literal["text", "vae", "transformer"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class TapShape:
 class Teacher(Protocol):
     """A frozen diffusion transformer with its VAE, text encoders and scheduler.
 
+    Each of the three is loaded when it is first used, and stays in memory until it is released.
     transformer: the trainable module, for Stage I. lora: the LoRA attached at load time, if any.
     Latents are packed tokens (B, L, C_latent), already shifted and scaled as the DiT expects them.
     """
@@ -69,6 +74,14 @@ class Teacher(Protocol):
 
     def sigmas(self, num_steps: int) -> list[float]:
         """The T noise levels the family's own sampler visits at this resolution, noisiest first."""
+        ...
+
+    def release(self, part: Part) -> None:
+        """Take the text encoders, the VAE or the transformer out of memory; what was trained in it is lost."""
+        ...
+
+    def encoder_identity(self, part: Part) -> dict[str, Any]:
+        """All that decides which numbers `encode_text` or `encode_images` gives for an input, as JSON values."""
         ...
 
     def encode_text(self, captions: Sequence[str]) -> TextEmbedding: ...

@@ -1,7 +1,12 @@
-"""What the families have in common: a diffusers folder, frozen, its blocks read as taps."""
+"""What the families have in common: a diffusers folder, frozen, its blocks read as taps.
 
+Text encoders, VAE and transformer are loaded when they are first used and released one by one, so that a GPU never
+has to hold more than the one at work.
+"""
+
+import gc
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from pipeline.teachers.architecture import Architecture
-from pipeline.teachers.base import TapShape, TeacherError, TextEmbedding
+from pipeline.teachers.architecture import Architecture, read_architecture
+from pipeline.teachers.base import Part, TapShape, TeacherError, TextEmbedding
 from pipeline.teachers.capture import capture
 from pipeline.teachers.lora import attach_lora, check_made_for, save_lora
 from pipeline.teachers.packing import pack_latents, unpack_latents
-from pipeline.teachers.weights import component_digest
+from pipeline.teachers.weights import check_weights, component_digest
 from pipeline.views import from_signed, to_signed
 
 
@@ -27,9 +32,9 @@ class DiffusersTeacher(ABC):
     """
 
     family: str
-    # diffusers' pipeline class, and those of its components that have a say in the features.
+    # diffusers' pipeline class, and those of its components that embed text.
     pipeline: ClassVar[Any]
-    components: ClassVar[tuple[str, ...]]
+    text_components: ClassVar[tuple[str, ...]]
     optional_components: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
@@ -48,19 +53,57 @@ class DiffusersTeacher(ABC):
         self.resolution, self.dtype, self.device = resolution, dtype, torch.device(device)
         self.pipeline_class: str = self.pipeline.__name__
         self._digests: dict[str, str] = {}  # reading 24 GB takes a minute: once is enough
-        self.pipe = self._load_pipeline()
-        self.transformer = self.pipe.transformer
-        self.vae = self.pipe.vae
-        for module in self.pipe.components.values():
-            if isinstance(module, Module):
-                module.eval().requires_grad_(False)
-        self.guidance = guidance if self.transformer.config.get("guidance_embeds") else None
-        self.architecture = self._read_architecture()
+        self._parts: dict[Part, Any] = {}
+        self._absent = self._find_absent()
+        self.architecture = read_architecture(str(self.folder), None, type(self).read_shapes)
         self.grid = self.architecture.grid(resolution, self.source)
+        self.guidance = guidance if self.architecture.guidance_embeds else None
+        self.scheduler = self._load("scheduler").scheduler
         self.lora = Path(lora) if lora else None
         if self.lora:
             check_made_for(self.lora, self.digests()["transformer"], self.source)
-            attach_lora(self.transformer, self.lora)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The components of the pipeline that have a say in the features."""
+        return ("transformer", "vae", *self.text_components, "scheduler")
+
+    @property
+    def transformer(self) -> Any:
+        """The frozen DiT, with the LoRA if there is one."""
+        return self.transformer_pipe.transformer
+
+    @property
+    def transformer_pipe(self) -> Any:
+        """The pipeline with its transformer alone."""
+        return self._part("transformer")
+
+    @property
+    def vae(self) -> Any:
+        """The VAE."""
+        return self._part("vae").vae
+
+    @property
+    def text_pipe(self) -> Any:
+        """The pipeline with its text encoders and tokenizers alone."""
+        return self._part("text")
+
+    def release(self, part: Part) -> None:
+        if self._parts.pop(part, None) is not None:
+            gc.collect()  # modules refer to each other in circles
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def encoder_identity(self, part: Part) -> dict[str, Any]:
+        names = self.text_components if part == "text" else (part,)
+        digests = {name: self.digests()[name] for name in names if name not in self._absent}
+        identity = {"pipeline": self.pipeline_class, "dtype": str(self.dtype), "digests": digests}
+        return identity if part == "text" else {**identity, "resolution": self.resolution}
+
+    @staticmethod
+    @abstractmethod
+    def read_shapes(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Architecture:
+        """The shapes that follow from the two configurations."""
 
     @abstractmethod
     def sigmas(self, num_steps: int) -> list[float]:
@@ -69,10 +112,6 @@ class DiffusersTeacher(ABC):
     @abstractmethod
     def encode_text(self, captions: Sequence[str]) -> TextEmbedding:
         """Captions as the pipeline embeds them."""
-
-    @abstractmethod
-    def _read_architecture(self) -> Architecture:
-        """The shapes that follow from the loaded configurations."""
 
     @abstractmethod
     def _forward(self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding) -> Tensor:
@@ -84,7 +123,7 @@ class DiffusersTeacher(ABC):
 
     def digests(self) -> dict[str, str]:
         if not self._digests:
-            present = [name for name in self.components if getattr(self.pipe, name) is not None]
+            present = [name for name in self.components if name not in self._absent]
             self._digests = {name: component_digest(self.folder / name) for name in present}
         return self._digests
 
@@ -133,23 +172,52 @@ class DiffusersTeacher(ABC):
 
     def _visited_sigmas(self, **schedule: Any) -> list[float]:
         """The sigma list of the folder's own scheduler, without the final 0."""
-        scheduler = self.pipe.scheduler
+        scheduler = self.scheduler
         scheduler.set_timesteps(device="cpu", **schedule)
         return [float(sigma) for sigma in scheduler.sigmas[:-1]]
 
-    def _load_pipeline(self) -> Any:
-        absent = [name for name in self.components if not (self.folder / name).is_dir()]
-        missing = [name for name in absent if name not in self.optional_components]
+    def _find_absent(self) -> set[str]:
+        """The components that the folder does without; raises TeacherError if it cannot, or if weights are missing."""
+        absent = {name for name in self.components if not (self.folder / name).is_dir()}
+        missing = sorted(absent.difference(self.optional_components))
         if missing:
             raise TeacherError(
                 f"teacher {self.source}: {self.pipeline_class} does not work without {' and '.join(missing)}"
             )
+        for name in self.components:
+            if name not in absent:
+                try:
+                    check_weights(self.folder / name)
+                except (ValueError, KeyError, OSError) as error:
+                    raise self._incomplete(error) from None
+        return absent
+
+    def _incomplete(self, error: Exception) -> TeacherError:
+        reason = str(error).splitlines()[0]
+        return TeacherError(f"teacher {self.source}: not a complete {self.pipeline_class} folder ({reason})")
+
+    def _part(self, part: Part) -> Any:
+        """The pipeline with one part of the teacher, frozen; loaded if it is not there."""
+        if part not in self._parts:
+            pipe = self._load_text() if part == "text" else self._load(part)
+            for module in pipe.components.values():
+                if isinstance(module, Module):
+                    module.eval().requires_grad_(False)
+            if part == "transformer" and self.lora:
+                attach_lora(pipe.transformer, self.lora)
+            self._parts[part] = pipe.to(self.device)
+        return self._parts[part]
+
+    def _load_text(self) -> Any:
+        return self._load(*self.text_components)
+
+    def _load(self, *names: str) -> Any:
+        """The pipeline with these components alone. Raises TeacherError if they are not all there."""
+        # diffusers wants to be told what is left out on purpose.
+        without = dict.fromkeys(name for name in self.components if name not in names or name in self._absent)
         try:
-            # diffusers wants to be told what is left out on purpose.
-            pipe = self.pipeline.from_pretrained(self.folder, dtype=self.dtype, **dict.fromkeys(absent))
+            pipe = self.pipeline.from_pretrained(self.folder, dtype=self.dtype, **without)
         except (OSError, ValueError) as error:
-            raise TeacherError(
-                f"teacher {self.source}: not a complete {self.pipeline_class} folder ({str(error).splitlines()[0]})"
-            ) from None
+            raise self._incomplete(error) from None
         pipe.set_progress_bar_config(disable=True)
-        return pipe.to(self.device)
+        return pipe

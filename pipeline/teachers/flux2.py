@@ -5,7 +5,7 @@ first of four position axes tells the two apart. klein has no guidance embedding
 guidance mixes two predictions, of which E_{O,t} is the one that saw the caption.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +40,17 @@ class Flux2KleinTeacher(DiffusersTeacher):
 
     family = "flux2"
     pipeline = Flux2KleinPipeline
-    components = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    text_components = ("text_encoder", "tokenizer")
 
     def __init__(self, folder: Path, **options: Any):
         super().__init__(folder, **options)
-        # The pipeline never passes one, whatever the configuration says.
-        self.guidance = None
-        # Only hidden states are read; the logits of 512 tokens over Qwen3's vocabulary would be 155 MB a caption.
-        self.pipe.text_encoder.lm_head = torch.nn.Identity()
-        self.text_tokens = min(_MAX_TEXT_TOKENS, self.pipe.tokenizer.model_max_length)
         object_ids, context_ids = image_ids(*self.grid), image_ids(*self.grid, time=_REFERENCE_TIME)
         self._object_ids = object_ids.to(self.device)
         self._both_ids = torch.cat([object_ids, context_ids]).to(self.device)
+
+    @staticmethod
+    def read_shapes(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Architecture:
+        return flux2_architecture(transformer, vae)
 
     def sigmas(self, num_steps: int) -> list[float]:
         mu = compute_empirical_mu(self.grid[0] * self.grid[1], num_steps)
@@ -59,13 +58,16 @@ class Flux2KleinTeacher(DiffusersTeacher):
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextEmbedding:
-        tokens, _ = self.pipe.encode_prompt(
-            prompt=list(captions), device=self.device, max_sequence_length=self.text_tokens
-        )
+        pipe = self.text_pipe
+        length = min(_MAX_TEXT_TOKENS, pipe.tokenizer.model_max_length)
+        tokens, _ = pipe.encode_prompt(prompt=list(captions), device=self.device, max_sequence_length=length)
         return TextEmbedding(tokens.to(self.dtype), tokens.new_zeros(len(tokens), 0))
 
-    def _read_architecture(self) -> Architecture:
-        return flux2_architecture(self.transformer.config, self.vae.config)
+    def _load_text(self) -> Any:
+        pipe = super()._load_text()
+        # Only hidden states are read; the logits of 512 tokens over Qwen3's vocabulary would be 155 MB a caption.
+        pipe.text_encoder.lm_head = torch.nn.Identity()
+        return pipe
 
     def _forward(self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding) -> Tensor:
         tokens = noisy if context is None else torch.cat([noisy, context], dim=1)  # B, L or 2L, C

@@ -12,6 +12,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 
 from pipeline.teachers.base import TeacherError
+from pipeline.teachers.weights import check_safetensors
 
 # What Stage I writes beside the weights.
 RECORD_NAME = "refine.json"
@@ -37,11 +38,17 @@ def lora_file(path: Path) -> Path:
 
 
 def check_made_for(path: Path, transformer_digest: str, teacher: str) -> None:
-    """Raise TeacherError if Stage I left a record beside the LoRA that names another transformer.
+    """Raise TeacherError if a LoRA is damaged, or if Stage I left a record beside it that names another transformer.
 
     A LoRA of FLUX.1-dev fits FLUX.1-Kontext by shape; applied by mistake it would spoil a cache without a sound.
     """
-    record = lora_file(path).parent / RECORD_NAME
+    file = lora_file(path)
+    if file.suffix == ".safetensors":
+        try:
+            check_safetensors(file)
+        except ValueError as error:
+            raise TeacherError(f"LoRA {path} does not fit this teacher: {error}") from None
+    record = file.parent / RECORD_NAME
     if not record.is_file():
         return
     try:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from diffusers import FluxKontextPipeline
 from safetensors.torch import save_file
+from tiny_teachers import encode_conditions
 
 from cache_schema.errors import DitDistillError
-from pipeline.conditions import Conditions, encode_conditions
+from pipeline.conditions import Conditions
 from pipeline.refine import RefineConfig, cdr_loss, refine
 from pipeline.refine.loss import hold_out
 from pipeline.teachers.base import TeacherError, TextEmbedding
@@ -88,7 +89,7 @@ def test_the_saved_lora_means_the_same_to_diffusers_and_to_the_build(load_teache
         plain = load_teacher().predict(c.object, c.context, sigma, c.text)
         built = load_teacher(lora=tmp_path).predict(c.object, c.context, sigma, c.text)
         theirs = load_teacher()
-        theirs.pipe.load_lora_weights(tmp_path)
+        theirs.transformer_pipe.load_lora_weights(tmp_path)
         loaded = theirs.predict(c.object, c.context, sigma, c.text)
     assert not torch.allclose(plain, expected, atol=1e-3)
     torch.testing.assert_close(loaded, expected)
@@ -107,7 +108,8 @@ def test_refining_lowers_the_held_out_loss_and_leaves_a_record(load_teacher, tin
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
     assert [line["step"] for line in lines if "validation_loss" in line] == [20, 40]
-    assert "held-out CDR loss" in said[0]
+    assert "encoded" in said[0]
+    assert "held-out CDR loss" in said[1]
 
 
 def test_refining_twice_from_one_seed_gives_the_same_lora(load_teacher, tiny_dataset, tmp_path):
