@@ -111,7 +111,8 @@ class _Run:
         config = self.config
         self.store.prepare([*self.train_samples, *self.held_out], log=self.log)
         add_lora(self.teacher.transformer, config.rank, config.seed)
-        if config.gradient_checkpointing:
+        recompute = config.gradient_checkpointing
+        if self.teacher.device.type == "cuda" if recompute is None else recompute:
             self.teacher.transformer.enable_gradient_checkpointing()
         self.parameters = {n: p for n, p in self.teacher.transformer.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.Adam(self.parameters.values(), lr=config.lr)
