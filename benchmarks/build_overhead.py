@@ -53,10 +53,9 @@ class PacedTeacher(FluxTeacher):
         sigma: Tensor,
         text: TextEmbedding,
         taps: Sequence[str],
-        rows: int | None = None,
     ) -> dict[str, Tensor]:
         started = time.perf_counter()
-        found = super().features(noisy, context, sigma, text, taps, rows)
+        found = super().features(noisy, context, sigma, text, taps)
         images = len(noisy) // self.timesteps
         self.images += images
         wide = {tap: tokens.repeat(1, 1, CHANNELS // WIDTH) for tap, tokens in found.items()}
