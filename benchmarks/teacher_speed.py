@@ -113,7 +113,7 @@ def forward_seconds(
 ) -> float:
     """The teacher's forward passes alone, conditions in memory."""
     sigmas = [teacher.sigmas(28)[p - 1] for p in TIMESTEPS]
-    batches = [samples[i : i + config.batch] for i in range(0, len(samples), config.batch)]
+    batches = [samples[i : i + config.batch_images] for i in range(0, len(samples), config.batch_images)]
     conditions = [{"canonical": store.read(batch, "canonical")} for batch in batches]
     started = time.perf_counter()
     for batch, given in zip(batches, conditions, strict=True):

@@ -89,6 +89,16 @@ def load_checkpoint(
     return progress
 
 
+def newest_progress(output: Path) -> Progress | None:
+    """How far the newest checkpoint of `output` is, read without its tensors; None where there is none to be read."""
+    for folder in reversed(_checkpoints(output)):
+        try:
+            return Progress(**json.loads((folder / _STATE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+    return None
+
+
 def check_identity(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: Path) -> None:
     """Raise DitDistillError, naming what differs, unless both are the same run."""
     theirs = {**_ALWAYS_SO, **theirs}

@@ -18,6 +18,7 @@ from cache_schema.errors import DitDistillError
 from cache_schema.files import write_file
 from pipeline.condition_store import ConditionStore, default_store
 from pipeline.datasets.base import Dataset, Sample
+from pipeline.passes import memory_errors
 from pipeline.refine.card import render_card
 from pipeline.refine.checkpoint import (
     Progress,
@@ -38,6 +39,11 @@ from pipeline.teachers.weights import file_digest
 # Settings that may change between two halves of one run without changing what it computes.
 _FREE = ("steps", "gradient_checkpointing", "validate_every", "checkpoint_every", "pictures_every", "picture_images",
          "num_steps", "timesteps")  # fmt: skip
+
+_OUT_OF_MEMORY = (
+    "use --gradient-checkpointing, a smaller --batch with a larger --accumulate, or --quantize int8; what was trained "
+    "up to the last checkpoint is kept"
+)
 
 
 def refine(
@@ -105,7 +111,8 @@ class _Run:
         config = self.config
         self.store.prepare([*self.train_samples, *self.held_out], log=self.log)
         add_lora(self.teacher.transformer, config.rank, config.seed)
-        if config.gradient_checkpointing:
+        recompute = config.gradient_checkpointing
+        if self.teacher.device.type == "cuda" if recompute is None else recompute:
             self.teacher.transformer.enable_gradient_checkpointing()
         self.parameters = {n: p for n, p in self.teacher.transformer.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.Adam(self.parameters.values(), lr=config.lr)
@@ -175,8 +182,9 @@ class _Run:
             rows = rows_of(config.seed, step, slot, self.slots, config.batch, len(self.train_samples))
             conditions = self.store.read([self.train_samples[r] for r in rows], "canonical").to(teacher.device)
             noise, sigma = noise_of(config.seed, step, slot, tuple(conditions.object.shape))
-            loss = cdr_loss(teacher, conditions, noise.to(conditions.object), sigma.to(teacher.device))
-            (loss / config.accumulate).backward()
+            with memory_errors(f"in step {step + 1}", _OUT_OF_MEMORY):
+                loss = cdr_loss(teacher, conditions, noise.to(conditions.object), sigma.to(teacher.device))
+                (loss / config.accumulate).backward()
             total += loss.detach() / config.accumulate
         if self.accelerator.num_processes > 1:
             total = self._share_gradients(total)

@@ -121,18 +121,11 @@ class Teacher(Protocol):
         ...
 
     def features(
-        self,
-        noisy: Tensor,
-        context: Tensor | None,
-        sigma: Tensor,
-        text: TextEmbedding,
-        taps: Sequence[str],
-        rows: int | None = None,
+        self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding, taps: Sequence[str]
     ) -> dict[str, Tensor]:
         """E_{O,t} at the named taps, without gradients: {tap: (B·T, L, C_tap)}. Blocks after the last tap do not run.
 
         noisy: (B·T, L, C_latent) and sigma: (B·T,), the T timesteps of an image in a run; context: (B, L, C_latent) and
-        text, B rows: once per image. rows: how many of the B·T go through the DiT in one pass, None for all of them; a
-        pass holds all timesteps of some images, or some timesteps of one.
+        text, B rows: once per image. All of it goes through the DiT in one pass.
         """
         ...

@@ -6,7 +6,7 @@ has to hold more than the one at work.
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -180,51 +180,26 @@ class DiffusersTeacher(ABC):
 
     @torch.no_grad()
     def features(
-        self,
-        noisy: Tensor,
-        context: Tensor | None,
-        sigma: Tensor,
-        text: TextEmbedding,
-        taps: Sequence[str],
-        rows: int | None = None,
+        self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding, taps: Sequence[str]
     ) -> dict[str, Tensor]:
-        images, rows = len(text.tokens), rows or len(noisy)
-        steps = len(noisy) // images
-        group = max(1, rows // steps)
-        parts: list[dict[str, Tensor]] = []
-        for first in range(0, images, group):
-            some, inside = slice(first, first + group), slice(first * steps, (first + group) * steps)
-            their_context = None if context is None else context[some]
-            parts += self._passes(noisy[inside], their_context, sigma[inside], text.rows(some), taps, rows)
-        return {tap: torch.cat([part[tap] for part in parts]) if len(parts) > 1 else parts[0][tap] for tap in taps}
-
-    def _passes(
-        self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding, taps: Sequence[str], rows: int
-    ) -> list[dict[str, Tensor]]:
-        """Taps of all rows of some images, `rows` at a time; what they share is computed once and gone afterwards."""
+        steps = len(noisy) // len(text.tokens)
         blocks = self._blocks()
         depths = {tap: self.architecture.block(tap, self.source) for tap in taps if tap != "velocity"}
         deepest = len(blocks) - 1 if "velocity" in taps else max(depths.values())
-        shared = None if context is None else self._share_context(context, deepest)
-        parts = []
-        for start in range(0, len(noisy), rows):
-            part = slice(start, start + rows)
-            steps = len(noisy[part]) // len(text.tokens)
-            given = shared(steps) if shared else None
-            features: dict[str, Tensor] = {}
-            with capture(blocks, depths, leave_early="velocity" not in taps) as found:
-                features["velocity"] = -self._forward(noisy[part], given, sigma[part], text.repeat(steps))
-            for tap, output in found.items():
-                features[tap] = self._object_tokens(output, text, context is not None)
-            parts.append({tap: features[tap] for tap in taps})
-        return parts
+        given = None if context is None else self._share_context(context, steps, deepest)
+        features: dict[str, Tensor] = {}
+        with capture(blocks, depths, leave_early="velocity" not in taps) as found:
+            features["velocity"] = -self._forward(noisy, given, sigma, text.repeat(steps))
+        for tap, output in found.items():
+            features[tap] = self._object_tokens(output, text, context is not None)
+        return {tap: features[tap] for tap in taps}
 
-    def _share_context(self, context: Tensor, deepest: int) -> Callable[[int], Any]:
-        """Do what is done once per image; what is returned gives `_forward` the context for `steps` rows of each image.
+    def _share_context(self, context: Tensor, steps: int, deepest: int) -> Any:
+        """The context (B, L, C_latent) as `_forward` takes it for `steps` rows of each image, computed once per image.
 
-        context: (B, L, C_latent). deepest: the last block that will run.
+        deepest: the last block that will run.
         """
-        return lambda steps: context.repeat_interleave(steps, 0)
+        return context.repeat_interleave(steps, 0)
 
     def _blocks(self) -> list[Module]:
         return blocks_of(self.transformer)

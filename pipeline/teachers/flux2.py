@@ -8,8 +8,8 @@ The context may also be reused, as `Flux2KleinKVPipeline` does: its tokens atten
 as clean ones, so that every block's keys and values of them are the same for all timesteps and texts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -63,16 +63,13 @@ class ContextKeysValues:
     """The context's keys and values in every block that ran, as `Flux2Transformer2DModel` asks for them.
 
     layers: in running order, `double_blocks` of them from double blocks. num_ref_tokens: L, under diffusers' name.
+    times: rows of each image, in a run, that they are given to.
     """
 
     layers: Sequence[Flux2KVLayerCache]
     double_blocks: int
     num_ref_tokens: int
-    times: int = 1
-
-    def repeated(self, times: int) -> "ContextKeysValues":
-        """For `times` rows of each image, in a run."""
-        return replace(self, times=times)
+    times: int
 
     def get_double(self, index: int) -> _RepeatedLayer:
         return _RepeatedLayer(self.layers[index], self.times)
@@ -158,12 +155,12 @@ class Flux2KleinTeacher(DiffusersTeacher):
         )
         return out[0]
 
-    def _share_context(self, context: Tensor, deepest: int) -> Callable[[int], Any]:
+    def _share_context(self, context: Tensor, steps: int, deepest: int) -> Any:
         if self.context == "joint":
-            return super()._share_context(context, deepest)
-        return self._keys_and_values(context, deepest).repeated
+            return super()._share_context(context, steps, deepest)
+        return self._keys_and_values(context, steps, deepest)
 
-    def _keys_and_values(self, context: Tensor, deepest: int) -> ContextKeysValues:
+    def _keys_and_values(self, context: Tensor, steps: int, deepest: int) -> ContextKeysValues:
         """Run the context (B, L, C_latent) alone through the blocks up to the deepest that is wanted."""
         blocks, layers = self._blocks(), []
 
@@ -182,7 +179,7 @@ class Flux2KleinTeacher(DiffusersTeacher):
         finally:
             for handle in handles:
                 handle.remove()
-        return ContextKeysValues(layers, len(self.transformer.transformer_blocks), context.shape[1])
+        return ContextKeysValues(layers, len(self.transformer.transformer_blocks), context.shape[1], steps)
 
     def _object_tokens(self, output: Any, text: TextEmbedding, with_context: bool) -> Tensor:
         # Double blocks return (text tokens, image tokens), single blocks both in one sequence.

@@ -27,6 +27,7 @@ from pipeline.build import build
 from pipeline.build_config import BuildConfig
 from pipeline.cli import app
 from pipeline.curriculum import add_noise
+from pipeline.passes import Passes
 from pipeline.refine import RefineConfig, cdr_loss, refine
 from pipeline.teachers import load_teacher
 from pipeline.teachers.base import TeacherError
@@ -159,21 +160,30 @@ def test_the_context_runs_once_per_image_and_no_block_behind_the_deepest_tap_run
 
 
 @some_examples
-@given(reused=st.booleans(), steps=st.integers(1, 4), rows=st.integers(1, 13))
-def test_rows_may_go_through_the_transformer_in_passes_of_any_size(teacher, joint, reused, steps, rows):
+@given(reused=st.booleans(), steps=st.integers(1, 4), batch=st.integers(1, 4), most=st.integers(1, 13))
+def test_a_batch_may_go_through_the_transformer_in_passes_of_any_size(teacher, joint, reused, steps, batch, most):
     teacher = teacher if reused else joint
     noisy, context, sigma, text = inputs(teacher, images=3, steps=steps)
     together = teacher.features(noisy, context, sigma, text, ["hidden", "velocity"])
+
+    def forward(images: slice, timesteps: slice) -> dict[str, torch.Tensor]:
+        rows = [i * steps + t for i in range(3)[images] for t in range(steps)[timesteps]]
+        if len(rows) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. ")
+        given = noisy[rows], context[images], sigma[rows], text.rows(images)
+        return teacher.features(*given, ["hidden", "velocity"])
+
     with Calls(teacher) as calls:
-        found = teacher.features(noisy, context, sigma, text, ["hidden", "velocity"], rows)
+        found = Passes(batch, steps, adaptive=True, log=str).run(3, forward)
     for tap, tokens in found.items():
-        torch.testing.assert_close(tokens, together[tap], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(tokens.flatten(0, 1), together[tap], atol=1e-5, rtol=1e-5)
     first = [call for call in calls if call[0] == 0]
     contexts = [n for _, n, tokens in first if tokens == 1 + L]
     noisy_rows = [n for _, n, tokens in first if tokens != 1 + L]
-    assert sum(contexts) == (3 if reused else 0)
     assert sum(noisy_rows) == 3 * steps
-    assert max([*contexts, *noisy_rows]) <= rows
+    assert max(noisy_rows) <= min(most, batch * steps)
+    # Once per image, wherever the timesteps of an image fit into one pass.
+    assert not reused or most < steps or sum(contexts) == 3
 
 
 def test_keys_and_values_are_gone_when_the_features_are_there(teacher):
@@ -181,7 +191,7 @@ def test_keys_and_values_are_gone_when_the_features_are_there(teacher):
     gc.collect()
     gc.disable()  # nothing may wait for the collector: on a GPU these are gigabytes
     try:
-        found = teacher.features(noisy, context, sigma, text, ["double.1"], 2)
+        found = teacher.features(noisy, context, sigma, text, ["double.1"])
         left = [o for o in gc.get_objects() if isinstance(o, Flux2KVLayerCache)]
     finally:
         gc.enable()

@@ -13,14 +13,16 @@ from cache_schema.errors import DitDistillError
 from pipeline.build import build
 from pipeline.build_config import BuildConfig
 from pipeline.cli import app
+from pipeline.conditions import Conditions
+from pipeline.config import make_config
 from pipeline.refine import RefineConfig, refine
 from pipeline.refine.loss import cdr_loss
+from pipeline.run.steps import refine_teacher
 from pipeline.teachers import TeacherError, load_teacher, outline_teacher
 from pipeline.teachers.loading import Loading, offload_text_encoder, offload_transformer
 from pipeline.teachers.lora import add_lora
 from pipeline.teachers.weightless import weightless_teacher
 from pipeline.tensor_memory import module_bytes, storages
-from pipeline.conditions import Conditions
 
 CPU = torch.device("cpu")
 VALUES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -167,9 +169,12 @@ def test_offloaded_text_encoders_embed_the_same(family, load):
 
 
 @pytest.mark.parametrize("command", ["build", "probe"])
-def test_offloading_on_a_cpu_is_refused_in_one_line(command):
+def test_offloading_on_a_cpu_is_refused_in_one_line(command, tmp_path):
     with pytest.raises(TeacherError, match=r"^--offload keeps weights in main memory[^\n]*leave it out$"):
-        CliRunner().invoke(app, [command, "--limit", "2", "--device", "cpu", "--offload"], catch_exceptions=False)
+        CliRunner().invoke(
+            app, [command, "--limit", "2", "--device", "cpu", "--offload", "--output", str(tmp_path)],
+            catch_exceptions=False,
+        )  # fmt: skip
 
 
 def test_compiled_blocks_are_read_at_any_tap_in_any_order(load):
@@ -184,11 +189,16 @@ def test_compiled_blocks_are_read_at_any_tap_in_any_order(load):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_stage_one_is_not_compiled_around_8_bits(tmp_path):
-    with pytest.raises(DitDistillError, match="leave out --compile or --quantize"):
-        CliRunner().invoke(
-            app, ["refine", "--quantize", "int8", "--compile", "--output", str(tmp_path)], catch_exceptions=False
-        )
+@pytest.mark.parametrize(
+    ("held", "complaint"),
+    [
+        ({"teacher__quantize": "int8", "teacher__compile": True}, "leave out --compile or --quantize"),
+        ({"teacher__offload": True}, "--offload is for probe and build"),
+    ],
+)
+def test_stage_one_refuses_what_cannot_be_trained(held, complaint, tmp_path):
+    with pytest.raises(DitDistillError, match=complaint):
+        refine_teacher(make_config("demo", **held), tmp_path)
 
 
 def test_without_a_compiler_compiling_says_what_is_missing(load, monkeypatch):
