@@ -6,6 +6,7 @@ broken image should not wait for 24 GB of weights. Model libraries are imported 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from cache_schema.errors import DitDistillError
@@ -32,7 +33,7 @@ def annotate_images(config: RunConfig, output: Path, *, sheet: Path | None = Non
 def refine_teacher(config: RunConfig, output: Path) -> None:
     """Stage I: a LoRA into the folder `output`."""
     opened = open_data(config.data)
-    loaded = open_teacher(config.teacher, lora=None)
+    loaded = open_teacher(replace(config.teacher, offload=False), lora=None)
     from pipeline.refine import refine
 
     refine(loaded, opened, config.refine, output, conditions=config.conditions)

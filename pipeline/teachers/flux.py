@@ -58,11 +58,15 @@ class FluxTeacher(DiffusersTeacher):
         )
         return self._visited_sigmas(sigmas=np.linspace(1.0, 1 / num_steps, num_steps).tolist(), mu=mu)
 
+    @property
+    def caption_tokens(self) -> int:
+        return min(_MAX_TEXT_TOKENS, self.text_pipe.tokenizer_2.model_max_length)
+
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextEmbedding:
-        pipe = self.text_pipe
-        length = min(_MAX_TEXT_TOKENS, pipe.tokenizer_2.model_max_length)
-        tokens, pooled, _ = pipe.encode_prompt(prompt=list(captions), device=self.device, max_sequence_length=length)
+        tokens, pooled, _ = self.text_pipe.encode_prompt(
+            prompt=list(captions), device=self.device, max_sequence_length=self.caption_tokens
+        )
         return TextEmbedding(tokens.to(self.dtype), pooled.to(self.dtype))
 
     def _forward(self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding) -> Tensor:

@@ -102,11 +102,15 @@ class Flux2KleinTeacher(DiffusersTeacher):
         mu = compute_empirical_mu(self.grid[0] * self.grid[1], num_steps)
         return self._visited_sigmas(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
 
+    @property
+    def caption_tokens(self) -> int:
+        return min(_MAX_TEXT_TOKENS, self.text_pipe.tokenizer.model_max_length)
+
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextEmbedding:
-        pipe = self.text_pipe
-        length = min(_MAX_TEXT_TOKENS, pipe.tokenizer.model_max_length)
-        tokens, _ = pipe.encode_prompt(prompt=list(captions), device=self.device, max_sequence_length=length)
+        tokens, _ = self.text_pipe.encode_prompt(
+            prompt=list(captions), device=self.device, max_sequence_length=self.caption_tokens
+        )
         return TextEmbedding(tokens.to(self.dtype), tokens.new_zeros(len(tokens), 0))
 
     def _load_text(self) -> Any:

@@ -70,17 +70,24 @@ class StableDiffusion3Teacher(DiffusersTeacher):
         )
         return self._visited_sigmas(num_inference_steps=num_steps, mu=mu)
 
+    @property
+    def caption_tokens(self) -> int:
+        t5 = self.text_pipe.tokenizer_3
+        return min(_MAX_TEXT_TOKENS, t5.model_max_length) if t5 else _MAX_TEXT_TOKENS
+
+    @property
+    def text_length(self) -> int:
+        return self.text_pipe.tokenizer.model_max_length + self.caption_tokens  # T5's tokens follow those of CLIP
+
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextEmbedding:
-        pipe = self.text_pipe
-        t5 = pipe.tokenizer_3
-        tokens, _, pooled, _ = pipe.encode_prompt(
+        tokens, _, pooled, _ = self.text_pipe.encode_prompt(
             prompt=list(captions),
             prompt_2=None,
             prompt_3=None,
             device=self.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=min(_MAX_TEXT_TOKENS, t5.model_max_length) if t5 else _MAX_TEXT_TOKENS,
+            max_sequence_length=self.caption_tokens,
         )
         return TextEmbedding(tokens.to(self.dtype), pooled.to(self.dtype))
 
