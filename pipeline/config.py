@@ -61,8 +61,8 @@ class TeacherOptions:
     """Which teacher (preset, diffusers folder or hub repository), and how it runs.
 
     resolution: side of its views in pixels, None the preset's. guidance: for teachers whose configuration embeds it.
-    context: how the clean context enters, None as the teacher was trained. quantize, offload, compile: how its weights
-    are held (`pipeline.teachers.loading`).
+    context: how the clean context enters, None as the teacher was trained. quantize, offload, compile: see
+    `pipeline.teachers.loading.Loading`; Stage I does not offload, because its gradients need the whole transformer.
     """
 
     name: str

@@ -88,17 +88,26 @@ ContextOption = Annotated[
 QuantizeOption = Annotated[
     Quantize | None,
     typer.Option(
-        help="Hold the weights of the transformer's linear layers in 8 bits: half the memory of bfloat16.",
+        "--quantize",
+        help="Keep the transformer's linear layers in 8 bits: half the memory of bfloat16.",
         show_default="none",
     ),
 ]
 OffloadOption = Annotated[
     bool | None,
-    typer.Option("--offload", help="Hold text encoders and transformer in main memory, on the GPU block by block."),
+    typer.Option(
+        "--offload",
+        help="Keep text encoders and transformer in main memory, on the GPU block by block.",
+        show_default=False,
+    ),
 ]
 CompileOption = Annotated[
     bool | None,
-    typer.Option("--compile", help="Compile the transformer's blocks: minutes at the start, faster afterwards."),
+    typer.Option(
+        "--compile",
+        help="Compile the transformer's blocks: minutes at the start, faster afterwards.",
+        show_default=False,
+    ),
 ]
 ConditionsOption = Annotated[
     Path | None,

@@ -116,7 +116,8 @@ def estimate(
         dataset, teacher,
         data__root=data, data__limit=limit,
         teacher__revision=revision, teacher__resolution=resolution, teacher__guidance=guidance,
-        teacher__context=context, teacher__dtype=dtype, teacher__device=device, teacher__quantize=quantize,
+        teacher__context=context, teacher__quantize=quantize, teacher__dtype=dtype,
+        teacher__device=device,
         build__taps=parse_names(taps), build__timesteps=parse_numbers(timesteps, "--timesteps"),
         build__num_steps=num_steps, build__views=parse_names(views), build__feature_splits=parse_names(features),
         build__store=store, build__encoding=encoding, build__pool=pool, build__pca=pca,
@@ -137,30 +138,30 @@ def estimate(
         loaded = open_teacher(chosen, lora)
         found = work.estimate(plan, demand, place, work.measure_rate(loaded, opened, config.build, measure))
     if memory is not None:
-        found["memory"] = _memory_budget(outline, config, round(memory * 1e9))
+        found["memory"] = _memory_budget(outline, config, memory)
         found["warnings"] += found["memory"].pop("warnings")
     typer.echo(json.dumps(found, indent=2) if as_json else estimate_text(found))
     for warning in found["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
 
 
-def _memory_budget(outline: "TeacherOutline", config: "RunConfig", limit: int) -> dict[str, Any]:
+def _memory_budget(outline: "TeacherOutline", config: "RunConfig", gigabytes: float) -> dict[str, Any]:
     import torch
 
     from pipeline.device import choose_dtype
+    from pipeline.opening import quantization_of
     from pipeline.teachers import quiet_libraries
 
     quiet_libraries()
     from pipeline.memory import MemorySettings, memory_budget
 
-    chosen = config.teacher
     # The device is one that may not be here: unless it is to be a CPU, `auto` is what it is on a GPU.
-    target = torch.device("cpu" if chosen.device == "cpu" else "cuda")
+    target = torch.device("cpu" if config.teacher.device == "cpu" else "cuda")
     settings = MemorySettings(
-        dtype=choose_dtype(chosen.dtype, target),
-        limit=limit,
-        quantization=None if chosen.quantize == "none" else chosen.quantize,
-        context=chosen.context,
+        dtype=choose_dtype(config.teacher.dtype, target),
+        limit=round(gigabytes * 1e9),
+        quantization=quantization_of(config.teacher),
+        context=config.teacher.context,
         rank=config.refine.rank,
         refine_batch=config.refine.batch,
     )
