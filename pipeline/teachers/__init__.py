@@ -1,5 +1,6 @@
 """Teachers by name. A new family is one file that fulfils `base.Teacher` and one line in `_FAMILIES`."""
 
+import logging
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from pipeline.teachers.loading import Loading
 
 __all__ = ["PRESETS", "Teacher", "TeacherError", "TeacherOutline", "load_teacher", "outline_teacher"]
+
+# Importing diffusers imports torchao, about which both it and PyTorch have something to say to its authors each time.
+for _name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 _DEMO_WEIGHTS = Path(__file__).parent / "demo_weights"
 # The configurations of gated or large repositories as published, without weights: folders of the diffusers layout.
@@ -112,9 +117,9 @@ def quiet_libraries() -> None:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    for logging in (diffusers_logging, transformers_logging):
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
 
 
 def load_teacher(
