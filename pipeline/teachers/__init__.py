@@ -1,5 +1,6 @@
 """Teachers by name. A new family is one file that fulfils `base.Teacher` and one line in `_FAMILIES`."""
 
+import logging
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.teachers.loading import Loading
+
+# diffusers imports torchao where it is installed, and both have words with their own authors then.
+for _name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 __all__ = ["PRESETS", "Teacher", "TeacherError", "TeacherOutline", "load_teacher", "outline_teacher"]
 
@@ -112,9 +117,9 @@ def quiet_libraries() -> None:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    for logging in (diffusers_logging, transformers_logging):
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
 
 
 def load_teacher(

@@ -1,6 +1,5 @@
 """Weights in eight bits: what `--quantize` means, through torchao, which diffusers quantises with as well."""
 
-import logging
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,12 +20,8 @@ def weight_config(kind: Quantization) -> Any:
     """
     if not is_available():
         raise TeacherError(f"--quantize {kind} needs torchao; install dit-distill[pipeline], or torchao")
-    registry = logging.getLogger("torch.utils._pytree")
-    level = registry.level
-    registry.setLevel(logging.ERROR)  # which warns torchao's authors of what they register
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
-    registry.setLevel(level)
     return Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
 
 
