@@ -139,6 +139,7 @@ def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samp
             text=config.text,
             guidance=teacher.guidance,
             context=teacher.context,
+            quantization=teacher.quantization,
         ),
         curriculum=Curriculum(
             num_steps=config.num_steps,

@@ -74,6 +74,8 @@ def memory_budget(outline: TeacherOutline, config: BuildConfig, settings: Memory
     TeacherError if a configuration is missing.
     """
     teacher = _teacher(outline, settings, settings.quantization)
+    if config.batch == "auto":
+        config = replace(config, batch=_auto_batch(teacher, config, settings.limit))
     phases = [
         text_phase(teacher),
         latents_phase(teacher),
@@ -251,7 +253,20 @@ def _remedy(phase: Phase, outline: TeacherOutline, config: BuildConfig, settings
             if refine_phases(teacher, settings)[1].total <= settings.limit:
                 return f"{option}would do"
             continue
-        for batch in (config.batch_images >> n for n in range(config.batch_images.bit_length())):
+        for batch in _halves(config.batch_images):
             if build_phase(teacher, replace(config, batch=batch)).total <= settings.limit:
                 return f"{option}{f'--batch {batch} ' if batch != config.batch_images else ''}would do"
-    return "--offload keeps most of the weights in host memory"
+    if phase.name in ("latents", "refine"):
+        return "a lower --resolution, or a smaller teacher"
+    return "--offload would keep most of the weights in host memory"
+
+
+def _auto_batch(teacher: DiffusersTeacher, config: BuildConfig, limit: int) -> int:
+    """To how many images in a pass a build with --batch auto comes down."""
+    batches = _halves(config.batch_images)
+    fitting = (b for b in batches if build_phase(teacher, replace(config, batch=b)).total <= limit)
+    return next(fitting, 1)
+
+
+def _halves(batch: int) -> list[int]:
+    return [batch >> n for n in range(batch.bit_length())]

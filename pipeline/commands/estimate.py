@@ -149,11 +149,12 @@ def _memory_budget(outline: "TeacherOutline", config: "RunConfig", gigabytes: fl
     import torch
 
     from pipeline.device import choose_dtype
-    from pipeline.memory import MemorySettings, memory_budget
     from pipeline.opening import quantization_of
     from pipeline.teachers import quiet_libraries
 
     quiet_libraries()
+    from pipeline.memory import MemorySettings, memory_budget
+
     # The device is one that may not be here: unless it is to be a CPU, `auto` is what it is on a GPU.
     target = torch.device("cpu" if config.teacher.device == "cpu" else "cuda")
     settings = MemorySettings(

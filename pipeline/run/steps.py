@@ -31,7 +31,11 @@ def annotate_images(config: RunConfig, output: Path, *, sheet: Path | None = Non
 
 
 def refine_teacher(config: RunConfig, output: Path) -> None:
-    """Stage I: a LoRA into the folder `output`."""
+    """Stage I: a LoRA into the folder `output`. Raises for a way to hold the teacher in which it cannot be trained."""
+    if config.teacher.compile and config.teacher.quantize != "none":
+        raise DitDistillError(
+            "--compile: PyTorch cannot compile gradients through weights of 8 bits; leave out --compile or --quantize"
+        )
     opened = open_data(config.data)
     loaded = open_teacher(replace(config.teacher, offload=False), lora=None)
     from pipeline.refine import refine

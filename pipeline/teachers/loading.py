@@ -34,10 +34,9 @@ PLAIN = Loading()
 
 
 def compile_blocks(blocks: Sequence[Module]) -> None:
-    """Compile each block's own computation, with no change to what hooks on it see.
+    """Compile what each block computes, as diffusers' `compile_repeated_blocks` does, and for every family.
 
-    diffusers' `compile_repeated_blocks` compiles a block together with the hooks it has at that moment, and PyTorch
-    does not notice when they change afterwards: taps would be read once and never again.
+    Hooks stay outside, so that a tap can be read at any block at any time, and the pass be left there.
     """
     for block in blocks:
         block.forward = torch.compile(block.forward)  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -172,7 +173,9 @@ def test_what_does_not_fit_is_a_warning_with_what_would_do(flux_folder):
     assert any(w.startswith("build needs") and w.endswith("--batch 4 would do") for w in budget["warnings"])
     hopeless = memory_budget(outline, config, MemorySettings(torch.float32, limit=10_000))
     assert [w.split()[0] for w in hopeless["warnings"]] == ["text", "latents", "build", "refine"]
-    assert all("--offload" in w for w in hopeless["warnings"])
+    assert ["--offload" in w for w in hopeless["warnings"]] == [True, False, True, False]
+    automatic = memory_budget(outline, replace(config, batch="auto"), tight)
+    assert any("4 images × 2" in what for p in automatic["phases"] for what in p["device"])
 
 
 def test_a_folder_whose_components_are_not_described_is_refused_with_what_is_missing(flux_folder, tmp_path):
@@ -192,6 +195,7 @@ def test_the_command_adds_the_budget_only_when_asked(flux_folder):
     assert "memory" not in json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)
     done = CliRunner().invoke(app, [*options, "--memory", "24", "--json"])
     budget = json.loads(done.stdout)["memory"]
+    assert not done.stderr
     assert budget["dtype"] == "bfloat16"
     assert [p["name"] for p in budget["phases"]][:3] == ["text", "latents", "build"]
     text = CliRunner().invoke(app, [*options, "--memory", "0.001", "--device", "cpu"])
