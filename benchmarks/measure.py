@@ -28,7 +28,7 @@ Work = Callable[[], float]
 # Called in a contender's own process; makes everything ready and returns its ways of working, by name.
 Prepare = Callable[[], Mapping[str, Work]]
 
-_VERSIONS = ("dit-distill", "numpy", "torch", "zarr", "numcodecs", "google-crc32c", "pyarrow")
+_VERSIONS = ("dit-distill", "numpy", "torch", "zarr", "numcodecs", "awscrt", "pyarrow")
 # Modules every contender needs, imported once and inherited by all their processes.
 _PRELOAD = ["numpy", "torch", "cache_schema"]
 

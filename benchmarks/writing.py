@@ -36,8 +36,8 @@ OURS = "`CacheWriter.write_shard` of ready features"
 PARTS = {
     "wait for the thread that checks and encodes": [("~", "<method 'acquire' of '_thread.lock' objects>")],
     "fidelity": [("fidelity.py", "measure")],
-    "checksum": [("files.py", "crc32c")],
-    "write": [("~", "<built-in method posix.write>")],
+    "checksum": [("checksum.py", "crc32c")],
+    "write": [("~", "<built-in method posix.writev>")],
     "fsync": [("~", "<built-in method posix.fsync>")],
 }
 

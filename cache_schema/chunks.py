@@ -7,10 +7,10 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 
 from cache_schema import layout
+from cache_schema.checksum import crc32c
 from cache_schema.compression import decompress
 from cache_schema.damage import damaged, view_and_timestep
 from cache_schema.encoding import Array
@@ -65,7 +65,7 @@ class ChunkRequest:
             if checksums is None:
                 continue
             for chunk in range(count):
-                if google_crc32c.extend(0, target[at : at + each]) != checksums[first + chunk]:
+                if crc32c(view[at : at + each]) != checksums[first + chunk]:
                     raise self._mismatch(shard, out + chunk)
                 at += each
 
@@ -146,7 +146,7 @@ class ChunkRequest:
             raise self._damage(error, out) from error
 
     def _check(self, shard: OpenShard, first: int, data: Array, out: int) -> None:
-        if shard.checksums is not None and google_crc32c.extend(0, data) != shard.checksums[first // shard.piece]:
+        if shard.checksums is not None and crc32c(data) != shard.checksums[first // shard.piece]:
             raise self._mismatch(shard, out)
 
     def _mismatch(self, shard: OpenShard, out: int) -> CacheCorrupt:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache_schema import layout
-from cache_schema.encoding import Array, Encoded, FloatArray, decode, encode
+from cache_schema.encoding import Array, Encoded, Features, FloatArray, as_features, decode, encode
 from cache_schema.errors import CacheCorrupt, CacheMismatch, CacheUnsealed
 from cache_schema.files import digest, digest_file, write_file
 from cache_schema.journal import Record, committed_shards, file_record, read_committed, read_record, write_record
@@ -28,23 +28,22 @@ class TapCodec:
     components: PrincipalComponents | None
     channel: Array | None
 
-    def encode(self, sample: FloatArray) -> Encoded:
+    def encode(self, sample: Features) -> Encoded:
         """Encode a sample's features as the teacher computed them, (V, T, L * pool², C_teacher).
 
         Raises InvalidFeatures where a value is beyond the range of the encoding.
         """
-        features = self.pooled(sample)
-        return encode(
-            self.kind, features if self.components is None else self.components.project(features), self.channel
-        )
+        if self.components is not None:
+            return encode(self.kind, self.components.project(self.pooled(sample)), self.channel)
+        return encode(self.kind, sample if self.pool == 1 else self.pooled(sample), self.channel)
 
     def decode(self, encoded: Encoded) -> Array:
         """Return the float32 features (V, T, L, C) that are stored."""
         return decode(self.kind, encoded, self.channel)
 
-    def pooled(self, sample: FloatArray) -> FloatArray:
+    def pooled(self, sample: Features) -> FloatArray:
         """Return the teacher's features (V, T, L, C_teacher) after pooling: what the encoding shall preserve."""
-        return pool_tokens(sample, self.grid, self.pool)
+        return pool_tokens(as_features(sample), self.grid, self.pool)
 
     def restore(self, stored: Array) -> Array:
         """Return decoded features (..., C) in the teacher's channels (..., C_teacher)."""

@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow as pa
 
 from cache_schema import layout
+from cache_schema.checksum import crc32c
 from cache_schema.codec import load_calibration
 from cache_schema.compression import decompress
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt, CacheError, CacheMismatch, CacheUnsealed
-from cache_schema.files import crc32c, digest_file
+from cache_schema.files import digest_file
 from cache_schema.images import check_places
 from cache_schema.journal import FidelitySums, Record, read_record, record_name
 from cache_schema.layout import ArrayLayout

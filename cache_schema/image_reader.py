@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-import google_crc32c
 import numpy as np
 
 from cache_schema import layout
+from cache_schema.checksum import crc32c
 from cache_schema.chunks import ChunkSource
 from cache_schema.damage import damaged
 from cache_schema.encoding import Array
@@ -32,7 +32,7 @@ class ImageReader:
             if offset < 0 or size < 0 or offset + size > file.size:
                 raise CacheCorrupt(f"{file.path} is truncated: an image is not inside it")
             image = file.read(offset, size)
-            if source.verify and google_crc32c.value(image) != source.checksums("images", shard, name)[local]:
+            if source.verify and crc32c(image) != source.checksums("images", shard, name)[local]:
                 raise CacheCorrupt(f"{file.path} does not match its checksum")
         except CacheCorrupt as error:
             raise damaged(source.root, error, shard, row) from error

@@ -6,9 +6,10 @@ from io import BytesIO
 import numpy as np
 
 from cache_schema import tar
+from cache_schema.checksum import crc32c
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt
-from cache_schema.files import AsideFile, crc32c
+from cache_schema.files import AsideFile
 
 # Far more than the largest student image; a hostile index must not have a whole sparse tar read at once.
 MAX_IMAGE_BYTES = 1 << 28

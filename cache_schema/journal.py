@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import google_crc32c
 import numpy as np
 from pydantic import Field, FiniteFloat, ValidationError
 
+from cache_schema.checksum import crc32c
 from cache_schema.errors import CacheCorrupt
 from cache_schema.files import FileDigest, digest, read_bounded, write_file
 from cache_schema.identity import canonical_json
@@ -207,4 +207,4 @@ def _migrate(document: dict[str, Any]) -> dict[str, Any]:
 
 def _checksum(document: dict[str, Any]) -> str:
     body = {name: value for name, value in document.items() if name != "checksum"}
-    return f"{google_crc32c.value(canonical_json(body).encode('ascii')):08x}"
+    return f"{crc32c(canonical_json(body).encode('ascii')):08x}"

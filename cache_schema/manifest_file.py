@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 from pydantic import ValidationError
 
+from cache_schema.checksum import crc32c
 from cache_schema.errors import CacheCorrupt, CacheError, CacheNotFound, UnsupportedSchema
 from cache_schema.files import read_bounded
 from cache_schema.identity import canonical_json
@@ -45,7 +45,7 @@ def manifest_checksum(document: dict[str, Any]) -> str:
     """Return the CRC-32C, as 8 hexadecimal digits, of a manifest document apart from its own checksum field."""
     provenance = {**document["provenance"], "checksum": None}
     text = canonical_json({**document, "provenance": provenance})
-    return f"{google_crc32c.value(text.encode('ascii')):08x}"
+    return f"{crc32c(text.encode('ascii')):08x}"
 
 
 def load_manifest(root: Path) -> Manifest:

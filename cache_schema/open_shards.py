@@ -98,14 +98,16 @@ class ChunkPlaces:
         rows = present // per_row
         if rows * per_row != present:
             return False
-        # Rows that are missing at the end, as in the last shard, do no harm; a chunk that is missing before shows here.
+        # Rows that are missing at the end, as in the last shard, do no harm.
+        if (offsets[:present] < 0).any():
+            return False
         table = offsets[:present].reshape(rows, per_row)
         start = int(table[0, 0]) if rows else 0
         row = int(table[1, 0]) - start if rows > 1 else per_row * chunk_bytes
         if not np.array_equal(table, start + row * np.arange(rows)[:, None] + chunk_bytes * np.arange(per_row)):
             return False
         self.start, self.row, self.rows = start, row, rows
-        return start >= 0
+        return True
 
 
 def _values(table: Array) -> memoryview:

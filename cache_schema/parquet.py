@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cache_schema.errors import CacheCorrupt
+from cache_schema.parquet_pages import ColumnChunk, check_pages
 
 _MAGIC = b"PAR1"
 _TAIL = 8
@@ -34,7 +35,8 @@ def read_trusting_nothing(data: bytes, schema: pa.Schema) -> pa.Table:
     bounds = {"thrift_string_size_limit": size, "thrift_container_size_limit": _MAX_FOOTER_ITEMS}
     metadata = pq.ParquetFile(pa.BufferReader(data), **bounds).metadata
     _check_schema(metadata.schema.to_arrow_schema(), schema)
-    _check_metadata(metadata, size, limit)
+    for chunk in _column_chunks(metadata, schema, size, limit):
+        check_pages(data, chunk)
     # Equal texts stay one text until it is known how much they come to.
     text = [field.name for field in schema if pa.types.is_string(field.type)]
     file = pq.ParquetFile(pa.BufferReader(data), metadata=metadata, read_dictionary=text, **bounds)
@@ -68,23 +70,36 @@ def _check_schema(found: pa.Schema, schema: pa.Schema) -> None:
     raise CacheCorrupt(f"it does not have the columns of the schema: {columns}")
 
 
-def _check_metadata(metadata: pq.FileMetaData, size: int, limit: int) -> None:
-    rows = expanded = 0
+def _column_chunks(metadata: pq.FileMetaData, schema: pa.Schema, size: int, limit: int) -> list[ColumnChunk]:
+    """Return where the columns' pages are and what is in them, as far as the metadata can be true."""
+    chunks: list[ColumnChunk] = []
+    rows = 0
     for group in range(metadata.num_row_groups):
         found = metadata.row_group(group)
         rows += found.num_rows
-        for number in range(found.num_columns):
-            column = found.column(number)
-            expanded += column.total_uncompressed_size
-            first = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
-            if not 0 <= column.total_compressed_size <= size or not 0 <= first <= size - column.total_compressed_size:
-                raise CacheCorrupt(f"column {column.path_in_schema} is said to lie outside of the file")
+        if found.num_columns != len(schema):
+            raise CacheCorrupt(f"it is said to have {found.num_columns} columns in some rows")
+        # Their names stand here once more, and may be anything.
+        for number, field in enumerate(schema):
+            column, name = found.column(number), field.name
+            start = column.data_page_offset
+            if column.has_dictionary_page and 0 < column.dictionary_page_offset < start:
+                start = column.dictionary_page_offset
+            if not 0 <= column.total_compressed_size <= size or not 0 <= start <= size - column.total_compressed_size:
+                raise CacheCorrupt(f"column {name} is said to lie outside of the file")
             strange = set(column.encodings) - _ENCODINGS
             if strange or column.total_uncompressed_size < 0:
-                raise CacheCorrupt(f"column {column.path_in_schema} is encoded in a way that is not read here")
+                raise CacheCorrupt(f"column {name} is encoded in a way that is not read here")
+            width = field.type.list_size if pa.types.is_fixed_size_list(field.type) else 1
+            if not 0 <= column.num_values <= width * found.num_rows:
+                raise CacheCorrupt(f"column {name} is said to have more values than rows")
+            end = start + column.total_compressed_size
+            chunks.append(ColumnChunk(name, start, end, column.num_values, column.total_uncompressed_size))
+    expanded = sum(chunk.expanded for chunk in chunks)
     # Every row has an id of its own and the checksum of an image: it takes more than one byte.
     if rows != metadata.num_rows or not 0 <= rows <= size or expanded > limit:
         raise CacheCorrupt(f"{metadata.num_rows} rows of {expanded} bytes cannot be in a file of {size} bytes")
+    return chunks
 
 
 def _expanded_bytes(batch: pa.RecordBatch) -> int:

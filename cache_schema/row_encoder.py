@@ -1,22 +1,16 @@
 """From what the teacher computed of a sample to the arrays that a shard stores of it, and what that loses."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Union
 
 import numpy as np
 
 from cache_schema import fidelity, layout
 from cache_schema.codec import TapCodec
-from cache_schema.encoding import Array, FloatArray, first_not_finite
+from cache_schema.encoding import Array, Features, FloatArray, as_features, first_not_finite
 from cache_schema.errors import InvalidFeatures
 from cache_schema.journal import FidelitySums
 from cache_schema.manifest import Manifest, TapInfo
 from cache_schema.reduction import teacher_shape
-
-if TYPE_CHECKING:
-    import torch
-
-Features = Union["torch.Tensor", np.ndarray]
 
 
 class RowEncoder:
@@ -28,7 +22,7 @@ class RowEncoder:
         # For every tap, what is to be preserved and what comes back, (V, T, L, C_teacher) each.
         self._measured: dict[str, dict[int, tuple[FloatArray, Array]]] = {tap.name: {} for tap in manifest.taps}
 
-    def encode(self, features: Mapping[str, FloatArray], who: str, place: int) -> dict[str, Array]:
+    def encode(self, features: Mapping[str, Features], who: str, place: int) -> dict[str, Array]:
         """Return the stored arrays (V, T, *inner) of a sample by name, from features (V, T, L, C) of every tap.
 
         `place` counts the samples of the shard from 0; they may be encoded in any order and by several threads. Raises
@@ -50,15 +44,16 @@ class RowEncoder:
                 sums.append(fidelity.measure(tap.name, timestep, original, decoded))
         return sums
 
-    def _encode_tap(self, tap: TapInfo, sample: FloatArray, who: str, place: int) -> dict[str, Array]:
+    def _encode_tap(self, tap: TapInfo, sample: Features, who: str, place: int) -> dict[str, Array]:
         codec = self._codecs[tap.name]
         # Formats with a scale look at every token's peak, in which a NaN or an infinity shows: one pass less.
         if not self._manifest.encoding.scaled:
+            sample = as_features(sample)
             check_finite(sample, tap, who)
         try:
             encoded = codec.encode(sample)
         except InvalidFeatures as error:
-            check_finite(sample, tap, who)
+            check_finite(as_features(sample), tap, who)
             raise InvalidFeatures(f"tap {tap.name} of {who}: {error}") from error
         if place < fidelity.MEASURED_SAMPLES:
             self._measured[tap.name][place] = (codec.pooled(sample), codec.restore(codec.decode(encoded)))

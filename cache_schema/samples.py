@@ -176,7 +176,7 @@ def parse_samples(data: bytes, where: str) -> pa.Table:
     try:
         table = read_trusting_nothing(data, SAMPLES_SCHEMA)
         check_samples(table)
-    except (OSError, pa.ArrowException, CacheError) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException, CacheError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise CacheCorrupt(f"{where} is not a samples table: {first[:300]}") from error
     return table

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cache_schema.checksum import Bytes, crc32c
 from cache_schema.compression import compress, max_compressed
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt
-from cache_schema.files import AsideFile, Bytes, crc32c
+from cache_schema.files import AsideFile
 from cache_schema.layout import ArrayLayout
 
 _MISSING = np.uint64(0xFFFFFFFFFFFFFFFF)
@@ -41,8 +42,7 @@ class ShardWriter:
             self._places.append((self.file.size, len(piece)))
             checksum = crc32c(piece)
             self.piece_crc32c.append(checksum)
-            # For sizes that differ from piece to piece, combining checksums would cost more than computing them again.
-            self.file.write(piece, checksum if plain else None)
+            self.file.write(piece, checksum)
 
     def skip_row(self) -> None:
         """Mark the chunks of one sample as missing."""

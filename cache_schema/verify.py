@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 
 from cache_schema import layout
+from cache_schema.checksum import crc32c
 from cache_schema.damage import how_to_mend
 from cache_schema.errors import CacheCorrupt, CacheError, printable
-from cache_schema.files import FileDigest, crc32c, digest_file, is_aside, read_bounded
+from cache_schema.files import FileDigest, digest_file, is_aside, read_bounded
 from cache_schema.images import check_places, check_tar, render_index
 from cache_schema.journal import JOURNAL_FOLDER, FileRecord, Kind, Record, committed, read_record, record_name
 from cache_schema.layout import ArrayLayout

@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 
 from cache_schema import layout, tar
+from cache_schema.checksum import crc32c
 from cache_schema.encoding import Array
 from cache_schema.errors import CacheCorrupt, CacheError
-from cache_schema.files import AsideFile, crc32c
+from cache_schema.files import AsideFile
 from cache_schema.identity import canonical_json
 from cache_schema.journal import FileRecord, file_record
 from cache_schema.layout import ArrayLayout, CalibrationLayout

@@ -12,7 +12,7 @@ from cache_schema.calibration import Calibrator
 from cache_schema.card import render_card
 from cache_schema.codec import TapCodec, commit_calibration, load_codec
 from cache_schema.damage import how_to_mend
-from cache_schema.encoding import Array, as_features
+from cache_schema.encoding import Array, Features, as_features
 from cache_schema.errors import (
     CacheCorrupt,
     CacheError,
@@ -49,7 +49,7 @@ from cache_schema.manifest import Manifest, Provenance, TapInfo
 from cache_schema.manifest_file import MANIFEST_NAME, as_unsealed, load_manifest, render_manifest, revalidate
 from cache_schema.read_ahead import ReadAhead
 from cache_schema.reader import local_path
-from cache_schema.row_encoder import Features, RowEncoder, check_finite, check_shapes
+from cache_schema.row_encoder import RowEncoder, check_finite, check_shapes
 from cache_schema.samples import (
     check_against_manifest,
     check_samples,
@@ -244,7 +244,7 @@ class CacheWriter:
             row = rows[index]
             if row in failed:
                 return None
-            sample = {name: as_features(values[index]) for name, values in features.items()}
+            sample = {name: values[index] for name, values in features.items()}
             return encoder.encode(sample, self._name(row), places[row])
 
         # Rows are encoded by another thread while those before them are written.

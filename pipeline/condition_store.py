@@ -20,8 +20,9 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from tqdm import tqdm
 
+from cache_schema.checksum import crc32c
 from cache_schema.errors import DitDistillError
-from cache_schema.files import crc32c, sweep_aside_files, write_file
+from cache_schema.files import sweep_aside_files, write_file
 from cache_schema.identity import canonical_json
 from cache_schema.read_ahead import ReadAhead
 from pipeline.conditions import Conditions, Pixels, captions_of, read_pixels

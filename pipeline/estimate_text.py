@@ -66,12 +66,15 @@ def _total(size: dict[str, Any]) -> str:
 
 def _notes(found: dict[str, Any]) -> list[str]:
     reading, disk, hours = found["reading"], found["disk"], found["teacher_time"]
+    conditions = found["conditions"]
     steps = ", ".join(map(str, reading["timesteps"]))
     given = "" if reading["given"] is None else f"; --bandwidth gives {format_bytes(round(reading['given']))}/s"
     notes = [
         "* as asked; scales, student images and indices included, before compression",
         f"reading: tap {reading['tap']} at timesteps {steps}, {reading['batch']} rows × "
         f"{reading['steps_per_second']:g} steps/s: {format_bytes(reading['needed'])}/s{given}",
+        f"conditions: up to {format_bytes(conditions['bytes'])} of latents and embeddings of "
+        f"{conditions['captions']:,} captions beside the cache; may be deleted after the build",
         f"disk: {format_bytes(disk['needed'])} needed, {format_bytes(disk['free'])} free at {disk['path']}: "
         + ("fits" if disk["fits"] else "does not fit"),
     ]

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
     from pipeline.teachers.loading import Loading
 
+# diffusers imports torchao where it is installed, and both have words with their own authors then.
+for _name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
 __all__ = ["PRESETS", "Teacher", "TeacherError", "TeacherOutline", "load_teacher", "outline_teacher"]
 
 # Importing diffusers imports torchao, about which both it and PyTorch have something to say to its authors each time.

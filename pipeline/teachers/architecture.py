@@ -11,6 +11,10 @@ from pipeline.teachers.base import TapShape, TeacherError
 INDEX_NAME = "model_index.json"
 _CONFIGS = ("transformer/config.json", "vae/config.json")
 
+# What diffusers' pipelines cut captions to by default; SD3 puts the tokens of its CLIP encoders in front.
+MAX_TEXT_TOKENS = {"flux": 512, "flux2": 512, "sd3": 256}
+_CLIP_TOKENS = 77
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -19,6 +23,7 @@ class Architecture:
     latent_channels: of packed latents (2×2 patches). blocks: (kind, count), in the order in which they run; a tap
     `kind.N` reads the N-th of its kind. vae_factor: pixels per latent, per side. max_columns: where the positional
     table ends, for families that put two views side by side. guidance_embeds: whether guidance is one of its inputs.
+    text_values: numbers in the embedding of a caption, at most: a tokenizer with a shorter limit gives fewer.
     """
 
     family: str
@@ -28,6 +33,7 @@ class Architecture:
     vae_factor: int = 8
     max_columns: int | None = None
     guidance_embeds: bool = False
+    text_values: int = 0
 
     def grid(self, resolution: int, source: str) -> tuple[int, int]:
         """Rows and columns of object tokens, each 2 × 2 latents; raises TeacherError if the resolution does not fit.
@@ -83,6 +89,8 @@ def flux_architecture(transformer: Mapping[str, Any], vae: Mapping[str, Any], fa
         vae_factor=_vae_factor(vae),
         # FLUX.2 klein's pipeline never passes one, whatever the configuration says.
         guidance_embeds=family == "flux" and bool(transformer.get("guidance_embeds")),
+        text_values=MAX_TEXT_TOKENS[family] * int(transformer["joint_attention_dim"])
+        + int(transformer.get("pooled_projection_dim") or 0),
     )
 
 
@@ -100,6 +108,8 @@ def sd3_architecture(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> 
         blocks=(("block", int(transformer["num_layers"])),),
         vae_factor=_vae_factor(vae),
         max_columns=transformer.get("pos_embed_max_size"),
+        text_values=(_CLIP_TOKENS + MAX_TEXT_TOKENS["sd3"]) * int(transformer["joint_attention_dim"])
+        + int(transformer["pooled_projection_dim"]),
     )
 
 

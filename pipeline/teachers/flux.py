@@ -13,12 +13,12 @@ from diffusers import FluxKontextPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
-from pipeline.teachers.architecture import Architecture, flux_architecture
+from pipeline.teachers.architecture import MAX_TEXT_TOKENS, Architecture, flux_architecture
 from pipeline.teachers.base import TextEmbedding
 from pipeline.teachers.diffusers_teacher import DiffusersTeacher
 
-# diffusers' own default for FLUX; a tokenizer with a shorter limit has the last word.
-_MAX_TEXT_TOKENS = 512
+# A tokenizer with a shorter limit has the last word.
+_MAX_TEXT_TOKENS = MAX_TEXT_TOKENS["flux"]
 
 
 def image_ids(rows: int, columns: int, stream: int = 0) -> Tensor:

@@ -25,13 +25,13 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 from torch.nn import Module
 
-from pipeline.teachers.architecture import Architecture, flux2_architecture
+from pipeline.teachers.architecture import MAX_TEXT_TOKENS, Architecture, flux2_architecture
 from pipeline.teachers.base import ContextMode, TextEmbedding
 from pipeline.teachers.capture import capture
 from pipeline.teachers.diffusers_teacher import DiffusersTeacher
 
-# The pipeline's own default; a tokenizer with a shorter limit has the last word.
-_MAX_TEXT_TOKENS = 512
+# A tokenizer with a shorter limit has the last word.
+_MAX_TEXT_TOKENS = MAX_TEXT_TOKENS["flux2"]
 # Where the pipeline puts its first reference image on the time axis; the image it makes is at 0.
 _REFERENCE_TIME = 10
 

@@ -17,13 +17,13 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
 
-from pipeline.teachers.architecture import Architecture, sd3_architecture
+from pipeline.teachers.architecture import MAX_TEXT_TOKENS, Architecture, sd3_architecture
 from pipeline.teachers.base import TextEmbedding
 from pipeline.teachers.diffusers_teacher import DiffusersTeacher
 from pipeline.teachers.packing import pack_latents, unpack_latents
 
-# The pipeline's own default for T5; a tokenizer with a shorter limit has the last word.
-_MAX_TEXT_TOKENS = 256
+# A tokenizer with a shorter limit has the last word.
+_MAX_TEXT_TOKENS = MAX_TEXT_TOKENS["sd3"]
 
 
 class StableDiffusion3Teacher(DiffusersTeacher):

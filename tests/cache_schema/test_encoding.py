@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cache_schema import InvalidFeatures
+from cache_schema import InvalidFeatures, encoding
 from cache_schema.calibration import Moments
 from cache_schema.encoding import Encoded, as_features, decode, encode, first_not_finite
 from cache_schema.float8 import float8_to_float32
@@ -77,6 +77,54 @@ def test_float8_errs_by_at_most_a_sixteenth_of_a_value_or_half_its_tokens_smalle
     error = np.abs(decode("float8_e4m3", encoded, channel).astype(np.float64) - x)
     slack = 1e-5 * np.abs(x) + 8e-36 * channel[:, None, :]
     assert (error <= np.maximum(np.abs(x) / 16, smallest / 2) + slack).all()
+
+
+def encode_step_by_step(kind: str, x: np.ndarray, channel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The formats' definition in plain NumPy, in as many passes as it takes: the bytes every release must write."""
+    inverse = (1.0 / channel.astype(np.float64)).astype(np.float32)
+    largest = np.float32(127 if kind == "int8" else 448)
+    calibrated = x.astype(np.float32) * inverse[:, None, :]
+    scale = np.abs(calibrated).max(axis=-1) / largest
+    scale[scale <= np.finfo(np.float32).tiny] = 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scaled = np.where(scale[..., None] > 0, calibrated / scale[..., None], np.float32(0))
+    if kind == "int8":
+        return np.rint(scaled).astype(np.int8), scale
+    # The sign of a zero stays.
+    scaled = np.copysign(np.clip(scaled, -largest, largest), calibrated)
+    return torch.from_numpy(scaled).to(torch.float8_e4m3fn).view(torch.uint8).numpy(), scale
+
+
+@many_examples
+@given(st.data(), st.sampled_from(SCALED))
+def test_scaled_formats_have_the_bytes_that_their_definition_says(data: st.DataObject, kind: str) -> None:
+    """For every type of features, with huge channels, silent tokens and tiny values, in one block or many."""
+    shape = data.draw(st.tuples(*(st.integers(1, 3) for _ in range(3)), st.integers(1, 40)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 1 << 32)))
+    x = rng.standard_normal(shape, dtype=np.float32)
+    x[..., rng.random(shape[-1]) < 0.2] *= 1000
+    x[..., rng.random(shape[-2]) < 0.2, :] *= np.float32(data.draw(st.sampled_from([0.0, 1e-38, 1e-30, 1e5])))
+    channel = np.exp(rng.normal(0, 3, (shape[1], shape[3]))).astype(np.float32)
+    given_as = data.draw(st.sampled_from([np.float32, np.float64, torch.float32, torch.bfloat16]))
+    features = torch.from_numpy(x).to(given_as) if isinstance(given_as, torch.dtype) else x.astype(given_as)
+    if data.draw(st.booleans()):
+        features = features.swapaxes(0, 1)[:, :1].swapaxes(0, 1)  # not contiguous
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "_BLOCK_VALUES", data.draw(st.sampled_from([1, 50, 1 << 16])))
+        encoded = encode(kind, features, channel)
+    payload, scale = encode_step_by_step(kind, as_features(features), channel)
+    np.testing.assert_array_equal(encoded.payload, payload)
+    np.testing.assert_array_equal(encoded.scale, scale)
+
+
+@pytest.mark.parametrize("kind", SCALED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_scaled_format_takes_no_value_that_is_not_finite(kind: str, dtype: torch.dtype, value: float) -> None:
+    x = torch.ones(1, 1, 3, 4, dtype=dtype)
+    x[0, 0, 2, 1] = value
+    with pytest.raises(InvalidFeatures):
+        encode(kind, x, np.ones((1, 4), np.float32))
 
 
 @many_examples

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -13,10 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache_schema import CacheCorrupt, CacheStorageError, files
+from cache_schema.checksum import combine_crc32c, crc32c
 from cache_schema.files import (
     AsideFile,
-    combine_crc32c,
-    crc32c,
     digest,
     digest_file,
     directory_lock,
@@ -47,6 +47,34 @@ def test_the_checksum_of_pieces_put_together_follows_from_theirs(pieces: list[by
     for piece in pieces:
         together = combine_crc32c(together, crc32c(piece), len(piece))
     assert together == crc32c(b"".join(pieces))
+
+
+@many_examples
+@given(st.lists(st.sampled_from([0, 1, 7, 65_535, 65_536, 65_537, 200_000]), max_size=6), st.booleans())
+def test_a_file_is_its_pieces_in_blocks_of_64_kb_whatever_their_sizes(sizes: list[int], interrupted: bool) -> None:
+    pieces = [bytes([number + 1]) * size for number, size in enumerate(sizes)]
+    writes: list[tuple[int, int]] = []
+
+    def spy(fd: int, buffers: list[memoryview]) -> int:
+        place = os.lseek(fd, 0, os.SEEK_CUR)
+        if interrupted and len(writes) % 2 == 0:
+            buffers = [buffers[0][: max(1, buffers[0].nbytes // 2)]]
+        written = real(fd, buffers)
+        writes.append((place, written))
+        return written
+
+    real = os.writev
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files.os, "writev", spy)
+        with AsideFile(Path(folder, "a")) as aside:
+            for number, piece in enumerate(pieces):
+                aside.write(piece, crc32c(piece) if number % 2 else None)
+            written = aside.finish()
+            aside.publish()
+        assert Path(folder, "a").read_bytes() == b"".join(pieces)
+        assert written == digest_file(Path(folder, "a"))
+    if not interrupted:
+        assert [place for place, _ in writes] == list(range(0, sum(sizes), 1 << 16))
 
 
 def test_a_file_written_with_known_checksums_has_the_digest_of_its_bytes(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from cache_building import damage
 from cache_hostile import READING, forge_record, vouch_for
 from numcodecs import Zstd
 
-from cache_schema.files import crc32c
+from cache_schema.checksum import crc32c
 from cache_schema.open_shards import OpenFile
 from cache_schema.tar import archive_end, check_members, member_header, padding
 

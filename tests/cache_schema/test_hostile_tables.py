@@ -110,6 +110,72 @@ def test_what_is_no_samples_table_is_refused(attack: Attack, what: str) -> None:
     assert {"samples", "images", "verify", "describe", "resume", "dit-cache info"} <= outcome.refused()
 
 
+def varint(number: int, length: int = 1) -> bytes:
+    """A number as Thrift's compact protocol has it, zigzag, in `length` bytes at least."""
+    number <<= 1
+    length = max(length, -(-number.bit_length() // 7))
+    return bytes([*(number >> 7 * i & 127 | 128 for i in range(length - 1)), number >> 7 * (length - 1)])
+
+
+def with_first_page(change: Callable[[dict[str, int]], object]) -> bytes:
+    """A table whose first page, that of the ids, says something else than the footer; nothing changes its place."""
+    row = {"split": "train", "source": "", "sha256": "0" * 64, "width": 1, "height": 1}
+    table = samples_table({**row, "id": f"{i:060d}"} for i in range(40))
+    # Checksums of pages, which no one asks for, leave room for larger numbers.
+    data = written(table, use_dictionary=False, write_statistics=False, write_page_checksum=True)
+    column = pq.ParquetFile(io.BytesIO(data)).metadata.row_group(0).column(0)
+    start, end = column.data_page_offset, column.data_page_offset + column.total_compressed_size
+    body = data.index(b"\x28\xb5\x2f\xfd", start)  # where Zstandard begins
+    page = {"type": 0, "size": column.total_uncompressed_size - (body - start), "stored": end - body, "values": 40,
+            "encoding": 0}  # fmt: skip
+    change(page)
+    described = {0: 5, 1: 6, 2: 7, 3: 8}[page["type"]] - 3 << 4 | 12  # the number of the struct, counted from field 3
+    rest = b"".join(
+        [b"\x15", varint(page["size"]), b"\x15", varint(page["stored"]), bytes([described]), b"\x15",
+         varint(page["values"]), b"\x15", varint(page["encoding"]), b"\x15\x06\x15\x06\x00\x00"]
+    )  # fmt: skip
+    return data[:start] + b"\x15" + varint(page["type"], body - start - 1 - len(rest)) + rest + data[body:]
+
+
+PAGES = {
+    "a page of 2 GB": lambda page: page.update(size=2**31 - 1),
+    "a page of less than nothing": lambda page: page.update(size=2**32),
+    "a page beyond the column": lambda page: page.update(stored=2**31 - 1),
+    "more values than rows": lambda page: page.update(values=2**31 - 1),
+    "a dictionary of 2 billion values": lambda page: page.update(type=2, values=2**31 - 1),
+    "an index page": lambda page: page.update(type=1),
+    "prefixes that the footer does not speak of": lambda page: page.update(encoding=7),
+}
+
+
+def test_an_honest_page_is_read() -> None:
+    assert parse_samples(with_first_page(lambda page: None), "a file").num_rows == 40
+
+
+@pytest.mark.parametrize("what", PAGES)
+def test_a_page_that_says_more_than_the_footer_is_refused(attack: Attack, what: str) -> None:
+    """Whatever a page promises, no room is made for it: it is refused before pyarrow reads it."""
+    data = with_first_page(PAGES[what])
+    with pytest.raises(CacheCorrupt, match="column id"):
+        parse_samples(data, "a file")
+    outcome = attack(planted(data), (*READING, "resume"))
+    assert {"samples", "images", "verify", "describe", "resume"} <= outcome.refused()
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_honest_tables_of_many_pages_are_read_however_they_are_written(version: str, dictionary: bool) -> None:
+    rows = [
+        {"id": str(i), "split": "train", "source": "", "sha256": f"{i:064x}", "width": 1, "height": 1,
+         "box": None if i % 3 else [0.0, 0.0, 1.0, i], "caption": f"number {i} " * (i % 90)}
+        for i in range(2_000)
+    ]  # fmt: skip
+    table = samples_table(rows)
+    options = {"data_page_version": version, "use_dictionary": dictionary, "write_page_checksum": dictionary}
+    data = written(table, data_page_size=4_000, row_group_size=700, write_batch_size=50, **options)
+    assert parse_samples(data, "a file").equals(table)
+
+
 def test_no_text_of_a_sample_reaches_a_terminal_as_it_is(attack: Attack) -> None:
     evil = "\x1b]0;owned\x07\x1b[2J\r\nerror: all is well\u202e\x9b"
     table, _ = tiny_samples()

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache_schema import CacheCorrupt
+from cache_schema.checksum import crc32c
 from cache_schema.compression import decompress
-from cache_schema.files import AsideFile, crc32c
+from cache_schema.files import AsideFile
 from cache_schema.layout import ArrayLayout
 from cache_schema.open_shards import ChunkPlaces, OpenFile, OpenShards, RecentlyUsed
 from cache_schema.shard import (
@@ -185,3 +186,9 @@ def test_places_say_the_same_as_the_index_they_were_made_of(data: st.DataObject)
         else:
             row, rest = divmod(number, V * T)
             assert (places.start + row * places.row + rest * chunk if row < places.rows else -1) == offset
+
+
+def test_a_missing_row_between_two_is_not_taken_for_an_even_distance() -> None:
+    places = ChunkPlaces(ShardIndex(np.array([[[7]], [[-1]], [[9]]]), np.array([[[1]], [[0]], [[1]]])), 1)
+    assert places.offsets is not None
+    assert places.offsets.tolist() == [7, -1, 9]

@@ -202,6 +202,21 @@ def test_torch_tensors_are_written_like_arrays(tmp_path: Path, cache_of: CacheOf
     assert tree(tmp_path / "cache") == tree(cache_of())
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "float8_e4m3"])
+@pytest.mark.parametrize("reduced", [{}, {"pool": 2, "pca": 3}])
+def test_bfloat16_tensors_make_the_cache_that_their_float32_values_make(
+    tmp_path: Path, kind: str, reduced: dict[str, int]
+) -> None:
+    for name in ("narrow", "wide"):
+        building = start(tmp_path / name, kind=kind, **reduced)
+        for shard in building.missing_shards():
+            features = features_of(building.shard_rows(shard), building.manifest)
+            narrow = {tap: torch.from_numpy(values).bfloat16() for tap, values in features.items()}
+            wide = {tap: values.float().numpy() for tap, values in narrow.items()}
+            building.write_shard(shard, narrow if name == "narrow" else wide)
+    assert tree(tmp_path / "narrow") == tree(tmp_path / "wide")
+
+
 def test_there_is_no_shard_beyond_the_last(tmp_path: Path) -> None:
     unfinished = start(tmp_path / "cache")
     for call in (unfinished.shard_rows, unfinished.image_rows):
@@ -281,16 +296,16 @@ def test_a_full_disk_leaves_the_shard_uncommitted_and_the_build_resumable(
     unfinished = start(tmp_path / "cache", store=store)
     features = features_of(unfinished.shard_rows(0), unfinished.manifest)
     before = tree(tmp_path / "cache")
-    original, written = os.write, [0]
+    original, written = os.writev, [0]
 
-    def almost_full(fd: int, data: memoryview) -> int:
-        written[0] += len(data)
+    def almost_full(fd: int, data: list[memoryview]) -> int:
+        written[0] += sum(map(len, data))
         if written[0] > 3000:
             raise OSError(28, "No space left on device")
         return original(fd, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "write", almost_full)
+        patch.setattr(files.os, "writev", almost_full)
         with pytest.raises(CacheStorageError, match="No space left on device; free some space"):
             unfinished.write_shard(0, features)
     assert tree(tmp_path / "cache") == before
