@@ -92,11 +92,11 @@ def add_lora(transformer: Any, rank: int, seed: int) -> list[torch.nn.Parameter]
 
 def save_lora(pipeline_class: Any, transformer: Any, folder: Path) -> Path:
     """Write the LoRA in diffusers' layout, loadable by `load_lora_weights`. Returns the file."""
-    pipeline_class.save_lora_weights(
-        folder,
-        transformer_lora_layers=get_peft_model_state_dict(transformer),
-        **_collate_lora_metadata({"transformer": transformer}),
-    )
+    metadata = _collate_lora_metadata({"transformer": transformer})
+    for adapter in metadata.values():
+        # peft keeps the names in a set, whose order is another one in every process: equal LoRAs would differ.
+        adapter["target_modules"] = sorted(adapter["target_modules"])
+    pipeline_class.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(transformer), **metadata)
     return folder / LORA_WEIGHT_NAME_SAFE
 
 

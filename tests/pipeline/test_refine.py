@@ -166,3 +166,13 @@ def test_equal_weights_have_one_digest_however_their_file_orders_its_header(tmp_
 def test_a_file_that_is_no_safetensors_has_a_digest_all_the_same(tmp_path, data):
     (tmp_path / "odd.safetensors").write_bytes(data)
     assert len(file_digest(tmp_path / "odd.safetensors")) == 64
+
+
+def test_the_file_of_a_lora_does_not_depend_on_the_order_of_a_set(load_teacher, tmp_path):
+    teacher = load_teacher()
+    add_lora(teacher.transformer, 2, seed=0)
+    written = []
+    for names in (["to_k", "to_q", "to_v"], ["to_v", "to_q", "to_k"]):
+        teacher.transformer.peft_config["default"].target_modules = names
+        written.append(file_digest(save_lora(FluxKontextPipeline, teacher.transformer, tmp_path)))
+    assert written[0] == written[1]
