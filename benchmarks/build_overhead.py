@@ -47,7 +47,12 @@ class PacedTeacher(FluxTeacher):
         return TapShape(tap, self.grid[0] * self.grid[1], CHANNELS, self.grid)
 
     def features(
-        self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding, taps: Sequence[str]
+        self,
+        noisy: Tensor,
+        context: Tensor | None,
+        sigma: Tensor,
+        text: TextEmbedding,
+        taps: Sequence[str],
     ) -> dict[str, Tensor]:
         started = time.perf_counter()
         found = super().features(noisy, context, sigma, text, taps)
@@ -112,16 +117,16 @@ def save_teacher(folder: Path) -> Path:
 
 def bare_seconds(teacher: PacedTeacher, dataset: Photographs, config: BuildConfig, images: int) -> float:
     """Seconds that the teacher alone needs for that many images whose views are in memory, nothing read or kept."""
-    samples = dataset.samples[: config.batch]
+    samples = dataset.samples[: config.batch_images]
     pixels = read_pixels(dataset, samples, teacher.resolution, config.views)[config.views[0]]
     T = len(config.timesteps)
     sigma = torch.tensor(teacher.sigmas(config.num_steps))[[p - 1 for p in config.timesteps]]
     text = teacher.encode_text([samples[0].caption]).repeat(len(samples))
     started = time.perf_counter()
-    for _ in range(images // config.batch):
+    for _ in range(images // config.batch_images):
         pairs = [teacher.encode_images(torch.stack(pair)) for pair in zip(pixels.object, pixels.context, strict=True)]
-        clean, context = (torch.stack([pair[side] for pair in pairs]).repeat_interleave(T, 0) for side in (0, 1))
-        teacher.features(clean, context, sigma.repeat(len(samples)), text.repeat(T), config.taps)
+        clean, context = (torch.stack([pair[side] for pair in pairs]) for side in (0, 1))
+        teacher.features(clean.repeat_interleave(T, 0), context, sigma.repeat(len(samples)), text, config.taps)
     return time.perf_counter() - started
 
 

@@ -138,6 +138,7 @@ def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samp
             resolution=teacher.resolution,
             text=config.text,
             guidance=teacher.guidance,
+            context=teacher.context,
         ),
         curriculum=Curriculum(
             num_steps=config.num_steps,
@@ -156,7 +157,7 @@ def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samp
         return plan(samples_per_shard=config.samples_per_shard)
     # Batches start at a shard's first row: a shard of whole batches keeps the last of them from being nearly empty.
     by_bytes = plan().store.samples_per_shard
-    return plan(samples_per_shard=max(by_bytes - by_bytes % config.batch, min(by_bytes, config.batch)))
+    return plan(samples_per_shard=max(by_bytes - by_bytes % config.batch_images, min(by_bytes, config.batch_images)))
 
 
 def _fill(

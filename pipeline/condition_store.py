@@ -26,11 +26,13 @@ from cache_schema.identity import canonical_json
 from cache_schema.read_ahead import ReadAhead
 from pipeline.conditions import Conditions, Pixels, captions_of, read_pixels
 from pipeline.datasets.base import DataError, Dataset, Sample
+from pipeline.passes import memory_errors
 from pipeline.teachers.base import Teacher, TextEmbedding
 
 # Counts the changes of how pixels become latents or captions become embeddings.
 _RECIPE = 1
 _TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n# Prompt embeddings and latents of dit-cache; may be deleted.\n"
+_NO_ROOM = "close what else uses the device, or use a smaller --resolution or --dtype bfloat16"
 
 
 class DamagedConditions(DitDistillError):  # noqa: N818 - as the errors of cache_schema
@@ -110,7 +112,8 @@ class ConditionStore:
         if not captions:
             return 0.0
         try:
-            self._teacher.encode_text(captions[:1])  # loads the text encoders
+            with memory_errors("while encoding a caption", _NO_ROOM):
+                self._teacher.encode_text(captions[:1])  # loads the text encoders
             started = time.monotonic()
             for caption in tqdm(captions, desc="captions", unit="caption"):
                 check()
@@ -141,7 +144,8 @@ class ConditionStore:
                     if self._latents_file(sample, view).exists():
                         continue
                     pair = torch.cat([pixels[view].object, pixels[view].context])
-                    latents = self._teacher.encode_images(pair)
+                    with memory_errors("while encoding an image", _NO_ROOM):
+                        latents = self._teacher.encode_images(pair)
                     _write(self._latents_file(sample, view), {"object": latents[0], "context": latents[1]})
                     # The first image pays for loading the VAE.
                     started = started or time.monotonic()

@@ -28,6 +28,10 @@ class Conditions:
     context: Tensor
     text: TextEmbedding
 
+    def rows(self, chosen: slice) -> "Conditions":
+        """Those of some images of the batch."""
+        return Conditions(self.object[chosen], self.context[chosen], self.text.rows(chosen))
+
     def to(self, device: torch.device) -> "Conditions":
         """The same on a device."""
         text = TextEmbedding(self.text.tokens.to(device), self.text.pooled.to(device))

@@ -24,6 +24,7 @@ from pipeline.device import DtypeName
 from pipeline.presets import preset_values
 from pipeline.probe import ProbeConfig
 from pipeline.refine.config import RefineConfig
+from pipeline.teachers.base import ContextMode
 from pipeline.tolerance import Tolerance
 
 Step: TypeAlias = Literal["annotate", "refine", "probe", "build", "verify"]
@@ -60,12 +61,14 @@ class TeacherOptions:
     """Which teacher (preset, diffusers folder or hub repository), and how it runs.
 
     resolution: side of its views in pixels, None the preset's. guidance: for teachers whose configuration embeds it.
+    context: how the clean context enters, None as the teacher was trained.
     """
 
     name: str
     revision: str | None = None
     resolution: int | None = None
     guidance: float = 3.5
+    context: ContextMode | None = None
     dtype: DtypeName = "auto"
     device: str = "auto"
 
@@ -198,7 +201,7 @@ def parse_value(text: str, kind: Any) -> Any:
         if get_origin(option) is tuple:
             parts = text.strip("[]").split(",")
             return [parse_value(part.strip(), get_args(option)[0]) for part in parts if part.strip()]
-    if str in options or Path in options or literals:
+    if str in options or Path in options or (literals and int not in options):
         return text
     if text.lower() in ("true", "false"):
         return text.lower() == "true"

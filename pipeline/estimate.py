@@ -168,7 +168,7 @@ def measure_rate(teacher: "Teacher", dataset: Dataset, config: "BuildConfig", co
         )
     schedule = teacher.sigmas(config.num_steps)
     sigmas = [schedule[p - 1] for p in config.timesteps]
-    batches = [samples[i : i + config.batch] for i in range(0, len(samples), config.batch)]
+    batches = [samples[i : i + config.batch_images] for i in range(0, len(samples), config.batch_images)]
     with TemporaryDirectory(prefix="dit-cache-") as folder:
         store = ConditionStore(Path(folder), teacher, dataset, use_captions=config.text == "caption")
         encoded = store.prepare(samples, config.views, log=lambda _: None)

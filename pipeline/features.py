@@ -17,6 +17,7 @@ from pipeline.condition_store import ConditionStore
 from pipeline.conditions import Conditions
 from pipeline.curriculum import add_noise, sample_noise
 from pipeline.datasets.base import Sample
+from pipeline.passes import Passes
 from pipeline.scan import ScannedSample
 from pipeline.teachers.base import Teacher
 from pipeline.tolerance import BadSamples, TooManyBadSamples
@@ -33,23 +34,29 @@ def teacher_features(
     conditions: Mapping[str, Conditions],
     config: BuildConfig,
     sigmas: Sequence[float],
+    passes: Passes | None = None,
 ) -> dict[str, Tensor]:
-    """E_{O,t} of a batch of samples: {tap: (B, V, T, L, C)}; all timesteps of an image go through the DiT together.
+    """E_{O,t} of a batch of samples: {tap: (B, V, T, L, C)}.
 
-    conditions: of the samples, for each view.
+    conditions: of the samples, for each view. passes: how the batch is cut; None takes it as one. Raises OutOfMemory
+    where that is too much for the device.
     """
-    B, T = len(samples), len(sigmas)
+    passes = passes or Passes(len(samples), len(sigmas))
     per_view: dict[str, list[Tensor]] = {tap: [] for tap in config.taps}
     for view in config.views:
-        given = conditions[view].to(teacher.device)
-        shape = tuple(given.object.shape[1:])
-        noise = torch.stack([sample_noise(s.id, view, config.seed, shape) for s in samples]).to(given.object)
-        sigma = torch.tensor(list(sigmas)).repeat(B).to(given.object.device)  # B·T, timesteps fastest
-        noisy = add_noise(given.object.repeat_interleave(T, 0), noise.repeat_interleave(T, 0), sigma)
-        context = given.context.repeat_interleave(T, 0)
-        found = teacher.features(noisy, context, sigma, given.text.repeat(T), config.taps)
-        for tap, tokens in found.items():
-            per_view[tap].append(tokens.unflatten(0, (B, T)))  # B, T, L, C
+
+        def forward(images: slice, timesteps: slice, view: str = view) -> dict[str, Tensor]:
+            given = conditions[view].rows(images).to(teacher.device)
+            levels = list(sigmas[timesteps])
+            B, T = len(given.object), len(levels)
+            shape = tuple(given.object.shape[1:])
+            noise = torch.stack([sample_noise(s.id, view, config.seed, shape) for s in samples[images]])
+            sigma = torch.tensor(levels).repeat(B).to(given.object.device)  # B·T, timesteps fastest
+            clean, noise = (x.to(given.object).repeat_interleave(T, 0) for x in (given.object, noise))
+            return teacher.features(add_noise(clean, noise, sigma), given.context, sigma, given.text, config.taps)
+
+        for tap, tokens in passes.run(len(samples), forward).items():
+            per_view[tap].append(tokens)  # B, T, L, C
     # One view is stacked without a copy.
     return {tap: torch.stack(p, dim=1) if len(p) > 1 else p[0].unsqueeze(1) for tap, p in per_view.items()}
 
@@ -105,6 +112,8 @@ class FeatureBuilder:
         self._writer, self._claims, self._teacher, self._conditions = writer, claims, teacher, conditions
         self._config, self._usable, self._bad, self._check = config, usable, bad, check
         self._sigmas = writer.manifest.curriculum.sigmas
+        adaptive = config.batch == "auto"
+        self._passes = Passes(config.batch_images, len(self._sigmas), adaptive=adaptive, log=bad.log)
         self._buffers: list[dict[str, Tensor]] = [{}, {}]
 
     def run(self) -> None:
@@ -149,7 +158,7 @@ class FeatureBuilder:
             self._bad.log("waiting for the other builder of this cache, which is calibrating it")
             self._claims.take("calibration", wait=True)
         spread = self._calibration_rows()
-        batches = [spread[i : i + self._config.batch] for i in range(0, len(spread), self._config.batch)]
+        batches = [spread[i : i + self._config.batch_images] for i in range(0, len(spread), self._config.batch_images)]
 
         with tqdm(total=len(spread), desc="calibrate", unit="image") as bar, closing(self._ahead(batches)) as ahead:
             self._writer.calibrate(self._calibration_features(ahead, bar))
@@ -202,8 +211,8 @@ class FeatureBuilder:
         # Batches start at the shard's first row, so what a shard holds never depends on where an earlier run stopped.
         for shard in shards:
             rows = self._writer.shard_rows(shard)
-            for start in range(0, len(rows), self._config.batch):
-                yield rows[start : start + self._config.batch]
+            for start in range(0, len(rows), self._config.batch_images):
+                yield rows[start : start + self._config.batch_images]
 
     def _ahead(self, batches: Iterable[Rows]) -> Generator[tuple[Rows, dict[str, Conditions]], None, None]:
         """Yield batches of rows with their conditions, read while the teacher computes the batch before."""
@@ -227,7 +236,7 @@ class FeatureBuilder:
     ) -> tuple[dict[str, Tensor], dict[int, str]]:
         self._check()
         samples = [self._usable[row].sample for row in rows]
-        features = teacher_features(self._teacher, samples, conditions, self._config, self._sigmas)
+        features = teacher_features(self._teacher, samples, conditions, self._config, self._sigmas, self._passes)
         return features, find_failures(features, self._config)
 
     def _room(self, turn: int, rows: int, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

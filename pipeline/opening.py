@@ -47,4 +47,5 @@ def open_teacher(options: TeacherOptions, lora: Path | None) -> "Teacher":
         dtype=choose_dtype(options.dtype, target),
         device=str(target),
         guidance=options.guidance,
+        context=options.context,
     )

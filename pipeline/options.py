@@ -6,7 +6,7 @@ is then. Where help shows a default, a test holds it against the configuration.
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, overload
+from typing import Annotated, Literal, overload
 
 import typer
 
@@ -18,6 +18,11 @@ class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class Context(StrEnum):
+    joint = "joint"
+    reused = "reused"
 
 
 DatasetOption = Annotated[
@@ -65,6 +70,15 @@ ResolutionOption = Annotated[
 GuidanceOption = Annotated[
     float | None, typer.Option(help="Guidance, for teachers whose configuration embeds it.", show_default="3.5")
 ]
+ContextOption = Annotated[
+    Context | None,
+    typer.Option(
+        "--context",
+        help="joint: context and noisy tokens see each other; reused: the context sees only itself and is computed "
+        "once per image for all timesteps (FLUX.2); default as the teacher was trained.",
+        show_default=False,
+    ),
+]
 ConditionsOption = Annotated[
     Path | None,
     typer.Option(
@@ -109,6 +123,17 @@ def parse_share(text: str | None, option: str) -> float | None:
     if not 0 <= share <= 1:
         raise typer.BadParameter(f"{text!r} is not a share like 1% or 0.01", param_hint=option)
     return share
+
+
+def parse_batch(text: str | None, option: str) -> int | Literal["auto"] | None:
+    """Parse a number of images or auto; anything else is a usage error that names the option."""
+    if text is None:
+        return None
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"{text!r} is neither a number of images nor auto", param_hint=option)
+    return int(text)
 
 
 def parse_classes(text: str | None) -> tuple[str, ...] | None:

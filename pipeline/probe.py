@@ -18,6 +18,7 @@ from pipeline.condition_store import ConditionStore, default_store
 from pipeline.conditions import Conditions
 from pipeline.curriculum import DEFAULT_STEPS, DEFAULT_TIMESTEPS, add_noise, check_timesteps, sample_noise
 from pipeline.datasets.base import SPLITS, Dataset, Sample
+from pipeline.passes import memory_errors
 from pipeline.probe_scores import high_frequency_ratio, linear_accuracy, pool_cells, recall_at_1, standardise
 from pipeline.teachers.base import Teacher
 
@@ -104,6 +105,7 @@ def probe(
         "dataset": dataset.name,
         "teacher": teacher.source,
         "refined": teacher.lora is not None,
+        "context": teacher.context,
         "config": asdict(config),
         "images": len(samples),
         "classes": classes,
@@ -188,7 +190,8 @@ def _features(
     noise = torch.stack([sample_noise(s.id, "canonical", seed, tuple(given.object.shape[1:])) for s in batch])
     level = torch.full((len(batch),), sigma).to(given.object.device)
     noisy = add_noise(given.object, noise.to(given.object), level)
-    return teacher.features(noisy, given.context, level, given.text, taps)
+    with memory_errors(f"in a forward pass of {len(batch)} images", "use a smaller --batch"):
+        return teacher.features(noisy, given.context, level, given.text, taps)
 
 
 def standard_error(share: float, count: int) -> float:

@@ -9,6 +9,7 @@ import typer
 from pipeline.options import (
     AnnotationsOption,
     ConditionsOption,
+    ContextOption,
     DataOption,
     DatasetOption,
     DebugOption,
@@ -22,6 +23,7 @@ from pipeline.options import (
     TeacherOption,
     TrainClassesOption,
     TrainRatioOption,
+    parse_batch,
     parse_classes,
     parse_names,
     parse_numbers,
@@ -123,7 +125,10 @@ def build(
     seed: Annotated[
         int | None, typer.Option(help="Seed of the noise; one noise per image and view.", show_default="0")
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="Images per forward pass (times the timesteps).")] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(help="Images per forward pass, each at all timesteps; auto: 32, halved when memory runs out."),
+    ] = None,
     image_size: ImageSizeOption = None,
     image_format: ImageFormatOption = None,
     image_quality: ImageQualityOption = None,
@@ -151,6 +156,7 @@ def build(
     device: DeviceOption = None,
     resolution: ResolutionOption = None,
     guidance: GuidanceOption = None,
+    context: ContextOption = None,
     limit: LimitOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -168,12 +174,12 @@ def build(
         data__root=data, data__limit=limit, data__train_classes=parse_classes(train_classes),
         data__train_ratio=train_ratio, data__superclass=superclass, data__annotations=annotations,
         teacher__revision=revision, teacher__resolution=resolution, teacher__guidance=guidance,
-        teacher__dtype=dtype, teacher__device=device,
+        teacher__context=context, teacher__dtype=dtype, teacher__device=device,
         build__taps=parse_names(taps), build__timesteps=chosen_steps, build__num_steps=num_steps,
         build__views=parse_names(views), build__feature_splits=parse_names(features),
         build__store=store, build__encoding=encoding, build__pool=pool, build__pca=pca,
         build__compression=compression, build__min_cosine=min_cosine, build__seed=seed, build__text=text,
-        build__batch=batch, build__image_size=image_size, build__image_format=image_format,
+        build__batch=parse_batch(batch, "--batch"), build__image_size=image_size, build__image_format=image_format,
         build__image_quality=image_quality, build__with_images=images, build__samples_per_shard=samples_per_shard,
         tolerance__max_bad=bad_share, tolerance__strict=strict,
     )  # fmt: skip

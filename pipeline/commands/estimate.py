@@ -21,6 +21,7 @@ from pipeline.commands.build import (
     ViewsOption,
 )
 from pipeline.options import (
+    ContextOption,
     DataOption,
     DatasetOption,
     DebugOption,
@@ -31,6 +32,7 @@ from pipeline.options import (
     ResolutionOption,
     RevisionOption,
     TeacherOption,
+    parse_batch,
     parse_names,
     parse_numbers,
 )
@@ -80,12 +82,13 @@ def estimate(
         int | None, typer.Option(min=1, help="Load the teacher and time it on N images of the data set.")
     ] = None,
     teacher_batch: Annotated[
-        int | None, typer.Option(min=1, help="Images per forward pass of --measure; the build's --batch.")
+        str | None, typer.Option(help="Images per forward pass of --measure, or auto; the build's --batch.")
     ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     resolution: ResolutionOption = None,
     guidance: GuidanceOption = None,
+    context: ContextOption = None,
     limit: LimitOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the estimate as JSON, for scripts.")] = False,
     debug: DebugOption = False,
@@ -104,10 +107,11 @@ def estimate(
         dataset, teacher,
         data__root=data, data__limit=limit,
         teacher__revision=revision, teacher__resolution=resolution, teacher__guidance=guidance,
-        teacher__dtype=dtype, teacher__device=device,
+        teacher__context=context, teacher__dtype=dtype, teacher__device=device,
         build__taps=parse_names(taps), build__timesteps=parse_numbers(timesteps, "--timesteps"),
         build__num_steps=num_steps, build__views=parse_names(views), build__feature_splits=parse_names(features),
-        build__store=store, build__encoding=encoding, build__pool=pool, build__pca=pca, build__batch=teacher_batch,
+        build__store=store, build__encoding=encoding, build__pool=pool, build__pca=pca,
+        build__batch=parse_batch(teacher_batch, "--teacher-batch"),
         build__image_size=image_size, build__image_format=image_format, build__image_quality=image_quality,
         build__with_images=False if no_images else None, build__samples_per_shard=samples_per_shard,
     )  # fmt: skip

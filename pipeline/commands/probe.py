@@ -8,6 +8,7 @@ import typer
 from pipeline.options import (
     AnnotationsOption,
     ConditionsOption,
+    ContextOption,
     DataOption,
     DatasetOption,
     DebugOption,
@@ -64,6 +65,7 @@ def probe(
     device: DeviceOption = None,
     resolution: ResolutionOption = None,
     guidance: GuidanceOption = None,
+    context: ContextOption = None,
     limit: LimitOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -78,7 +80,7 @@ def probe(
         data__root=data, data__limit=limit, data__train_classes=parse_classes(train_classes),
         data__train_ratio=train_ratio, data__superclass=superclass, data__annotations=annotations,
         teacher__revision=revision, teacher__resolution=resolution, teacher__guidance=guidance,
-        teacher__dtype=dtype, teacher__device=device,
+        teacher__context=context, teacher__dtype=dtype, teacher__device=device,
         probe__taps=() if taps == "all" else parse_names(taps),
         probe__timesteps=tuple(every) if timesteps == "all" else parse_numbers(timesteps, "--timesteps"),
         probe__num_steps=num_steps, probe__images=images, probe__per_class=per_class, probe__split=split,

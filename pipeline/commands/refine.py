@@ -8,6 +8,7 @@ import typer
 from pipeline.options import (
     AnnotationsOption,
     ConditionsOption,
+    ContextOption,
     DataOption,
     DatasetOption,
     DebugOption,
@@ -66,6 +67,7 @@ def refine(
     device: DeviceOption = None,
     resolution: ResolutionOption = None,
     guidance: GuidanceOption = None,
+    context: ContextOption = None,
     limit: LimitOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -82,7 +84,7 @@ def refine(
         data__root=data, data__limit=limit, data__train_classes=parse_classes(train_classes),
         data__train_ratio=train_ratio, data__superclass=superclass, data__annotations=annotations,
         teacher__revision=revision, teacher__resolution=resolution, teacher__guidance=guidance,
-        teacher__dtype=dtype, teacher__device=device,
+        teacher__context=context, teacher__dtype=dtype, teacher__device=device,
         refine__steps=steps, refine__batch=batch, refine__accumulate=accumulate, refine__lr=lr, refine__rank=rank,
         refine__seed=seed, refine__gradient_checkpointing=gradient_checkpointing,
         refine__validation_images=validation_images, refine__validate_every=validate_every,

@@ -10,6 +10,7 @@ from pipeline.datasets import dataset_names
 from pipeline.options import (
     AnnotationsOption,
     ConditionsOption,
+    ContextOption,
     DataOption,
     DebugOption,
     DeviceOption,
@@ -53,6 +54,7 @@ def run(
     device: DeviceOption = None,
     resolution: ResolutionOption = None,
     guidance: GuidanceOption = None,
+    context: ContextOption = None,
     limit: LimitOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove results of another configuration and make them again.")
@@ -95,7 +97,7 @@ def run(
         data__root=data, data__limit=limit, data__train_classes=parse_classes(train_classes),
         data__train_ratio=train_ratio, data__superclass=superclass, data__annotations=annotations,
         teacher__revision=revision, teacher__resolution=resolution, teacher__guidance=guidance,
-        teacher__dtype=dtype, teacher__device=device, annotate__device=device,
+        teacher__context=context, teacher__dtype=dtype, teacher__device=device, annotate__device=device,
     )  # fmt: skip
     if probe:
         config = replace(config, steps=tuple(s for s in STEPS if s in {*config.steps, "probe"}))

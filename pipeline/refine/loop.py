@@ -18,6 +18,7 @@ from cache_schema.errors import DitDistillError
 from cache_schema.files import write_file
 from pipeline.condition_store import ConditionStore, default_store
 from pipeline.datasets.base import Dataset, Sample
+from pipeline.passes import memory_errors
 from pipeline.refine.card import render_card
 from pipeline.refine.checkpoint import (
     Progress,
@@ -38,6 +39,11 @@ from pipeline.teachers.weights import file_digest
 # Settings that may change between two halves of one run without changing what it computes.
 _FREE = ("steps", "gradient_checkpointing", "validate_every", "checkpoint_every", "pictures_every", "picture_images",
          "num_steps", "timesteps")  # fmt: skip
+
+_OUT_OF_MEMORY = (
+    "use --gradient-checkpointing, a smaller --batch with a larger --accumulate, or --quantize int8; what was trained "
+    "up to the last checkpoint is kept"
+)
 
 
 def refine(
@@ -146,6 +152,7 @@ class _Run:
             "processes": self.accelerator.num_processes,
             "teacher": self.teacher.source,
             "transformer_digest": self.teacher.digests()["transformer"],
+            "context": self.teacher.context,
             "validation": self.progress.validation,
             "seconds": round(self.progress.seconds, 1),
         }
@@ -174,8 +181,9 @@ class _Run:
             rows = rows_of(config.seed, step, slot, self.slots, config.batch, len(self.train_samples))
             conditions = self.store.read([self.train_samples[r] for r in rows], "canonical").to(teacher.device)
             noise, sigma = noise_of(config.seed, step, slot, tuple(conditions.object.shape))
-            loss = cdr_loss(teacher, conditions, noise.to(conditions.object), sigma.to(teacher.device))
-            (loss / config.accumulate).backward()
+            with memory_errors(f"in step {step + 1}", _OUT_OF_MEMORY):
+                loss = cdr_loss(teacher, conditions, noise.to(conditions.object), sigma.to(teacher.device))
+                (loss / config.accumulate).backward()
             total += loss.detach() / config.accumulate
         if self.accelerator.num_processes > 1:
             total = self._share_gradients(total)
@@ -237,6 +245,7 @@ class _Run:
             "resolution": self.teacher.resolution,
             "dtype": str(self.teacher.dtype).removeprefix("torch."),
             "guidance": self.teacher.guidance,
+            "context": self.teacher.context,
             "transformer": self.teacher.digests()["transformer"],
             "training images": _fingerprint(self.train_samples),
         }

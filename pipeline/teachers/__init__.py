@@ -18,7 +18,7 @@ from pipeline.teachers.architecture import (
     read_classes,
     sd3_architecture,
 )
-from pipeline.teachers.base import TapShape, Teacher, TeacherError
+from pipeline.teachers.base import ContextMode, TapShape, Teacher, TeacherError
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +65,7 @@ _FLUX = Family("pipeline.teachers.flux:FluxTeacher", flux_architecture)
 _FAMILIES = {
     "FluxPipeline": _FLUX,
     "FluxKontextPipeline": _FLUX,
+    "Flux2KleinKVPipeline": Family("pipeline.teachers.flux2:Flux2KleinKVTeacher", flux2_architecture),
     "Flux2KleinPipeline": Family("pipeline.teachers.flux2:Flux2KleinTeacher", flux2_architecture),
     "StableDiffusion3Pipeline": Family("pipeline.teachers.sd3:StableDiffusion3Teacher", sd3_architecture),
 }
@@ -117,10 +118,12 @@ def load_teacher(
     dtype: "torch.dtype",
     device: str,
     guidance: float = 3.5,
+    context: ContextMode | None = None,
 ) -> Teacher:
     """Load a teacher by preset name, diffusers folder or hub repository.
 
-    Raises TeacherError if it cannot be found or downloaded, or is of no known family.
+    context: None as the family was trained. Raises TeacherError if it cannot be found or downloaded, is of no known
+    family, or its family does not know that kind of context.
     """
     from pipeline.teachers.weights import locate
 
@@ -138,6 +141,7 @@ def load_teacher(
         device=device,
         guidance=guidance,
         lora=lora,
+        context=context,
     )
 
 

@@ -10,6 +10,10 @@ from torch import Tensor
 
 from cache_schema.errors import DitDistillError
 
+# joint: context and noisy tokens attend to each other, so each timestep computes both. reused: the context attends to
+# itself alone, at the clean noise level, so that its keys and values are the same at every timestep.
+ContextMode = Literal["joint", "reused"]
+
 
 class TeacherError(DitDistillError):
     """The teacher cannot be loaded or asked for what it has not; the message says what is missing."""
@@ -30,6 +34,10 @@ class TextEmbedding:
         """Each row `times` times in a run: (B·times, …)."""
         return TextEmbedding(self.tokens.repeat_interleave(times, 0), self.pooled.repeat_interleave(times, 0))
 
+    def rows(self, chosen: slice) -> "TextEmbedding":
+        """The text of some images of the batch."""
+        return TextEmbedding(self.tokens[chosen], self.pooled[chosen])
+
 
 @dataclass(frozen=True)
 class TapShape:
@@ -45,7 +53,8 @@ class Teacher(Protocol):
     """A frozen diffusion transformer with its VAE, text encoders and scheduler.
 
     Each of the three is loaded when it is first used, and stays in memory until it is released.
-    transformer: the trainable module, for Stage I. lora: the LoRA attached at load time, if any.
+    transformer: the trainable module, for Stage I. lora: the LoRA attached at load time, if any. context: how the clean
+    context enters; features and predict compute the same function of it.
     Latents are packed tokens (B, L, C_latent), already shifted and scaled as the DiT expects them.
     """
 
@@ -56,6 +65,7 @@ class Teacher(Protocol):
     resolution: int
     guidance: float | None
     lora: Path | None
+    context: ContextMode
     transformer: Any
     device: torch.device
     dtype: torch.dtype
@@ -108,5 +118,9 @@ class Teacher(Protocol):
     def features(
         self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding, taps: Sequence[str]
     ) -> dict[str, Tensor]:
-        """E_{O,t} at the named taps, without gradients: {tap: (B, L, C_tap)}. Blocks after the last tap do not run."""
+        """E_{O,t} at the named taps, without gradients: {tap: (B·T, L, C_tap)}. Blocks after the last tap do not run.
+
+        noisy: (B·T, L, C_latent) and sigma: (B·T,), the T timesteps of an image in a run; context: (B, L, C_latent) and
+        text, B rows: once per image. All of it goes through the DiT in one pass.
+        """
         ...

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from pipeline.teachers.architecture import Architecture, read_architecture
-from pipeline.teachers.base import Part, TapShape, TeacherError, TextEmbedding
+from pipeline.teachers.base import ContextMode, Part, TapShape, TeacherError, TextEmbedding
 from pipeline.teachers.capture import capture
 from pipeline.teachers.lora import attach_lora, check_made_for, save_lora
 from pipeline.teachers.packing import pack_latents, unpack_latents
@@ -27,15 +27,22 @@ class DiffusersTeacher(ABC):
     """A diffusers folder behind the `Teacher` protocol; a family adds its text, its positions and one step of its DiT.
 
     folder: a diffusers folder on disk. resolution: side of both views in pixels. guidance: used only where the
-    configuration has guidance embeddings. lora: a LoRA in diffusers' layout, the result of Stage I.
-    Raises TeacherError if the folder is not of this family or the resolution does not fit its VAE.
+    configuration has guidance embeddings. lora: a LoRA in diffusers' layout, the result of Stage I. context: one of the
+    family's `contexts`, by default the first.
+    Raises TeacherError if the folder is not of this family, the resolution does not fit its VAE, or the family does not
+    know this kind of context.
     """
 
     family: str
     # diffusers' pipeline class, and those of its components that embed text.
     pipeline: ClassVar[Any]
+    # What folders call it, where that is another class with the same components.
+    pipeline_name: ClassVar[str | None] = None
     text_components: ClassVar[tuple[str, ...]]
     optional_components: ClassVar[tuple[str, ...]] = ()
+    # How its context may enter, and why not otherwise.
+    contexts: ClassVar[tuple[ContextMode, ...]] = ("joint",)
+    only_context: ClassVar[str] = "its context and noisy tokens attend to each other, so that nothing can be reused"
 
     def __init__(
         self,
@@ -48,10 +55,14 @@ class DiffusersTeacher(ABC):
         device: str | torch.device = "cpu",
         guidance: float = 3.5,
         lora: Path | None = None,
+        context: ContextMode | None = None,
     ):
         self.folder, self.source, self.revision = Path(folder), source or str(folder), revision
         self.resolution, self.dtype, self.device = resolution, dtype, torch.device(device)
-        self.pipeline_class: str = self.pipeline.__name__
+        self.pipeline_class: str = self.pipeline_name or self.pipeline.__name__
+        self.context: ContextMode = context or self.contexts[0]
+        if self.context not in self.contexts:
+            raise TeacherError(f"teacher {self.source}: {self.only_context}; use --context {self.contexts[0]}")
         self._digests: dict[str, str] = {}  # reading 24 GB takes a minute: once is enough
         self._parts: dict[Part, Any] = {}
         self._absent = self._find_absent()
@@ -61,7 +72,7 @@ class DiffusersTeacher(ABC):
         self.scheduler = self._load("scheduler").scheduler
         self.lora = Path(lora) if lora else None
         if self.lora:
-            check_made_for(self.lora, self.digests()["transformer"], self.source)
+            check_made_for(self.lora, self.digests()["transformer"], self.source, self.context)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -114,8 +125,11 @@ class DiffusersTeacher(ABC):
         """Captions as the pipeline embeds them."""
 
     @abstractmethod
-    def _forward(self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding) -> Tensor:
-        """One step of the pipeline, without classifier-free guidance: ε − z for the object tokens, packed."""
+    def _forward(self, noisy: Tensor, context: Any, sigma: Tensor, text: TextEmbedding) -> Tensor:
+        """One step of the pipeline, without classifier-free guidance: ε − z for the object tokens, packed.
+
+        context: packed latents, or what `_share_context` made of them, or None.
+        """
 
     @abstractmethod
     def _object_tokens(self, output: Any, text: TextEmbedding, with_context: bool) -> Tensor:
@@ -148,14 +162,28 @@ class DiffusersTeacher(ABC):
     def features(
         self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding, taps: Sequence[str]
     ) -> dict[str, Tensor]:
+        steps = len(noisy) // len(text.tokens)
+        blocks = self._blocks()
         depths = {tap: self.architecture.block(tap, self.source) for tap in taps if tap != "velocity"}
-        blocks = [*self.transformer.transformer_blocks, *getattr(self.transformer, "single_transformer_blocks", ())]
+        deepest = len(blocks) - 1 if "velocity" in taps else max(depths.values())
+        given = None if context is None else self._share_context(context, steps, deepest)
         features: dict[str, Tensor] = {}
         with capture(blocks, depths, leave_early="velocity" not in taps) as found:
-            features["velocity"] = -self._forward(noisy, context, sigma, text)
+            features["velocity"] = -self._forward(noisy, given, sigma, text.repeat(steps))
         for tap, output in found.items():
             features[tap] = self._object_tokens(output, text, context is not None)
         return {tap: features[tap] for tap in taps}
+
+    def _share_context(self, context: Tensor, steps: int, deepest: int) -> Any:
+        """The context (B, L, C_latent) as `_forward` takes it for `steps` rows of each image, computed once per image.
+
+        deepest: the last block that will run.
+        """
+        return context.repeat_interleave(steps, 0)
+
+    def _blocks(self) -> list[Module]:
+        """The transformer's blocks in the order in which they run."""
+        return [*self.transformer.transformer_blocks, *getattr(self.transformer, "single_transformer_blocks", ())]
 
     def taps(self) -> list[str]:
         return [*self.architecture.taps()[:-1], "hidden", "velocity"]  # hidden is the last block's output

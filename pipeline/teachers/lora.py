@@ -11,7 +11,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 
-from pipeline.teachers.base import TeacherError
+from pipeline.teachers.base import ContextMode, TeacherError
 from pipeline.teachers.weights import check_safetensors
 
 # What Stage I writes beside the weights.
@@ -37,10 +37,11 @@ def lora_file(path: Path) -> Path:
     return file
 
 
-def check_made_for(path: Path, transformer_digest: str, teacher: str) -> None:
-    """Raise TeacherError if a LoRA is damaged, or if Stage I left a record beside it that names another transformer.
+def check_made_for(path: Path, transformer_digest: str, teacher: str, context: ContextMode) -> None:
+    """Raise TeacherError if a LoRA is damaged, or if the record that Stage I left beside it does not fit this teacher.
 
-    A LoRA of FLUX.1-dev fits FLUX.1-Kontext by shape; applied by mistake it would spoil a cache without a sound.
+    That is a record of another transformer, or of the same with another kind of context. A LoRA of FLUX.1-dev
+    fits FLUX.1-Kontext by shape; applied by mistake it would spoil a cache without a sound.
     """
     file = lora_file(path)
     if file.suffix == ".safetensors":
@@ -54,10 +55,17 @@ def check_made_for(path: Path, transformer_digest: str, teacher: str) -> None:
     try:
         made_for = json.loads(record.read_text(encoding="utf-8"))
         digest, name = made_for["transformer_digest"], made_for["teacher"]
+        # Records from before there was a choice do not name it.
+        refined_with = made_for.get("context", "joint")
     except (ValueError, KeyError, TypeError):
         raise TeacherError(f"{record}: not a record of dit-cache refine; remove it or refine again") from None
     if digest != transformer_digest:
         raise TeacherError(f"LoRA {path} was refined on {name}, not on {teacher}: refine again, or name that teacher")
+    if refined_with != context:
+        raise TeacherError(
+            f"LoRA {path} was refined with --context {refined_with}, not {context}: use --context {refined_with}, "
+            "or refine again"
+        )
 
 
 def attention_projections(transformer: Any) -> list[str]:

@@ -47,7 +47,7 @@ def spread(module: torch.nn.Module, std: float) -> None:
                 parameter.normal_(0, std)
 
 
-def save_tiny_klein(folder: Path, seed: int = 0) -> Path:
+def save_tiny_klein(folder: Path, seed: int = 0, pipeline: type = Flux2KleinPipeline) -> Path:
     torch.manual_seed(seed)
     tokenizer = byte_level_qwen_tokenizer()
     qwen = Qwen3ForCausalLM(
@@ -73,7 +73,7 @@ def save_tiny_klein(folder: Path, seed: int = 0) -> Path:
     )  # fmt: skip
     spread(qwen, 0.2)
     spread(transformer, 0.15)
-    Flux2KleinPipeline(
+    pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=vae,
         text_encoder=qwen,
