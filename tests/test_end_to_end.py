@@ -22,12 +22,12 @@ def command(*arguments: str | Path, cwd: Path, expect: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory in which Stage I and the build of a very small demo have run."""
+    """A directory in which a very small demo has been annotated, refined, built and verified, by one command."""
     folder = tmp_path_factory.mktemp("demo")
-    command(
-        "dit-cache", "refine", "--limit", "40", "--steps", "3", "--batch", "2", "--validation-images", "2", cwd=folder
-    )
-    command("dit-cache", "build", "--limit", "40", "--lora", "runs/demo/lora", "--samples-per-shard", "32", cwd=folder)
+    settings = ("refine.steps=3", "refine.batch=2", "refine.validation_images=2", "build.samples_per_shard=32")
+    options = [word for setting in settings for word in ("--set", setting)]
+    said = command("dit-cache", "run", "--limit", "40", *options, cwd=folder)
+    assert said.splitlines()[-1] == "runs/demo/cache: every file is as it was written"
     return folder
 
 
@@ -53,6 +53,12 @@ def test_refine_build_train_eval_and_report_end_in_a_summary_of_both_students(tr
         assert summary[mode]["student_updates"] == 3
     assert "report.html" in said
     assert (trained / "runs/demo/report.html").stat().st_size > 10_000
+
+
+def test_the_single_commands_go_on_from_what_a_run_made(work):
+    given = ("--limit", "40", "--annotations", "runs/demo/annotations.parquet")
+    said = command("dit-cache", "build", *given, "--lora", "runs/demo/lora", "--samples-per-shard", "32", cwd=work)
+    assert ": 0 feature shards to compute" in said
 
 
 def test_the_teacher_is_evaluated_as_an_auxiliary_where_test_features_are_cached(trained):

@@ -16,6 +16,7 @@ from cache_schema.manifest_file import MANIFEST_NAME, load_manifest
 from pipeline.config import RunConfig, Step
 from pipeline.datasets.base import Sample
 from pipeline.run.records import Record, differences, load_records, save_record, settings_of
+from pipeline.teachers.weights import LORA_NAME, LORA_RECORD_NAME, file_digest
 
 OUTPUTS: dict[Step, str] = {
     "annotate": "annotations.parquet",
@@ -28,7 +29,7 @@ OUTPUTS: dict[Step, str] = {
 _DERIVED: dict[Step, tuple[Step, ...]] = {"annotate": ("refine", "build"), "refine": ("build",)}
 # Made anew rather than refused: nothing is lost with an old answer.
 _ANSWERS: tuple[Step, ...] = ("probe", "verify")
-_REFINE_RECORD, _PROBE_RECORD = "refine.json", "probe.json"
+_PROBE_RECORD = "probe.json"
 
 # done: there and made with this configuration. begun: under way. unknown: there, but not made here or changed since, so
 # that the step itself has to look. stale: made with another configuration.
@@ -124,8 +125,13 @@ class RunFolder:
         return record
 
     def finish(self, step: Step, record: Record) -> None:
-        """Record that a step has ended well, and with which result."""
-        save_record(self.folder, step, replace(record, result=self._result(step)))
+        """Record that a step has ended well, and with which result. Raises DitDistillError if that is not intact."""
+        result, output = self._result(step), output_of(self.folder, step)
+        if result is None:
+            raise DitDistillError(
+                f"{output} is not what {step} wrote; remove it and run the same command again, which makes it anew"
+            )
+        save_record(self.folder, step, replace(record, result=result))
 
     def remove(self, step: Step) -> None:
         """Take a step's result and record away. A kill on the way leaves either the result or nothing."""
@@ -192,13 +198,10 @@ def _digest(path: Path) -> str | None:
 
 def _lora_digest(folder: Path) -> str | None:
     """What the record of Stage I says of the LoRA, provided that the file is that one."""
-    from pipeline.teachers.lora import lora_file
-    from pipeline.teachers.weights import file_digest
-
     try:
-        recorded = json.loads((folder / _REFINE_RECORD).read_text(encoding="utf-8"))["lora_digest"]
-        return recorded if file_digest(lora_file(folder)) == recorded else None
-    except (OSError, ValueError, KeyError, TypeError, DitDistillError):
+        recorded = json.loads((folder / LORA_RECORD_NAME).read_text(encoding="utf-8"))["lora_digest"]
+        return recorded if file_digest(folder / LORA_NAME) == recorded else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

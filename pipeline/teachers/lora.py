@@ -12,10 +12,9 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 
 from pipeline.teachers.base import ContextMode, TeacherError
+from pipeline.teachers.weights import LORA_RECORD_NAME as RECORD_NAME
 from pipeline.teachers.weights import check_safetensors
 
-# What Stage I writes beside the weights.
-RECORD_NAME = "refine.json"
 # Image and text streams of joint attention, and the shared projections of FLUX.1's single blocks.
 ATTENTION_PROJECTIONS = (
     "to_q",

@@ -20,7 +20,6 @@ import pipeline.run.process
 from cache_schema.cli import run
 from pipeline.cli import app
 
-
 _SETTINGS = (
     "annotate.boxes=dataset", "annotate.captions=dataset", "annotate.batch=2", "annotate.save_every=2",
     "refine.steps=4", "refine.batch=2", "refine.rank=2", "refine.checkpoint_every=1", "refine.validation_images=2",
@@ -99,12 +98,19 @@ class RunProcesses(BuildProcesses):
                 (self.pictures / name / f"{i}.png").write_bytes(photograph(40, 30 + i, 10 * k + i))
 
     def start_run(
-        self, folder: Path, *options: str, moment: Moment | None = None, in_step: bool = True, hit_command: bool = False
+        self,
+        folder: Path,
+        *options: str,
+        moment: Moment | None = None,
+        in_step: bool = True,
+        hit_command: bool = False,
+        bare: bool = False,
     ) -> BuildProcess:
+        """bare: with nothing but the options given here."""
         self._started += 1
         log = self.logs / f"run-{self._started}.log"
         given = ["--dataset", "folder", "--data", str(self.pictures), "--teacher", str(self.teacher)]
-        arguments = [*given, "--output", str(folder), *SMALL, *options]
+        arguments = ["--output", str(folder), *([] if bare else [*given, *SMALL]), *options]
         process = self._context.Process(target=_run, args=(arguments, str(log), moment, in_step, hit_command))
         process.start()
         return BuildProcess(process, log)

@@ -15,7 +15,7 @@ from pipeline.refine.loss import hold_out
 from pipeline.teachers.base import TeacherError, TextEmbedding
 from pipeline.teachers.flux import FluxTeacher
 from pipeline.teachers.lora import add_lora, save_lora
-from pipeline.teachers.weights import file_digest
+from pipeline.teachers.weights import LORA_NAME, file_digest
 
 
 class Oracle:
@@ -176,3 +176,4 @@ def test_the_file_of_a_lora_does_not_depend_on_the_order_of_a_set(load_teacher, 
         teacher.transformer.peft_config["default"].target_modules = names
         written.append(file_digest(save_lora(FluxKontextPipeline, teacher.transformer, tmp_path)))
     assert written[0] == written[1]
+    assert [path.name for path in tmp_path.iterdir()] == [LORA_NAME]
