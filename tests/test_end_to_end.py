@@ -55,12 +55,6 @@ def test_refine_build_train_eval_and_report_end_in_a_summary_of_both_students(tr
     assert (trained / "runs/demo/report.html").stat().st_size > 10_000
 
 
-def test_the_single_commands_go_on_from_what_a_run_made(work):
-    given = ("--limit", "40", "--annotations", "runs/demo/annotations.parquet")
-    said = command("dit-cache", "build", *given, "--lora", "runs/demo/lora", "--samples-per-shard", "32", cwd=work)
-    assert ": 0 feature shards to compute" in said
-
-
 def test_the_teacher_is_evaluated_as_an_auxiliary_where_test_features_are_cached(trained):
     scores = json.loads((trained / "runs/demo/distill/eval.json").read_text())
     assert "auxiliary" in scores
