@@ -139,6 +139,7 @@ def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samp
             text=config.text,
             guidance=teacher.guidance,
             context=teacher.context,
+            quantization=teacher.quantization,
         ),
         curriculum=Curriculum(
             num_steps=config.num_steps,
@@ -155,9 +156,7 @@ def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samp
     )
     if config.samples_per_shard:
         return plan(samples_per_shard=config.samples_per_shard)
-    # Batches start at a shard's first row: a shard of whole batches keeps the last of them from being nearly empty.
-    by_bytes = plan().store.samples_per_shard
-    return plan(samples_per_shard=max(by_bytes - by_bytes % config.batch_images, min(by_bytes, config.batch_images)))
+    return plan(samples_per_shard=config.whole_batches(plan().store.samples_per_shard))
 
 
 def _fill(

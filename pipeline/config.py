@@ -61,7 +61,8 @@ class TeacherOptions:
     """Which teacher (preset, diffusers folder or hub repository), and how it runs.
 
     resolution: side of its views in pixels, None the preset's. guidance: for teachers whose configuration embeds it.
-    context: how the clean context enters, None as the teacher was trained.
+    context: how the clean context enters, None as the teacher was trained. quantize, offload, compile: see
+    `pipeline.teachers.loading.Loading`; Stage I does not offload, because its gradients need the whole transformer.
     """
 
     name: str
@@ -69,6 +70,9 @@ class TeacherOptions:
     resolution: int | None = None
     guidance: float = 3.5
     context: ContextMode | None = None
+    quantize: Literal["none", "int8", "fp8"] = "none"
+    offload: bool = False
+    compile: bool = False
     dtype: DtypeName = "auto"
     device: str = "auto"
 

@@ -14,7 +14,7 @@ from cache_schema.estimate import VALUE_BYTES, chunk_bytes, estimate_size
 from cache_schema.manifest import Encoding, TapInfo
 from cache_schema.reduction import stored_tap
 from pipeline.build_config import BuildConfig
-from pipeline.conditions import UNREADABLE, decode_image
+from pipeline.conditions import UNREADABLE, captions_of, decode_image
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.student_images import student_image
 from pipeline.teachers import TeacherOutline
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Shown beside what was asked for, so that the two strongest levers are seen: (pool, pca).
 _ALTERNATIVES: tuple[tuple[int, int | None], ...] = ((1, None), (2, None), (1, 768), (2, 768))
 _SAMPLED_IMAGES = 16
+_CONDITION_BYTES = 2
 # Bytes per pixel of square student images of photographs, measured on Stanford Cars at 224 px: JPEG at quality 95
 # without chroma subsampling, and PNG. Used only where no image can be read.
 _BYTES_PER_PIXEL = {"jpeg": 0.45, "png": 1.45}
@@ -34,7 +35,8 @@ _BYTES_PER_PIXEL = {"jpeg": 0.45, "png": 1.45}
 class CachePlan:
     """The cache to be estimated. rows: images that get features; image_rows: that get a student image.
 
-    image_bytes: mean size of an encoded student image, 0 without images; image_basis: how that is known.
+    image_bytes: mean size of an encoded student image, 0 without images; image_basis: how that is known. captions: how
+    many different ones are embedded.
     """
 
     outline: TeacherOutline
@@ -43,6 +45,15 @@ class CachePlan:
     image_rows: int
     image_bytes: float
     image_basis: str
+    captions: int
+
+    @property
+    def condition_bytes(self) -> int:
+        """Bytes of prompt embeddings and latents in half precision, at most: what Stage I and the build share."""
+        shape, views = self.outline.tap_shape("velocity"), len(self.config.views)
+        latents = 2 * shape.tokens * shape.channels  # object and context
+        values = self.captions * self.outline.architecture.text_values + self.rows * views * latents
+        return values * _CONDITION_BYTES
 
     @property
     def taps(self) -> list[TapInfo]:
@@ -74,17 +85,34 @@ class TeacherRate:
     basis: str
 
 
-def plan_cache(outline: TeacherOutline, config: BuildConfig, dataset: Dataset | None, count: int | None) -> CachePlan:
-    """Plan the cache of a data set, or of `count` images; student images are measured where the data can be read."""
+def plan_cache(
+    outline: TeacherOutline,
+    config: BuildConfig,
+    dataset: Dataset | None,
+    count: int | None,
+    *,
+    captions_differ: bool = False,
+) -> CachePlan:
+    """Plan the cache of a data set, or of `count` images; student images are measured where the data can be read.
+
+    captions_differ: every image will have a caption of its own, whatever the data set has now.
+    """
     splits = [sample.split for sample in dataset.samples] if dataset else []
+    rows = count or sum(split in config.feature_splits for split in splits)
+    if dataset and not captions_differ:
+        with_features = [sample for sample in dataset.samples if sample.split in config.feature_splits]
+        captions = min(rows, len(set(captions_of(dataset, with_features, config.text == "caption"))))
+    else:
+        captions = rows if config.text == "caption" else 1
     image_bytes, basis = mean_image_bytes(dataset, config) if config.with_images else (0.0, "left out")
     return CachePlan(
         outline=outline,
         config=config,
-        rows=count or sum(split in config.feature_splits for split in splits),
+        rows=rows,
         image_rows=(count or len(splits)) if config.with_images else 0,
         image_bytes=image_bytes,
         image_basis=basis,
+        captions=captions,
     )
 
 
@@ -110,8 +138,8 @@ def estimate(plan: CachePlan, demand: Demand, output: Path, rate: TeacherRate | 
     Keys: `teacher` (source, family, resolution, origin), `taps`, `views`, `timesteps`, `rows` (features, images),
     `encoding` (as asked), `image` (bytes, basis), `sizes` (per encoding, pool and pca: bytes_per_image, features,
     images, total, read_per_second; null where the shapes do not allow it), `reading` (what the bandwidth is for),
-    `disk` (path, free, needed, fits), `teacher_time` (or null), `warnings`. Raises InvalidEncoding where the one asked
-    for does not fit the taps.
+    `conditions` (bytes, captions: what is kept beside the cache while it is made), `disk` (path, free, needed, fits),
+    `teacher_time` (or null), `warnings`. Raises InvalidEncoding where the one asked for does not fit the taps.
     """
     taps, encoding, outline = plan.taps, plan.encoding, plan.outline
     for tap in taps:
@@ -124,7 +152,7 @@ def estimate(plan: CachePlan, demand: Demand, output: Path, rate: TeacherRate | 
         for kind in VALUE_BYTES
     ]
     asked = next(s for s in sizes if s["kind"] == encoding.kind)
-    free = _free_bytes(output)
+    free, needed = _free_bytes(output), asked["total"] + plan.condition_bytes
     found: dict[str, Any] = {
         "teacher": {
             "source": outline.source,
@@ -147,7 +175,8 @@ def estimate(plan: CachePlan, demand: Demand, output: Path, rate: TeacherRate | 
             "needed": asked["read_per_second"],
             "given": demand.bandwidth,
         },
-        "disk": {"path": str(output), "free": free, "needed": asked["total"], "fits": asked["total"] <= free},
+        "conditions": {"bytes": plan.condition_bytes, "captions": plan.captions},
+        "disk": {"path": str(output), "free": free, "needed": needed, "fits": needed <= free},
         "teacher_time": _teacher_time(plan, rate),
     }
     return {**found, "warnings": _warnings(found)}

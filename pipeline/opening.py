@@ -9,7 +9,7 @@ from pipeline.datasets import Dataset, open_dataset
 from pipeline.device import choose_device, choose_dtype
 
 if TYPE_CHECKING:
-    from pipeline.teachers.base import Teacher
+    from pipeline.teachers.base import Quantization, Teacher
 
 
 def open_data(options: DataOptions, log: Callable[[str], None] = print) -> Dataset:
@@ -37,6 +37,7 @@ def open_data(options: DataOptions, log: Callable[[str], None] = print) -> Datas
 def open_teacher(options: TeacherOptions, lora: Path | None) -> "Teacher":
     """Load a teacher, with the LoRA of Stage I if one is given; raises TeacherError."""
     from pipeline.teachers import load_teacher
+    from pipeline.teachers.loading import Loading
 
     target = choose_device(options.device)
     return load_teacher(
@@ -48,4 +49,10 @@ def open_teacher(options: TeacherOptions, lora: Path | None) -> "Teacher":
         device=str(target),
         guidance=options.guidance,
         context=options.context,
+        loading=Loading(quantization_of(options), options.offload, options.compile),
     )
+
+
+def quantization_of(options: TeacherOptions) -> "Quantization | None":
+    """The number format of the transformer's weights in memory, None as they were saved."""
+    return None if options.quantize == "none" else options.quantize

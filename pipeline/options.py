@@ -20,6 +20,12 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Quantize(StrEnum):
+    none = "none"
+    int8 = "int8"
+    fp8 = "fp8"
+
+
 class Context(StrEnum):
     joint = "joint"
     reused = "reused"
@@ -76,6 +82,30 @@ ContextOption = Annotated[
         "--context",
         help="joint: context and noisy tokens see each other; reused: the context sees only itself and is computed "
         "once per image for all timesteps (FLUX.2); default as the teacher was trained.",
+        show_default=False,
+    ),
+]
+QuantizeOption = Annotated[
+    Quantize | None,
+    typer.Option(
+        "--quantize",
+        help="Keep the transformer's linear layers in 8 bits: half the memory of bfloat16.",
+        show_default="none",
+    ),
+]
+OffloadOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--offload",
+        help="Keep text encoders and transformer in main memory, on the GPU block by block.",
+        show_default=False,
+    ),
+]
+CompileOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile",
+        help="Compile the transformer's blocks: minutes at the start, faster afterwards.",
         show_default=False,
     ),
 ]

@@ -106,6 +106,7 @@ def probe(
         "teacher": teacher.source,
         "refined": teacher.lora is not None,
         "context": teacher.context,
+        "quantization": teacher.quantization,
         "config": asdict(config),
         "images": len(samples),
         "classes": classes,

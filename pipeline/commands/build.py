@@ -8,6 +8,7 @@ import typer
 
 from pipeline.options import (
     AnnotationsOption,
+    CompileOption,
     ConditionsOption,
     ContextOption,
     DataOption,
@@ -17,6 +18,8 @@ from pipeline.options import (
     DtypeOption,
     GuidanceOption,
     LimitOption,
+    OffloadOption,
+    QuantizeOption,
     ResolutionOption,
     RevisionOption,
     SuperclassOption,
@@ -157,6 +160,9 @@ def build(
     resolution: ResolutionOption = None,
     guidance: GuidanceOption = None,
     context: ContextOption = None,
+    quantize: QuantizeOption = None,
+    offload: OffloadOption = None,
+    compile_blocks: CompileOption = None,
     limit: LimitOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -174,7 +180,8 @@ def build(
         data__root=data, data__limit=limit, data__train_classes=parse_classes(train_classes),
         data__train_ratio=train_ratio, data__superclass=superclass, data__annotations=annotations,
         teacher__revision=revision, teacher__resolution=resolution, teacher__guidance=guidance,
-        teacher__context=context, teacher__dtype=dtype, teacher__device=device,
+        teacher__context=context, teacher__quantize=quantize,
+        teacher__offload=offload, teacher__compile=compile_blocks, teacher__dtype=dtype, teacher__device=device,
         build__taps=parse_names(taps), build__timesteps=chosen_steps, build__num_steps=num_steps,
         build__views=parse_names(views), build__feature_splits=parse_names(features),
         build__store=store, build__encoding=encoding, build__pool=pool, build__pca=pca,

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,6 +29,7 @@ from pipeline.options import (
     DtypeOption,
     GuidanceOption,
     LimitOption,
+    QuantizeOption,
     ResolutionOption,
     RevisionOption,
     TeacherOption,
@@ -39,8 +40,9 @@ from pipeline.options import (
 from pipeline.presets import run_folder
 
 if TYPE_CHECKING:
-    from pipeline.config import DataOptions
+    from pipeline.config import DataOptions, RunConfig
     from pipeline.datasets.base import Dataset
+    from pipeline.teachers import TeacherOutline
 
 
 def estimate(
@@ -84,11 +86,18 @@ def estimate(
     teacher_batch: Annotated[
         str | None, typer.Option(help="Images per forward pass of --measure, or auto; the build's --batch.")
     ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, help="Say what is in memory in each phase, and what does not fit a device of so many GB."
+        ),
+    ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     resolution: ResolutionOption = None,
     guidance: GuidanceOption = None,
     context: ContextOption = None,
+    quantize: QuantizeOption = None,
     limit: LimitOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the estimate as JSON, for scripts.")] = False,
     debug: DebugOption = False,
@@ -107,7 +116,8 @@ def estimate(
         dataset, teacher,
         data__root=data, data__limit=limit,
         teacher__revision=revision, teacher__resolution=resolution, teacher__guidance=guidance,
-        teacher__context=context, teacher__dtype=dtype, teacher__device=device,
+        teacher__context=context, teacher__quantize=quantize, teacher__dtype=dtype,
+        teacher__device=device,
         build__taps=parse_names(taps), build__timesteps=parse_numbers(timesteps, "--timesteps"),
         build__num_steps=num_steps, build__views=parse_names(views), build__feature_splits=parse_names(features),
         build__store=store, build__encoding=encoding, build__pool=pool, build__pca=pca,
@@ -127,9 +137,35 @@ def estimate(
         assert opened is not None
         loaded = open_teacher(chosen, lora)
         found = work.estimate(plan, demand, place, work.measure_rate(loaded, opened, config.build, measure))
+    if memory is not None:
+        found["memory"] = _memory_budget(outline, config, memory)
+        found["warnings"] += found["memory"].pop("warnings")
     typer.echo(json.dumps(found, indent=2) if as_json else estimate_text(found))
     for warning in found["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
+
+
+def _memory_budget(outline: "TeacherOutline", config: "RunConfig", gigabytes: float) -> dict[str, Any]:
+    import torch
+
+    from pipeline.device import choose_dtype
+    from pipeline.opening import quantization_of
+    from pipeline.teachers import quiet_libraries
+
+    quiet_libraries()
+    from pipeline.memory import MemorySettings, memory_budget
+
+    # The device is one that may not be here: unless it is to be a CPU, `auto` is what it is on a GPU.
+    target = torch.device("cpu" if config.teacher.device == "cpu" else "cuda")
+    settings = MemorySettings(
+        dtype=choose_dtype(config.teacher.dtype, target),
+        limit=round(gigabytes * 1e9),
+        quantization=quantization_of(config.teacher),
+        context=config.teacher.context,
+        rank=config.refine.rank,
+        refine_batch=config.refine.batch,
+    )
+    return memory_budget(outline, config.build, settings)
 
 
 def _open_dataset(options: "DataOptions") -> "Dataset":

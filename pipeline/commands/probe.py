@@ -7,6 +7,7 @@ import typer
 
 from pipeline.options import (
     AnnotationsOption,
+    CompileOption,
     ConditionsOption,
     ContextOption,
     DataOption,
@@ -16,6 +17,8 @@ from pipeline.options import (
     DtypeOption,
     GuidanceOption,
     LimitOption,
+    OffloadOption,
+    QuantizeOption,
     ResolutionOption,
     RevisionOption,
     SuperclassOption,
@@ -66,6 +69,9 @@ def probe(
     resolution: ResolutionOption = None,
     guidance: GuidanceOption = None,
     context: ContextOption = None,
+    quantize: QuantizeOption = None,
+    offload: OffloadOption = None,
+    compile_blocks: CompileOption = None,
     limit: LimitOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -80,7 +86,8 @@ def probe(
         data__root=data, data__limit=limit, data__train_classes=parse_classes(train_classes),
         data__train_ratio=train_ratio, data__superclass=superclass, data__annotations=annotations,
         teacher__revision=revision, teacher__resolution=resolution, teacher__guidance=guidance,
-        teacher__context=context, teacher__dtype=dtype, teacher__device=device,
+        teacher__context=context, teacher__quantize=quantize,
+        teacher__offload=offload, teacher__compile=compile_blocks, teacher__dtype=dtype, teacher__device=device,
         probe__taps=() if taps == "all" else parse_names(taps),
         probe__timesteps=tuple(every) if timesteps == "all" else parse_numbers(timesteps, "--timesteps"),
         probe__num_steps=num_steps, probe__images=images, probe__per_class=per_class, probe__split=split,

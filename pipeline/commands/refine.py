@@ -7,6 +7,7 @@ import typer
 
 from pipeline.options import (
     AnnotationsOption,
+    CompileOption,
     ConditionsOption,
     ContextOption,
     DataOption,
@@ -16,6 +17,7 @@ from pipeline.options import (
     DtypeOption,
     GuidanceOption,
     LimitOption,
+    QuantizeOption,
     ResolutionOption,
     RevisionOption,
     SuperclassOption,
@@ -68,6 +70,8 @@ def refine(
     resolution: ResolutionOption = None,
     guidance: GuidanceOption = None,
     context: ContextOption = None,
+    quantize: QuantizeOption = None,
+    compile_blocks: CompileOption = None,
     limit: LimitOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -84,7 +88,8 @@ def refine(
         data__root=data, data__limit=limit, data__train_classes=parse_classes(train_classes),
         data__train_ratio=train_ratio, data__superclass=superclass, data__annotations=annotations,
         teacher__revision=revision, teacher__resolution=resolution, teacher__guidance=guidance,
-        teacher__context=context, teacher__dtype=dtype, teacher__device=device,
+        teacher__context=context, teacher__quantize=quantize,
+        teacher__compile=compile_blocks, teacher__dtype=dtype, teacher__device=device,
         refine__steps=steps, refine__batch=batch, refine__accumulate=accumulate, refine__lr=lr, refine__rank=rank,
         refine__seed=seed, refine__gradient_checkpointing=gradient_checkpointing,
         refine__validation_images=validation_images, refine__validate_every=validate_every,

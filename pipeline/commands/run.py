@@ -9,6 +9,7 @@ import typer
 from pipeline.datasets import dataset_names
 from pipeline.options import (
     AnnotationsOption,
+    CompileOption,
     ConditionsOption,
     ContextOption,
     DataOption,
@@ -17,6 +18,8 @@ from pipeline.options import (
     DtypeOption,
     GuidanceOption,
     LimitOption,
+    OffloadOption,
+    QuantizeOption,
     ResolutionOption,
     RevisionOption,
     SuperclassOption,
@@ -55,6 +58,9 @@ def run(
     resolution: ResolutionOption = None,
     guidance: GuidanceOption = None,
     context: ContextOption = None,
+    quantize: QuantizeOption = None,
+    offload: OffloadOption = None,
+    compile_blocks: CompileOption = None,
     limit: LimitOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove results of another configuration and make them again.")
@@ -97,7 +103,9 @@ def run(
         data__root=data, data__limit=limit, data__train_classes=parse_classes(train_classes),
         data__train_ratio=train_ratio, data__superclass=superclass, data__annotations=annotations,
         teacher__revision=revision, teacher__resolution=resolution, teacher__guidance=guidance,
-        teacher__context=context, teacher__dtype=dtype, teacher__device=device, annotate__device=device,
+        teacher__context=context, teacher__quantize=quantize,
+        teacher__offload=offload, teacher__compile=compile_blocks,
+        teacher__dtype=dtype, teacher__device=device, annotate__device=device,
     )  # fmt: skip
     if probe:
         config = replace(config, steps=tuple(s for s in STEPS if s in {*config.steps, "probe"}))

@@ -18,7 +18,7 @@ from cache_schema.files import flush_directory, storage_errors, sweep_aside_file
 
 FOLDER = "checkpoint"
 # What runs that began before there was a choice did not write down.
-_ALWAYS_SO = {"context": "joint"}
+_ALWAYS_SO = {"context": "joint", "quantization": None}
 _STATE, _TENSORS = "state.json", "tensors.safetensors"
 
 

@@ -153,6 +153,7 @@ class _Run:
             "teacher": self.teacher.source,
             "transformer_digest": self.teacher.digests()["transformer"],
             "context": self.teacher.context,
+            "quantization": self.teacher.quantization,
             "validation": self.progress.validation,
             "seconds": round(self.progress.seconds, 1),
         }
@@ -246,6 +247,7 @@ class _Run:
             "dtype": str(self.teacher.dtype).removeprefix("torch."),
             "guidance": self.teacher.guidance,
             "context": self.teacher.context,
+            "quantization": self.teacher.quantization,
             "transformer": self.teacher.digests()["transformer"],
             "training images": _fingerprint(self.train_samples),
         }

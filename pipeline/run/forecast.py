@@ -79,7 +79,8 @@ class _Forecaster:
         self.config, self.folder, self.dataset, self.rates = config, folder, dataset, rates
         chosen, speed = config.teacher, rates.images_per_second
         outline = outline_teacher(chosen.name, revision=chosen.revision, resolution=chosen.resolution)
-        plan = sizes.plan_cache(outline, config.build, dataset, None)
+        described = "annotate" in config.steps and config.annotate.captions == "vlm"
+        plan = sizes.plan_cache(outline, config.build, dataset, None, captions_differ=described)
         rate = None if speed is None else sizes.TeacherRate(speed, "given")
         self.size = sizes.estimate(plan, sizes.Demand(), output_of(folder, "build"), rate)
         self.asked = next(s for s in self.size["sizes"] if s["kind"] == config.build.encoding)

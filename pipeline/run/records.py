@@ -25,7 +25,7 @@ _PARTS: dict[Step, tuple[str, ...]] = {
 # Fields that may change while a step is under way, and after it: where and how fast it runs, how much is tolerated, and
 # where files are whose contents count as inputs.
 FREE = {
-    "data.root", "data.annotations", "teacher.device",
+    "data.root", "data.annotations", "teacher.device", "teacher.offload", "teacher.compile",
     "annotate.device", "annotate.batch", "annotate.save_every",
     "refine.gradient_checkpointing", "refine.validate_every", "refine.checkpoint_every", "refine.pictures_every",
     "refine.picture_images", "refine.num_steps", "refine.timesteps",

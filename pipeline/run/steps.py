@@ -6,6 +6,7 @@ broken image should not wait for 24 GB of weights. Model libraries are imported 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from cache_schema.errors import DitDistillError
@@ -30,9 +31,13 @@ def annotate_images(config: RunConfig, output: Path, *, sheet: Path | None = Non
 
 
 def refine_teacher(config: RunConfig, output: Path) -> None:
-    """Stage I: a LoRA into the folder `output`."""
+    """Stage I: a LoRA into the folder `output`. Raises for a way to hold the teacher in which it cannot be trained."""
+    if config.teacher.compile and config.teacher.quantize != "none":
+        raise DitDistillError(
+            "--compile: PyTorch cannot compile gradients through weights of 8 bits; leave out --compile or --quantize"
+        )
     opened = open_data(config.data)
-    loaded = open_teacher(config.teacher, lora=None)
+    loaded = open_teacher(replace(config.teacher, offload=False), lora=None)
     from pipeline.refine import refine
 
     refine(loaded, opened, config.refine, output, conditions=config.conditions)

@@ -13,6 +13,8 @@ from cache_schema.errors import DitDistillError
 # joint: context and noisy tokens attend to each other, so each timestep computes both. reused: the context attends to
 # itself alone, at the clean noise level, so that its keys and values are the same at every timestep.
 ContextMode = Literal["joint", "reused"]
+# Number format of the weights of linear layers in memory, where it is not the one they were saved in.
+Quantization = Literal["int8", "fp8"]
 
 
 class TeacherError(DitDistillError):
@@ -54,7 +56,7 @@ class Teacher(Protocol):
 
     Each of the three is loaded when it is first used, and stays in memory until it is released.
     transformer: the trainable module, for Stage I. lora: the LoRA attached at load time, if any. context: how the clean
-    context enters; features and predict compute the same function of it.
+    context enters; features and predict compute the same function of it. quantization: of the transformer's weights.
     Latents are packed tokens (B, L, C_latent), already shifted and scaled as the DiT expects them.
     """
 
@@ -66,9 +68,12 @@ class Teacher(Protocol):
     guidance: float | None
     lora: Path | None
     context: ContextMode
-    transformer: Any
+    quantization: Quantization | None
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def transformer(self) -> Any: ...
 
     def digests(self) -> dict[str, str]:
         """Component name → SHA-256 of its weights and configuration."""

@@ -17,10 +17,17 @@ from torch.nn import Module
 from pipeline.teachers.architecture import Architecture, read_architecture
 from pipeline.teachers.base import ContextMode, Part, TapShape, TeacherError, TextEmbedding
 from pipeline.teachers.capture import capture
+from pipeline.teachers.loading import PLAIN, Loading, compile_blocks, offload_text_encoder, offload_transformer
 from pipeline.teachers.lora import attach_lora, check_made_for, save_lora
 from pipeline.teachers.packing import pack_latents, unpack_latents
+from pipeline.teachers.quantization import pipeline_config
 from pipeline.teachers.weights import check_weights, component_digest
 from pipeline.views import from_signed, to_signed
+
+
+def blocks_of(transformer: Any) -> list[Module]:
+    """The transformer's blocks in the order in which they run."""
+    return [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
 
 
 class DiffusersTeacher(ABC):
@@ -56,13 +63,16 @@ class DiffusersTeacher(ABC):
         guidance: float = 3.5,
         lora: Path | None = None,
         context: ContextMode | None = None,
+        loading: Loading = PLAIN,
     ):
+        loading.check(torch.device(device))
         self.folder, self.source, self.revision = Path(folder), source or str(folder), revision
         self.resolution, self.dtype, self.device = resolution, dtype, torch.device(device)
         self.pipeline_class: str = self.pipeline_name or self.pipeline.__name__
         self.context: ContextMode = context or self.contexts[0]
         if self.context not in self.contexts:
             raise TeacherError(f"teacher {self.source}: {self.only_context}; use --context {self.contexts[0]}")
+        self.loading, self.quantization = loading, loading.quantization
         self._digests: dict[str, str] = {}  # reading 24 GB takes a minute: once is enough
         self._parts: dict[Part, Any] = {}
         self._absent = self._find_absent()
@@ -135,6 +145,16 @@ class DiffusersTeacher(ABC):
     def _object_tokens(self, output: Any, text: TextEmbedding, with_context: bool) -> Tensor:
         """(B, L, C), the object tokens in what a block returned."""
 
+    @property
+    @abstractmethod
+    def caption_tokens(self) -> int:
+        """Tokens to which a caption is padded or cut."""
+
+    @property
+    def text_length(self) -> int:
+        """Text tokens that the DiT sees: those of the caption, for families that add no others."""
+        return self.caption_tokens
+
     def digests(self) -> dict[str, str]:
         if not self._digests:
             present = [name for name in self.components if name not in self._absent]
@@ -182,8 +202,7 @@ class DiffusersTeacher(ABC):
         return context.repeat_interleave(steps, 0)
 
     def _blocks(self) -> list[Module]:
-        """The transformer's blocks in the order in which they run."""
-        return [*self.transformer.transformer_blocks, *getattr(self.transformer, "single_transformer_blocks", ())]
+        return blocks_of(self.transformer)
 
     def taps(self) -> list[str]:
         return [*self.architecture.taps()[:-1], "hidden", "velocity"]  # hidden is the last block's output
@@ -231,20 +250,43 @@ class DiffusersTeacher(ABC):
             for module in pipe.components.values():
                 if isinstance(module, Module):
                     module.eval().requires_grad_(False)
-            if part == "transformer" and self.lora:
-                attach_lora(pipe.transformer, self.lora)
-            self._parts[part] = pipe.to(self.device)
+            if part == "transformer":
+                self._prepare_transformer(pipe.transformer)
+            self._parts[part] = self._offload(pipe) if self.loading.offload and part != "vae" else pipe.to(self.device)
         return self._parts[part]
+
+    def _prepare_transformer(self, transformer: Any) -> None:
+        if self.lora:
+            attach_lora(transformer, self.lora)
+        if self.loading.compile:
+            compile_blocks(blocks_of(transformer))
+
+    def _offload(self, pipe: Any) -> Any:
+        for name, module in pipe.components.items():
+            if name == "transformer" and module is not None:
+                offload_transformer(module, self.device)
+            elif isinstance(module, Module):
+                offload_text_encoder(module, self.device)
+        return pipe
+
+    def _quantization_config(self, names: Sequence[str]) -> Any:
+        kind = self.loading.quantization
+        return pipeline_config(kind) if kind and "transformer" in names else None
 
     def _load_text(self) -> Any:
         return self._load(*self.text_components)
 
     def _load(self, *names: str) -> Any:
         """The pipeline with these components alone. Raises TeacherError if they are not all there."""
+        return self._read_folder(names)
+
+    def _read_folder(self, names: Sequence[str]) -> Any:
         # diffusers wants to be told what is left out on purpose.
         without = dict.fromkeys(name for name in self.components if name not in names or name in self._absent)
         try:
-            pipe = self.pipeline.from_pretrained(self.folder, dtype=self.dtype, **without)
+            pipe = self.pipeline.from_pretrained(
+                self.folder, dtype=self.dtype, quantization_config=self._quantization_config(names), **without
+            )
         except (OSError, ValueError) as error:
             raise self._incomplete(error) from None
         pipe.set_progress_bar_config(disable=True)

@@ -13,12 +13,12 @@ from diffusers import FluxKontextPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
-from pipeline.teachers.architecture import Architecture, flux_architecture
+from pipeline.teachers.architecture import MAX_TEXT_TOKENS, Architecture, flux_architecture
 from pipeline.teachers.base import TextEmbedding
 from pipeline.teachers.diffusers_teacher import DiffusersTeacher
 
-# diffusers' own default for FLUX; a tokenizer with a shorter limit has the last word.
-_MAX_TEXT_TOKENS = 512
+# A tokenizer with a shorter limit has the last word.
+_MAX_TEXT_TOKENS = MAX_TEXT_TOKENS["flux"]
 
 
 def image_ids(rows: int, columns: int, stream: int = 0) -> Tensor:
@@ -58,11 +58,15 @@ class FluxTeacher(DiffusersTeacher):
         )
         return self._visited_sigmas(sigmas=np.linspace(1.0, 1 / num_steps, num_steps).tolist(), mu=mu)
 
+    @property
+    def caption_tokens(self) -> int:
+        return min(_MAX_TEXT_TOKENS, self.text_pipe.tokenizer_2.model_max_length)
+
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextEmbedding:
-        pipe = self.text_pipe
-        length = min(_MAX_TEXT_TOKENS, pipe.tokenizer_2.model_max_length)
-        tokens, pooled, _ = pipe.encode_prompt(prompt=list(captions), device=self.device, max_sequence_length=length)
+        tokens, pooled, _ = self.text_pipe.encode_prompt(
+            prompt=list(captions), device=self.device, max_sequence_length=self.caption_tokens
+        )
         return TextEmbedding(tokens.to(self.dtype), pooled.to(self.dtype))
 
     def _forward(self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding) -> Tensor:

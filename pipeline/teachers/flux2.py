@@ -25,13 +25,13 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 from torch.nn import Module
 
-from pipeline.teachers.architecture import Architecture, flux2_architecture
+from pipeline.teachers.architecture import MAX_TEXT_TOKENS, Architecture, flux2_architecture
 from pipeline.teachers.base import ContextMode, TextEmbedding
 from pipeline.teachers.capture import capture
 from pipeline.teachers.diffusers_teacher import DiffusersTeacher
 
-# The pipeline's own default; a tokenizer with a shorter limit has the last word.
-_MAX_TEXT_TOKENS = 512
+# A tokenizer with a shorter limit has the last word.
+_MAX_TEXT_TOKENS = MAX_TEXT_TOKENS["flux2"]
 # Where the pipeline puts its first reference image on the time axis; the image it makes is at 0.
 _REFERENCE_TIME = 10
 
@@ -102,11 +102,15 @@ class Flux2KleinTeacher(DiffusersTeacher):
         mu = compute_empirical_mu(self.grid[0] * self.grid[1], num_steps)
         return self._visited_sigmas(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
 
+    @property
+    def caption_tokens(self) -> int:
+        return min(_MAX_TEXT_TOKENS, self.text_pipe.tokenizer.model_max_length)
+
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextEmbedding:
-        pipe = self.text_pipe
-        length = min(_MAX_TEXT_TOKENS, pipe.tokenizer.model_max_length)
-        tokens, _ = pipe.encode_prompt(prompt=list(captions), device=self.device, max_sequence_length=length)
+        tokens, _ = self.text_pipe.encode_prompt(
+            prompt=list(captions), device=self.device, max_sequence_length=self.caption_tokens
+        )
         return TextEmbedding(tokens.to(self.dtype), tokens.new_zeros(len(tokens), 0))
 
     def _load_text(self) -> Any:

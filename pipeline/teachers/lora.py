@@ -1,6 +1,9 @@
 """LoRA on the attention projections: made for Stage I, saved and loaded in diffusers' own layout."""
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +93,8 @@ def add_lora(transformer: Any, rank: int, seed: int) -> list[torch.nn.Parameter]
         init_lora_weights="gaussian",
         target_modules=attention_projections(transformer),
     )
-    transformer.add_adapter(config)
+    with _no_talk_of_merging():
+        transformer.add_adapter(config)
     trainable = [p for p in transformer.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.data = parameter.data.float()
@@ -110,16 +114,25 @@ def save_lora(pipeline_class: Any, transformer: Any, folder: Path) -> Path:
 def attach_lora(transformer: Any, path: Path) -> None:
     """Load a LoRA; in float32 it is merged into the weights, so that it costs nothing per step.
 
-    In half precision it stays apart, because a small update may vanish when added to a rounded weight.
+    In half precision and 8 bits it stays apart, because a small update may vanish when added to a rounded weight.
     """
     file = lora_file(path)
     try:
-        transformer.load_lora_adapter(str(file.parent), weight_name=file.name, prefix="transformer")
+        with _no_talk_of_merging():
+            transformer.load_lora_adapter(str(file.parent), weight_name=file.name, prefix="transformer")
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise TeacherError(f"LoRA {file}: does not fit this teacher ({str(error).splitlines()[0]})") from None
     if not getattr(transformer, "peft_config", None):
         raise TeacherError(f"LoRA {file}: holds no weights for the transformer")
-    if transformer.dtype == torch.float32:
+    if transformer.dtype == torch.float32 and not getattr(transformer, "is_quantized", False):
         transformer.fuse_lora()
         transformer.unload_lora()
     transformer.requires_grad_(False)
+
+
+@contextmanager
+def _no_talk_of_merging() -> Iterator[None]:
+    """Keep peft from warning, layer by layer, that it could not merge a LoRA into weights of 8 bits: none is merged."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear", category=UserWarning)
+        yield

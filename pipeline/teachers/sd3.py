@@ -17,13 +17,13 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
 
-from pipeline.teachers.architecture import Architecture, sd3_architecture
+from pipeline.teachers.architecture import MAX_TEXT_TOKENS, Architecture, sd3_architecture
 from pipeline.teachers.base import TextEmbedding
 from pipeline.teachers.diffusers_teacher import DiffusersTeacher
 from pipeline.teachers.packing import pack_latents, unpack_latents
 
-# The pipeline's own default for T5; a tokenizer with a shorter limit has the last word.
-_MAX_TEXT_TOKENS = 256
+# A tokenizer with a shorter limit has the last word.
+_MAX_TEXT_TOKENS = MAX_TEXT_TOKENS["sd3"]
 
 
 class StableDiffusion3Teacher(DiffusersTeacher):
@@ -70,17 +70,24 @@ class StableDiffusion3Teacher(DiffusersTeacher):
         )
         return self._visited_sigmas(num_inference_steps=num_steps, mu=mu)
 
+    @property
+    def caption_tokens(self) -> int:
+        t5 = self.text_pipe.tokenizer_3
+        return min(_MAX_TEXT_TOKENS, t5.model_max_length) if t5 else _MAX_TEXT_TOKENS
+
+    @property
+    def text_length(self) -> int:
+        return self.text_pipe.tokenizer.model_max_length + self.caption_tokens  # T5's tokens follow those of CLIP
+
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextEmbedding:
-        pipe = self.text_pipe
-        t5 = pipe.tokenizer_3
-        tokens, _, pooled, _ = pipe.encode_prompt(
+        tokens, _, pooled, _ = self.text_pipe.encode_prompt(
             prompt=list(captions),
             prompt_2=None,
             prompt_3=None,
             device=self.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=min(_MAX_TEXT_TOKENS, t5.model_max_length) if t5 else _MAX_TEXT_TOKENS,
+            max_sequence_length=self.caption_tokens,
         )
         return TextEmbedding(tokens.to(self.dtype), pooled.to(self.dtype))
 
