@@ -11,8 +11,8 @@ from cache_schema.files import make_directory, storage_errors
 from pipeline.config import RunConfig, Step, save_config
 from pipeline.datasets.base import Sample
 from pipeline.run import steps as work
-from pipeline.run.process import Start, run_process, start
-from pipeline.run.state import RunFolder, State, config_for, lora_for, output_of
+from pipeline.run.process import run_process
+from pipeline.run.state import RunFolder, State, config_for, lora_for, output_of, stale_results
 
 CONFIG_NAME = "run.json"
 Log = Callable[[str], None]
@@ -30,7 +30,6 @@ def run_steps(
     overwrite: bool = False,
     repair: bool = False,
     log: Log = print,
-    begin: Start = start,
 ) -> None:
     """Do every step that is not done yet, each in a process of its own, and save the configuration.
 
@@ -41,7 +40,7 @@ def run_steps(
         make_directory(folder)
     with exclusive(folder, log) as held:
         run = RunFolder(folder, config, samples)
-        stale = stale_steps(run.states())
+        stale = stale_results(run.states())
         if stale and not overwrite:
             raise StaleResults(refusal(stale, folder))
         run.sweep()
@@ -53,25 +52,26 @@ def run_steps(
             if step == "build":
                 # From here on a second run helps, as a second builder does.
                 held.release()
-            _do(run, step, held.descriptor, repair and step == "build", log, begin)
+            _do(run, step, held.descriptor, repair and step == "build", log)
 
 
-def _do(run: RunFolder, step: Step, held: int, repair: bool, log: Log, begin: Start) -> None:
+def _do(run: RunFolder, step: Step, held: int, repair: bool, log: Log) -> None:
     state = run.state(step)
     if state.name == "done" and not repair:
         log(f"{step}: done already, {state.output}")
         return
     if state.name == "stale":
-        raise StaleResults(refusal([state], run.folder))
+        raise StaleResults(refusal(stale_results(run.states()), run.folder))
     doing = {"begun": "going on with", "unknown": "looking at", "done": "repairing"}.get(state.name, "making")
     log(f"{step}: {'checking' if step == 'verify' else doing} {state.output}")
-    run.begin(step)
+    record = run.begin(state)
     if step == "verify":
         work.verify_cache(state.output)
     else:
-        options = ["--config", str(run.folder / CONFIG_NAME), "--output", str(run.folder), "--step", step]
-        run_process(step, ["run", *options, *(["--repair"] if repair else [])], held, begin)
-    run.finish(step)
+        arguments = ["run", "--config", str(run.folder / CONFIG_NAME), "--output", str(run.folder), "--step", step]
+        arguments += ["--repair"] if repair and state.name != "to do" else []
+        run_process(step, arguments, held)
+    run.finish(step, record)
 
 
 def do_step(config: RunConfig, folder: Path, step: Step, *, repair: bool = False) -> None:
@@ -87,13 +87,6 @@ def do_step(config: RunConfig, folder: Path, step: Step, *, repair: bool = False
         work.build_cache(seen, lora_for(config, folder), output, repair=repair)
     else:
         work.verify_cache(output)
-
-
-def stale_steps(states: list[State]) -> list[State]:
-    """The first stale step and, as they were made from it, all results behind it; none if nothing is stale."""
-    first = next((i for i, state in enumerate(states) if state.name == "stale"), len(states))
-    # What somebody else put there is not ours to remove: its step will refuse it.
-    return [s for s in states[first:] if s.name != "to do" and s.step != "verify" and s.recorded]
 
 
 def refusal(stale: list[State], folder: Path) -> str:

@@ -50,9 +50,9 @@ class StepForecast:
 def forecast(config: RunConfig, folder: Path, dataset: Dataset, rates: Rates) -> dict[str, Any]:
     """What `dit-cache run` would do, as plain JSON values. dataset: opened with `config.data`.
 
-    Keys: `folder`, `dataset` (name, protocol, splits), `teacher`, `steps` (see `StepForecast`), `disk` (as in
-    `pipeline.estimate.estimate`, or None), `hours` (of what is to do, in all), `unknown` (steps whose hours are not
-    known). Raises what the steps would for taps or encodings that do not fit the teacher.
+    Keys: `folder`, `dataset` (name, protocol, splits), `teacher`, `steps` (see `StepForecast`), `disk` and
+    `conditions` (as in `pipeline.estimate.estimate`, or None), `hours` (of what is to do, in all), `unknown` (steps
+    whose hours are not known). Raises what the steps would for taps or encodings that do not fit the teacher.
     """
     forecaster = _Forecaster(config, folder, dataset, rates)
     steps = [forecaster.step(state) for state in RunFolder(folder, config, dataset.samples).states()]
@@ -64,6 +64,7 @@ def forecast(config: RunConfig, folder: Path, dataset: Dataset, rates: Rates) ->
         "teacher": config.teacher.name,
         "steps": [asdict(step) for step in steps],
         "disk": forecaster.size["disk"] if building else None,
+        "conditions": forecaster.size["conditions"] if building else None,
         "hours": sum(step.hours or 0.0 for step in left),
         "unknown": [step.step for step in left if step.hours is None],
     }

@@ -11,11 +11,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from cache_schema.errors import DitDistillError
-
-Start = Callable[[Sequence[str], int], "subprocess.Popen[bytes]"]
 
 
 def start(arguments: Sequence[str], held: int) -> "subprocess.Popen[bytes]":
@@ -29,13 +27,13 @@ def start(arguments: Sequence[str], held: int) -> "subprocess.Popen[bytes]":
         signal.signal(signal.SIGINT, before)
 
 
-def run_process(step: str, arguments: Sequence[str], held: int, begin: Start = start) -> None:
+def run_process(step: str, arguments: Sequence[str], held: int) -> None:
     """Run `dit-cache` with arguments to its end. An error leaves with its exit code: it has said what is wrong.
 
     Raises DitDistillError if a signal ended the process, KeyboardInterrupt after an interruption it had nothing to say
     about.
     """
-    process = begin(arguments, held)
+    process = start(arguments, held)
     assert process.stdin is not None
     interrupted = False
     try:
@@ -44,6 +42,8 @@ def run_process(step: str, arguments: Sequence[str], held: int, begin: Start = s
         interrupted = True
         process.stdin.close()
         code = process.wait()
+    if code < 0:
+        print(file=sys.stderr)  # its progress bar stands there still
     if interrupted and code <= 0:
         raise KeyboardInterrupt
     if code < 0:

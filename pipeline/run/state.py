@@ -16,6 +16,7 @@ from cache_schema.manifest_file import MANIFEST_NAME, load_manifest
 from pipeline.config import RunConfig, Step
 from pipeline.datasets.base import Sample
 from pipeline.run.records import Record, differences, load_records, save_record, settings_of
+from pipeline.teachers.weights import LORA_NAME, LORA_RECORD_NAME, file_digest
 
 OUTPUTS: dict[Step, str] = {
     "annotate": "annotations.parquet",
@@ -24,7 +25,11 @@ OUTPUTS: dict[Step, str] = {
     "build": "cache",
     "verify": "cache",
 }
-_REFINE_RECORD, _PROBE_RECORD = "refine.json", "probe.json"
+# What is made from what a step makes.
+_DERIVED: dict[Step, tuple[Step, ...]] = {"annotate": ("refine", "build"), "refine": ("build",)}
+# Made anew rather than refused: nothing is lost with an old answer.
+_ANSWERS: tuple[Step, ...] = ("probe", "verify")
+_PROBE_RECORD = "probe.json"
 
 # done: there and made with this configuration. begun: under way. unknown: there, but not made here or changed since, so
 # that the step itself has to look. stale: made with another configuration.
@@ -64,6 +69,14 @@ def lora_for(config: RunConfig, folder: Path) -> Path | None:
     return output_of(folder, "refine") if "refine" in config.steps else None
 
 
+def stale_results(states: Sequence[State]) -> list[State]:
+    """The stale results, and those of ours that were made from them."""
+    stale = {state.step for state in states if state.name == "stale"}
+    stale |= {derived for step in stale for derived in _DERIVED.get(step, ())}
+    # What somebody else put there is not ours to remove: its step will refuse it.
+    return [state for state in states if state.step in stale and state.name != "to do" and state.recorded]
+
+
 def digest_samples(samples: Sequence[Sample]) -> str:
     """SHA-256 over everything that a data set says of its images before one is read."""
     rows = [[s.id, s.split, s.label, s.class_name, s.source, s.box, s.box_source, s.caption] for s in samples]
@@ -87,7 +100,7 @@ class RunFolder:
         if not output.exists() and not _work_of(output).exists():
             return State(step, "to do", output)
         if record is None:
-            return State(step, "to do" if step == "verify" else "unknown", output, recorded=False)
+            return State(step, "to do" if step in _ANSWERS else "unknown", output, recorded=False)
         settings = differences(record.settings, settings_of(self.config, step))
         inputs = [
             f"{name} changed"
@@ -96,21 +109,29 @@ class RunFolder:
             if digest is not None and digest != record.inputs.get(name)
         ]
         if settings or inputs:
-            return State(step, "to do" if step == "verify" else "stale", output, tuple(settings), tuple(inputs))
+            return State(step, "to do" if step in _ANSWERS else "stale", output, tuple(settings), tuple(inputs))
         if record.result is None:
-            return State(step, "begun", output)
+            return State(step, "to do" if step in _ANSWERS else "begun", output)
         return State(step, "done" if record.result == self._result(step) else "unknown", output)
 
-    def begin(self, step: Step) -> None:
-        """Record what a step is begun with."""
-        inputs = {name: digest for name, digest in self._inputs(step).items() if digest is not None}
-        save_record(self.folder, step, Record(settings_of(self.config, step), inputs))
+    def begin(self, state: State) -> Record:
+        """Record what a step is begun with, unless its result is somebody else's until the step itself has looked."""
+        inputs = {name: digest for name, digest in self._inputs(state.step).items() if digest is not None}
+        record = Record(settings_of(self.config, state.step), inputs)
+        if state.name != "unknown":
+            save_record(self.folder, state.step, record)
+        if state.step == "build":
+            save_record(self.folder, "verify", None)
+        return record
 
-    def finish(self, step: Step) -> None:
-        """Record that a step has ended well, and with which result."""
-        record = load_records(self.folder).get(step)
-        if record is not None:
-            save_record(self.folder, step, replace(record, result=self._result(step)))
+    def finish(self, step: Step, record: Record) -> None:
+        """Record that a step has ended well, and with which result. Raises DitDistillError if that is not intact."""
+        result, output = self._result(step), output_of(self.folder, step)
+        if result is None:
+            raise DitDistillError(
+                f"{output} is not what {step} wrote; remove it and run the same command again, which makes it anew"
+            )
+        save_record(self.folder, step, replace(record, result=result))
 
     def remove(self, step: Step) -> None:
         """Take a step's result and record away. A kill on the way leaves either the result or nothing."""
@@ -177,13 +198,10 @@ def _digest(path: Path) -> str | None:
 
 def _lora_digest(folder: Path) -> str | None:
     """What the record of Stage I says of the LoRA, provided that the file is that one."""
-    from pipeline.teachers.lora import lora_file
-    from pipeline.teachers.weights import file_digest
-
     try:
-        recorded = json.loads((folder / _REFINE_RECORD).read_text(encoding="utf-8"))["lora_digest"]
-        return recorded if file_digest(lora_file(folder)) == recorded else None
-    except (OSError, ValueError, KeyError, TypeError, DitDistillError):
+        recorded = json.loads((folder / LORA_RECORD_NAME).read_text(encoding="utf-8"))["lora_digest"]
+        return recorded if file_digest(folder / LORA_NAME) == recorded else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -5,15 +5,12 @@ made. The data set is opened first and scanned, where it needs to be, before a t
 broken image should not wait for 24 GB of weights. Model libraries are imported by the step that needs them.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from cache_schema.errors import DitDistillError
 from pipeline.config import RunConfig
 from pipeline.opening import open_data, open_teacher
-
-Log = Callable[[str], None]
 
 
 def annotate_images(config: RunConfig, output: Path, *, sheet: Path | None = None, sheet_images: int = 24) -> None:

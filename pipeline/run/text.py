@@ -41,9 +41,11 @@ def _notes(found: dict[str, Any]) -> list[str]:
         if step["differing"]:
             notes.append(f"{step['step']} was made otherwise: {'; '.join(step['differing'])}")
     if disk := found["disk"]:
+        conditions = format_bytes(found["conditions"]["bytes"])
         notes.append(
             f"disk: {format_bytes(disk['needed'])} needed, {format_bytes(disk['free'])} free at {disk['path']}: "
             + ("fits" if disk["fits"] else "does not fit")
+            + f"; up to {conditions} of it are conditions, which may be deleted afterwards"
         )
     known = [s for s in found["steps"] if s["state"] != "done" and s["hours"]]
     if known:

@@ -15,10 +15,9 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 
 from pipeline.teachers.base import ContextMode, TeacherError
+from pipeline.teachers.weights import LORA_RECORD_NAME as RECORD_NAME
 from pipeline.teachers.weights import check_safetensors
 
-# What Stage I writes beside the weights.
-RECORD_NAME = "refine.json"
 # Image and text streams of joint attention, and the shared projections of FLUX.1's single blocks.
 ATTENTION_PROJECTIONS = (
     "to_q",
@@ -104,11 +103,11 @@ def add_lora(transformer: Any, rank: int, seed: int) -> list[torch.nn.Parameter]
 
 def save_lora(pipeline_class: Any, transformer: Any, folder: Path) -> Path:
     """Write the LoRA in diffusers' layout, loadable by `load_lora_weights`. Returns the file."""
-    pipeline_class.save_lora_weights(
-        folder,
-        transformer_lora_layers=get_peft_model_state_dict(transformer),
-        **_collate_lora_metadata({"transformer": transformer}),
-    )
+    metadata = _collate_lora_metadata({"transformer": transformer})
+    for adapter in metadata.values():
+        # peft keeps the names in a set, whose order is another one in every process: equal LoRAs would differ.
+        adapter["target_modules"] = sorted(adapter["target_modules"])
+    pipeline_class.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(transformer), **metadata)
     return folder / LORA_WEIGHT_NAME_SAFE
 
 

@@ -9,6 +9,8 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.teachers.base import TeacherError
 
+# A LoRA as diffusers calls its file (a test compares), and what Stage I writes beside it.
+LORA_NAME, LORA_RECORD_NAME = "pytorch_lora_weights.safetensors", "refine.json"
 _BLOCK = 1 << 20
 _MAX_HEADER = 100_000_000  # the format's own limit
 # Written by the saving library, without influence on any number the model computes.

@@ -15,7 +15,7 @@ from pipeline.refine.loss import hold_out
 from pipeline.teachers.base import TeacherError, TextEmbedding
 from pipeline.teachers.flux import FluxTeacher
 from pipeline.teachers.lora import add_lora, save_lora
-from pipeline.teachers.weights import file_digest
+from pipeline.teachers.weights import LORA_NAME, file_digest
 
 
 class Oracle:
@@ -166,3 +166,14 @@ def test_equal_weights_have_one_digest_however_their_file_orders_its_header(tmp_
 def test_a_file_that_is_no_safetensors_has_a_digest_all_the_same(tmp_path, data):
     (tmp_path / "odd.safetensors").write_bytes(data)
     assert len(file_digest(tmp_path / "odd.safetensors")) == 64
+
+
+def test_the_file_of_a_lora_does_not_depend_on_the_order_of_a_set(load_teacher, tmp_path):
+    teacher = load_teacher()
+    add_lora(teacher.transformer, 2, seed=0)
+    written = []
+    for names in (["to_k", "to_q", "to_v"], ["to_v", "to_q", "to_k"]):
+        teacher.transformer.peft_config["default"].target_modules = names
+        written.append(file_digest(save_lora(FluxKontextPipeline, teacher.transformer, tmp_path)))
+    assert written[0] == written[1]
+    assert [path.name for path in tmp_path.iterdir()] == [LORA_NAME]
