@@ -10,8 +10,9 @@ import argparse
 import functools
 import itertools
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from cache_schema import open_cache
 from cache_schema.encoding import Array
 
 WORKLOADS = {"int8": INT8, "bfloat16": BFLOAT16}
+CACHE, TARS = "cache", "cache-webdataset"
 BOUND = "`os.preadv` into a reused buffer (bound)"
 SUBSET = "`cache.read`, one of four timesteps, checksums off"
 
@@ -97,14 +99,14 @@ def memory_map(folder: Path, workload: Workload) -> Read:
 
 
 OURS = [
-    Reader(BOUND, "", "cache", preadv),
-    Reader("`cache.read` into a reused buffer, checksums off", "dit-distill", "cache", unverified),
-    Reader("`cache.read` into a reused buffer (default: checksums on)", "dit-distill", "cache", verified),
-    Reader("`cache.read`, WebDataset store, checksums off", "dit-distill", "cache-webdataset", unverified),
-    Reader("`cache.read`, WebDataset store", "dit-distill", "cache-webdataset", verified),
-    Reader("`cache.read`, fresh memory, checksums off", "dit-distill", "cache", fresh),
-    Reader(SUBSET, "dit-distill", "cache", one_timestep),
-    Reader("NumPy memory map, gathered", "numpy", "cache", memory_map, lazy=True),
+    Reader(BOUND, "", CACHE, preadv),
+    Reader("`cache.read` into a reused buffer, checksums off", "dit-distill", CACHE, unverified),
+    Reader("`cache.read` into a reused buffer (default: checksums on)", "dit-distill", CACHE, verified),
+    Reader("`cache.read`, WebDataset store, checksums off", "dit-distill", TARS, unverified),
+    Reader("`cache.read`, WebDataset store", "dit-distill", TARS, verified),
+    Reader("`cache.read`, fresh memory, checksums off", "dit-distill", CACHE, fresh),
+    Reader(SUBSET, "dit-distill", CACHE, one_timestep),
+    Reader("NumPy memory map, gathered", "numpy", CACHE, memory_map, lazy=True),
 ]
 
 
@@ -121,14 +123,15 @@ class _Buffers:
         return self._arrays[count]
 
 
-def write_stores(place: Path, workload: Workload, samples: int) -> None:
-    """Write the same samples into caches of both kinds, and with every installed tool into a folder of its name."""
-    cache = write_cache(place / "cache", workload, samples)
-    write_cache(place / "cache-webdataset", workload, samples, store="webdataset")
-    payloads = mapped_payloads(cache, workload)
-    for writer in WRITERS:
-        if version(writer.distribution):
-            writer.write(place / writer.distribution, workload, payloads)
+def write_store(store: str, place: Path, workload: Workload, samples: int) -> None:
+    """Write the samples as our own cache in either store, or as an installed tool's store with those of our cache."""
+    if store == CACHE:
+        write_cache(place / store, workload, samples)
+    elif store == TARS:
+        write_cache(place / store, workload, samples, store="webdataset")
+    else:
+        writer = next(writer for writer in WRITERS if writer.distribution == store)
+        writer.write(place / store, workload, mapped_payloads(place / CACHE, workload))
 
 
 def prepare(reader: Reader, place: Path, workload: Workload, samples: int, batch: int) -> Mapping[str, Work]:
@@ -152,7 +155,7 @@ def prepare(reader: Reader, place: Path, workload: Workload, samples: int, batch
     rows, values = into_one_array()
     steps = slice(-1, None) if reader.name == SUBSET else slice(None)
     for row, value in itertools.islice(zip(rows.tolist(), values, strict=True), 3):
-        expected = encoded_features(place / "cache", workload, row)[steps]
+        expected = encoded_features(place / CACHE, workload, row)[steps]
         if not np.array_equal(value.view(expected.dtype), expected):
             raise ValueError(f"{reader.name} does not deliver what was written in row {row}")
     one_by_one = not reader.lazy and not isinstance(read(some_rows())[1], np.ndarray)
@@ -165,7 +168,7 @@ def bytes_from_files(place: Path, workload: Workload, samples: int, batch: int) 
     rows = np.random.default_rng(2).permutation(samples)[:batch]
     shares = {}
     for name, open_reader, parts in (("whole samples", unverified, 1), ("one timestep", one_timestep, 4)):
-        read = open_reader(place / "cache", workload)
+        read = open_reader(place / CACHE, workload)
         read(rows)
         before = _bytes_read()
         read(rows)
@@ -178,36 +181,71 @@ def _bytes_read() -> int:
     return int(line.split(":")[1])
 
 
-def measure(workload: Workload, samples: int, rounds: int, batch: int, least_seconds: float) -> dict[str, Any]:
-    """Measure every installed reader on one workload; return its figures."""
-    readers = [*OURS, *READERS]
-    present = [reader for reader in readers if not reader.distribution or version(reader.distribution)]
-    with tempfile.TemporaryDirectory(prefix="reading-") as name:
-        place = Path(name)
-        write_stores(place, workload, samples)
-        contenders = {
-            reader.name: functools.partial(prepare, reader, place, workload, samples, batch) for reader in present
-        }
-        speeds = in_turns_apart(contenders, rounds, least_seconds)
-        shares = bytes_from_files(place, workload, samples, batch)
-    rows = [
+def fits_in_memory(workload: Workload, samples: int, batch: int, readers: Sequence[Reader]) -> bool:
+    """Say whether the stores of all readers, and what their processes hold, fit in the machine's memory at once."""
+    stores = len({reader.store for reader in readers}) * samples * workload.sample_bytes
+    # The reused batch, one that is being made, and one that a tool keeps.
+    batches = 3 * len(readers) * batch * workload.sample_bytes
+    return stores + batches < 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def compare(
+    readers: Sequence[Reader], place: Path, workload: Workload, samples: int, rounds: int, batch: int, seconds: float
+) -> list[dict[str, Any]]:
+    """Measure readers whose stores are there, side by side with the bound, which is one of them."""
+    contenders = {
+        reader.name: functools.partial(prepare, reader, place, workload, samples, batch) for reader in readers
+    }
+    speeds = {name: medians(ways) for name, ways in in_turns_apart(contenders, rounds, seconds).items()}
+    return [
         {
             "reader": reader.name,
             "version": version(reader.distribution) if reader.distribution else None,
-            "installed": reader in present,
             "bytes_per_sample": workload.sample_bytes // (len(workload.timesteps) if reader.name == SUBSET else 1),
-            "samples_per_second": medians(speeds[reader.name]) if reader in present else None,
+            "samples_per_second": speeds[reader.name],
+            "bound_samples_per_second": speeds[BOUND]["batch"],
         }
         for reader in readers
     ]
-    return {"workload": str(workload), "samples": samples, "batch": batch, "rounds": rounds,
-            "bytes_read_per_byte_asked": shares, "readers": rows}  # fmt: skip
+
+
+def measure(
+    workload: Workload, samples: int, rounds: int, batch: int, seconds: float, together: bool | None = None
+) -> dict[str, Any]:
+    """Measure every installed reader on one workload; return its figures.
+
+    All at once, or, where that is too much for the memory, those of one store at a time, each with the bound beside it.
+    `seconds` is how long a turn lasts at least.
+    """
+    readers = [*OURS, *READERS]
+    present = [reader for reader in readers if not reader.distribution or version(reader.distribution)]
+    if together is None:
+        together = fits_in_memory(workload, samples, batch, present)
+    stores = list(dict.fromkeys(reader.store for reader in present))
+    rows: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="reading-") as name:
+        place = Path(name)
+        for group in [stores] if together else [[store] for store in stores]:
+            for store in group:
+                write_store(store, place, workload, samples)
+            beside = [reader for reader in present if reader.name == BOUND or reader.store in group]
+            for row in compare(beside, place, workload, samples, rounds, batch, seconds):
+                rows.setdefault(row["reader"], row)
+            if CACHE in group:
+                shares = bytes_from_files(place, workload, samples, batch)
+            for store in group:
+                # Everything is compared with our cache, and written from it.
+                if store != CACHE:
+                    shutil.rmtree(place / store)
+    missing = {"version": None, "bytes_per_sample": workload.sample_bytes, "samples_per_second": None}
+    return {"workload": str(workload), "samples": samples, "batch": batch, "rounds": rounds, "together": together,
+            "bytes_read_per_byte_asked": shares,
+            "readers": [rows.get(reader.name, {"reader": reader.name, **missing}) for reader in readers]}  # fmt: skip
 
 
 def render(result: Mapping[str, Any]) -> str:
     """Return the Markdown of one workload: a caption, the table, and what a subset costs."""
-    bound = result["readers"][0]
-    per_second = bound["samples_per_second"]["batch"] * bound["bytes_per_sample"]
+    whole = result["readers"][0]["bytes_per_sample"]
     rows: list[list[object]] = []
     for row in result["readers"]:
         speeds = row["samples_per_second"]
@@ -215,13 +253,14 @@ def render(result: Mapping[str, Any]) -> str:
             rows.append([row["reader"], "not installed", None, None, None, None])
             continue
         rate = speeds["batch"] * row["bytes_per_sample"]
-        rows.append([row["reader"], row["version"], float(speeds["batch"]), rate / 1e9, f"{rate / per_second:.2f}",
-                     speeds.get("one by one")])  # fmt: skip
+        rows.append([row["reader"], row["version"], float(speeds["batch"]), rate / 1e9,
+                     f"{rate / (row['bound_samples_per_second'] * whole):.2f}", speeds.get("one by one")])  # fmt: skip
     header = ["reader", "version", "samples/s", "GB/s", "of the bound", "one by one, samples/s"]
     shares = "; ".join(f"{name} {share:.3f}" for name, share in result["bytes_read_per_byte_asked"].items())
+    turns = "" if result["together"] else " One store at a time, the bound measured again beside each."
     return (
         f"{result['workload']}; {result['samples']} samples, batches of {result['batch']}, medians of "
-        f"{result['rounds']} rounds.\n\n{table(header, rows)}\n\n"
+        f"{result['rounds']} rounds.{turns}\n\n{table(header, rows)}\n\n"
         f"Bytes read from files by `cache.read` per byte asked for: {shares}."
     )
 
@@ -233,12 +272,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--least-seconds", type=float, default=0.2, help="how long a contender's turn lasts at least")
+    parser.add_argument(
+        "--together",
+        action=argparse.BooleanOptionalAction,
+        help="all stores at once, or one at a time with the bound beside each; by default whether all fit in memory",
+    )
     parser.add_argument("--small", action="store_true", help="a tiny workload, to see that everything works")
     args = parser.parse_args(argv)
     results = []
     for name in args.workloads.split(","):
         workload = Workload(name, tokens=8, channels=16) if args.small else WORKLOADS[name]
-        results.append(measure(workload, args.samples, args.rounds, args.batch, args.least_seconds))
+        results.append(measure(workload, args.samples, args.rounds, args.batch, args.least_seconds, args.together))
         print(render(results[-1]), flush=True)
         print()
     if not args.small:

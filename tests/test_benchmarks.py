@@ -26,9 +26,10 @@ def rows_of(markdown: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
-def test_every_reader_is_measured_or_said_to_be_missing():
+@pytest.mark.parametrize(("kind", "stores"), [("int8", "--together"), ("bfloat16", "--no-together")])
+def test_every_reader_is_measured_or_said_to_be_missing(kind, stores):
     small = ["--small", "--samples", "6", "--rounds", "1", "--batch", "3", "--least-seconds", "0.001"]
-    rows = rows_of(run("benchmarks.reading", "--workloads", "int8", *small))
+    rows = rows_of(run("benchmarks.reading", "--workloads", kind, stores, *small))
     for reader in [*reading.OURS, *alternatives.READERS]:
         cells = rows[reader.name]
         installed = not reader.distribution or measure.version(reader.distribution) is not None
@@ -61,6 +62,12 @@ def test_a_reader_that_delivers_other_values_is_not_measured(tmp_path):
     with pytest.raises(ValueError, match="liar does not deliver what was written"):
         reading.prepare(wrong, tmp_path, workload, 3, 3)
     assert cache.is_dir()
+
+
+def test_what_does_not_fit_in_memory_is_measured_one_store_at_a_time():
+    readers = [*reading.OURS, *alternatives.READERS]
+    assert reading.fits_in_memory(synthetic.INT8, 1, 1, readers)
+    assert not reading.fits_in_memory(synthetic.BFLOAT16, 100_000, 32, readers)
 
 
 def test_a_contender_whose_process_fails_is_named():
