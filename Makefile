@@ -17,13 +17,16 @@ RUN ?= runs/$(DATASET)
 
 data_option = $(if $(DATA),--data "$(DATA)")
 teacher_option = $(if $(TEACHER),--teacher "$(TEACHER)")
+set_options = $(foreach setting,$(SET),--set "$(setting)")
+cache_options = $(if $(PROBE),--probe) $(if $(DRY_RUN),--dry-run) $(set_options) $(CACHE)
 
 .PHONY: help setup demo demo-teacher cache train eval test fuzz lint format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
-	@echo "  variables: DATASET=demo|cars|cub|dogs|nabirds|folder DATA=/path TEACHER=demo|flux-kontext|flux2-klein-base|/folder|owner/repo PRESET=demo|small|paper"
-	@echo "  more options for one step: REFINE=\"--steps 200\" BUILD=\"--timesteps 22,28\" TRAIN=\"--epochs 10\""
+	@echo "  variables: DATASET=demo|cars|cub|dogs|nabirds|folder DATA=/path TEACHER=demo|flux-kontext|flux2-klein-base|/folder|owner/repo RUN=runs/cars PRESET=demo|small|paper"
+	@echo "  of make cache: DRY_RUN=1 prints the plan, PROBE=1 compares taps and timesteps, SET=\"refine.steps=200 build.pool=2\" sets any field"
+	@echo "  more options: CACHE=\"--limit 100\" for dit-cache run, TRAIN=\"--epochs 10\" for dit-train run"
 
 setup: $(READY) ## Create the environment (.venv)
 
@@ -44,10 +47,8 @@ demo: $(READY) ## The whole path on the embedded data: refine, cache, train base
 	done; \
 	$(BIN)/dit-train report runs/demo/baseline runs/demo/distill --output runs/demo --started $$started
 
-cache: $(READY) ## Stage I and the cache build: make cache DATASET=cars DATA=/path TEACHER=flux-kontext
-	@test -f $(RUN)/lora/refine.json || \
-	  $(BIN)/dit-cache refine --dataset $(DATASET) $(data_option) $(teacher_option) --output $(RUN)/lora $(REFINE)
-	$(BIN)/dit-cache build --dataset $(DATASET) $(data_option) $(teacher_option) --lora $(RUN)/lora --output $(RUN)/cache $(BUILD)
+cache: $(READY) ## Annotate, refine, build and verify: make cache DATASET=cars DATA=/path TEACHER=flux-kontext [DRY_RUN=1]
+	$(BIN)/dit-cache run --dataset $(DATASET) $(data_option) $(teacher_option) --output $(RUN) $(cache_options)
 
 train: $(READY) ## Train a student from the cache: make train DATASET=cars
 	$(BIN)/dit-train run --cache $(RUN)/cache --preset $(PRESET) --mode distill --output $(RUN)/distill $(TRAIN)

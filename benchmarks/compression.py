@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -20,8 +21,10 @@ import torch
 from cache_schema.calibration import Moments
 from cache_schema.compression import compress, decompress
 from cache_schema.encoding import encode
-from pipeline.build import BuildConfig, teacher_features
+from pipeline.build_config import BuildConfig
+from pipeline.condition_store import ConditionStore
 from pipeline.datasets import open_dataset
+from pipeline.features import teacher_features
 from pipeline.teachers import load_teacher
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,10 +40,14 @@ def demo_features(resolution: int | None, images: int) -> np.ndarray:
     config = BuildConfig(timesteps=TIMESTEPS)
     sigmas = teacher.sigmas(config.num_steps)
     chosen = [sample for sample in dataset.samples if sample.split == "train"][:images]
-    parts = [
-        teacher_features(teacher, dataset, chosen[i : i + 4], config, [sigmas[p - 1] for p in TIMESTEPS])["hidden"]
-        for i in range(0, len(chosen), 4)
-    ]
+    parts = []
+    with TemporaryDirectory() as folder:
+        store = ConditionStore(Path(folder), teacher, dataset)
+        store.prepare(chosen)
+        for i in range(0, len(chosen), 4):
+            conditions = {"canonical": store.read(chosen[i : i + 4], "canonical")}
+            found = teacher_features(teacher, chosen[i : i + 4], conditions, config, [sigmas[p - 1] for p in TIMESTEPS])
+            parts.append(found["hidden"])
     return torch.cat(parts).float().numpy()
 
 

@@ -119,21 +119,23 @@ class AsideFile:
             self._pending += view
             self._begin_flush()
 
-    def finish(self) -> FileDigest:
-        """Flush everything to the disk and return the digest; the file is still aside."""
+    def finish(self, durable: bool = True) -> FileDigest:
+        """Flush everything to the disk and return the digest; the file is still aside. durable: as for `write_file`."""
         assert self._fd is not None
         with storage_errors(self.path):
             self._write_block(memoryview(b""))
-            os.fsync(self._fd)
+            if durable:
+                os.fsync(self._fd)
         self._close()
         return FileDigest(self.size, f"{self._crc:08x}")
 
-    def publish(self) -> None:
+    def publish(self, durable: bool = True) -> None:
         """Move the finished file into place, replacing what was there."""
         with storage_errors(self.path):
             self._aside.replace(self.path)
             self._published = True
-            flush_directory(self.path.parent)
+            if durable:
+                flush_directory(self.path.parent)
 
     def publish_new(self) -> bool:
         """Move the finished file into place unless one is there already; say whether it was moved."""
@@ -180,12 +182,16 @@ class AsideFile:
             self._fd = None
 
 
-def write_file(path: Path, data: Bytes) -> FileDigest:
-    """Write a whole small file so that it is there completely or not at all; return its digest."""
+def write_file(path: Path, data: Bytes, *, durable: bool = True) -> FileDigest:
+    """Write a whole small file so that it is there completely or not at all; return its digest.
+
+    durable: survive a power cut as well. Without, which saves waiting for the disk, the file may then be torn: for what
+    is checked when it is read and can be made again.
+    """
     with AsideFile(path) as aside:
         aside.write(data)
-        written = aside.finish()
-        aside.publish()
+        written = aside.finish(durable)
+        aside.publish(durable)
     return written
 
 

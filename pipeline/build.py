@@ -35,6 +35,7 @@ from cache_schema.repair import repair as mend
 from cache_schema.samples import count_usable, fingerprint_samples, samples_table
 from cache_schema.writer import CacheWriter
 from pipeline.build_config import BuildConfig
+from pipeline.condition_store import ConditionStore, default_store
 from pipeline.datasets.base import SPLITS, Dataset
 from pipeline.features import FeatureBuilder
 from pipeline.scan import ScannedSample, scan
@@ -65,6 +66,7 @@ def build(
     tolerance: Tolerance = DEFAULT_TOLERANCE,
     scanned: Sequence[ScannedSample] | None = None,
     repair: bool = False,
+    conditions: Path | None = None,
     log: Callable[[str], None] = tqdm.write,
 ) -> Manifest:
     """Build, or resume, the cache of a data set at `output` and seal it.
@@ -93,7 +95,10 @@ def build(
     missing = len(writer.missing_shards())
     log(f"cache {manifest.cache_id[:12]} at {output}: {missing} feature shards to compute")
     if missing or writer.missing_image_shards() or writer.needs_calibration():
-        _fill(writer, teacher, dataset, config, scanned, BadSamples(tolerance, len(scanned), log))
+        store = ConditionStore(
+            conditions or default_store(output), teacher, dataset, use_captions=config.text == "caption"
+        )
+        _fill(writer, teacher, dataset, store, config, scanned, BadSamples(tolerance, len(scanned), log))
     sealed = writer.seal(_provenance(teacher, time.monotonic() - started), min_cosine=config.min_cosine)
     log(f"sealed {output}: {sealed.dataset.feature_rows} images with features, {_megabytes(sealed)}")
     return sealed
@@ -133,6 +138,8 @@ def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samp
             resolution=teacher.resolution,
             text=config.text,
             guidance=teacher.guidance,
+            context=teacher.context,
+            quantization=teacher.quantization,
         ),
         curriculum=Curriculum(
             num_steps=config.num_steps,
@@ -149,15 +156,14 @@ def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samp
     )
     if config.samples_per_shard:
         return plan(samples_per_shard=config.samples_per_shard)
-    # Batches start at a shard's first row: a shard of whole batches keeps the last of them from being nearly empty.
-    by_bytes = plan().store.samples_per_shard
-    return plan(samples_per_shard=max(by_bytes - by_bytes % config.batch, min(by_bytes, config.batch)))
+    return plan(samples_per_shard=config.whole_batches(plan().store.samples_per_shard))
 
 
 def _fill(
     writer: CacheWriter,
     teacher: Teacher,
     dataset: Dataset,
+    conditions: ConditionStore,
     config: BuildConfig,
     scanned: Sequence[ScannedSample],
     bad: BadSamples,
@@ -175,7 +181,7 @@ def _fill(
                 images.result()
 
         try:
-            FeatureBuilder(writer, claims, teacher, dataset, config, usable, bad, check).run()
+            FeatureBuilder(writer, claims, teacher, conditions, config, usable, bad, check).run()
             images.result()
             write_student_images(writer, claims, dataset, config, usable, stop=stop, wait=True)
         finally:

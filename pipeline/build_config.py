@@ -9,11 +9,15 @@ from pipeline.curriculum import DEFAULT_STEPS, DEFAULT_TIMESTEPS, check_timestep
 from pipeline.datasets.base import SPLITS
 from pipeline.views import VIEWS
 
+AUTO_BATCH = 32
+
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What to cache and how. taps, timesteps, views and splits as in the manifest; batch counts images per forward.
+    """What to cache and how. taps, timesteps, views and splits as in the manifest.
 
+    batch: images per forward pass, each at all timesteps; "auto" begins with AUTO_BATCH and halves the pass on
+    out-of-memory, down to one image at one timestep.
     min_cosine: the least mean cosine, per tap and timestep, between stored and computed tokens; None accepts any.
     """
 
@@ -30,7 +34,7 @@ class BuildConfig:
     min_cosine: float | None = None
     seed: int = 0
     text: Literal["caption", "none"] = "caption"
-    batch: int = 8
+    batch: int | Literal["auto"] = 8
     image_size: int = 224
     image_format: Literal["jpeg", "png"] = "jpeg"
     image_quality: int = 95
@@ -50,7 +54,7 @@ class BuildConfig:
             raise DitDistillError(f"--taps {','.join(self.taps)}: name at least one tap, each once")
         for name in ("batch", "image_size", "pool", "pca"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value not in (None, "auto") and value < 1:
                 raise DitDistillError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         if self.min_cosine is not None and not -1 <= self.min_cosine <= 1:
             raise DitDistillError(f"--min-cosine must be between -1 and 1, not {self.min_cosine}")
@@ -58,3 +62,15 @@ class BuildConfig:
             raise DitDistillError(
                 f"--store webdataset is not compressed; leave out --compression {self.compression}, or use --store zarr"
             )
+
+    @property
+    def batch_images(self) -> int:
+        """How many images are read and computed together."""
+        return AUTO_BATCH if self.batch == "auto" else self.batch
+
+    def whole_batches(self, samples: int) -> int:
+        """The number of samples in a shard that is to hold about `samples`: a multiple of the batch where one fits.
+
+        Batches start at a shard's first row: a shard of whole batches keeps the last of them from being nearly empty.
+        """
+        return max(samples - samples % self.batch_images, min(samples, self.batch_images))

@@ -1,8 +1,12 @@
 """`dit-cache`: the heavy job. Model libraries are imported inside the commands, so that `--help` answers at once."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import typer
 
-from cache_schema.cli import run
+from cache_schema import cli as commands
 from pipeline.commands.annotate import annotate
 from pipeline.commands.build import build
 from pipeline.commands.convert import convert
@@ -11,6 +15,8 @@ from pipeline.commands.inspect import info, verify
 from pipeline.commands.preview import preview
 from pipeline.commands.probe import probe
 from pipeline.commands.refine import refine
+from pipeline.commands.run import run
+from pipeline.datasets import DatasetOptionError
 from pipeline.options import DebugOption
 
 app = typer.Typer(
@@ -27,13 +33,26 @@ def options(debug: DebugOption = False) -> None:
     """Run a frozen diffusion transformer once per image and timestep, and share what it saw."""
 
 
-for command in (annotate, estimate, probe, refine, build, convert, info, preview, verify):
-    app.command()(command)
+def _with_usage_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, for which an option that its data set does not take is wrong usage."""
+
+    @functools.wraps(command)
+    def checked(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except DatasetOptionError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return checked
+
+
+for command in (run, annotate, estimate, probe, refine, build, convert, info, preview, verify):
+    app.command()(_with_usage_errors(command))
 
 
 def main() -> None:
     """Entry point of `dit-cache`."""
-    run(app, name="dit-cache")
+    commands.run(app, name="dit-cache")
 
 
 if __name__ == "__main__":

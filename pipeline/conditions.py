@@ -1,4 +1,4 @@
-"""From samples to what the DiT is conditioned on: object latents, context latents and text."""
+"""What the DiT is conditioned on, and from samples to the pixels and captions that it is made of."""
 
 import io
 import struct
@@ -11,7 +11,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from pipeline.datasets.base import DataError, Dataset, Sample
-from pipeline.teachers.base import Teacher, TextEmbedding
+from pipeline.teachers.base import TextEmbedding
 from pipeline.views import Box, apply_view, object_view, resize_square
 
 # What PIL raises for bytes that are no image, or an image cut short or too large to be one.
@@ -27,6 +27,15 @@ class Conditions:
     object: Tensor
     context: Tensor
     text: TextEmbedding
+
+    def rows(self, chosen: slice) -> "Conditions":
+        """Those of some images of the batch."""
+        return Conditions(self.object[chosen], self.context[chosen], self.text.rows(chosen))
+
+    def to(self, device: torch.device) -> "Conditions":
+        """The same on a device."""
+        text = TextEmbedding(self.text.tokens.to(device), self.text.pooled.to(device))
+        return Conditions(self.object.to(device), self.context.to(device), text)
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -163,26 +172,6 @@ def _channels_first(image: Image.Image) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def encode_pixels(teacher: Teacher, pixels: Pixels, captions: Sequence[str]) -> Conditions:
-    """Encode a batch of views and their captions as the teacher will see them."""
-    return Conditions(
-        object=teacher.encode_images(pixels.object),
-        context=teacher.encode_images(pixels.context),
-        text=teacher.encode_text(captions),
-    )
-
-
-def encode_conditions(
-    teacher: Teacher, dataset: Dataset, samples: Sequence[Sample], view: str, use_captions: bool = True
-) -> Conditions:
-    """Read, crop and encode a batch of samples.
-
-    Without captions the text is empty, as an unconditional prompt is.
-    """
-    pixels = read_pixels(dataset, samples, teacher.resolution, [view])[view]
-    return encode_pixels(teacher, pixels, captions_of(dataset, samples, use_captions))
-
-
 def captions_of(dataset: Dataset, samples: Sequence[Sample], use_captions: bool = True) -> list[str]:
-    """The text a batch of samples is conditioned on."""
+    """The text a batch of samples is conditioned on; without captions it is empty, as an unconditional prompt is."""
     return [caption_of(sample, dataset.superclass) if use_captions else "" for sample in samples]

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from cache_schema.card import format_bytes
@@ -13,7 +14,7 @@ from cache_schema.estimate import VALUE_BYTES, chunk_bytes, estimate_size
 from cache_schema.manifest import Encoding, TapInfo
 from cache_schema.reduction import stored_tap
 from pipeline.build_config import BuildConfig
-from pipeline.conditions import UNREADABLE, decode_image
+from pipeline.conditions import UNREADABLE, captions_of, decode_image
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.student_images import student_image
 from pipeline.teachers import TeacherOutline
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 # Shown beside what was asked for, so that the two strongest levers are seen: (pool, pca).
 _ALTERNATIVES: tuple[tuple[int, int | None], ...] = ((1, None), (2, None), (1, 768), (2, 768))
 _SAMPLED_IMAGES = 16
+_CONDITION_BYTES = 2
 # Bytes per pixel of square student images of photographs, measured on Stanford Cars at 224 px: JPEG at quality 95
 # without chroma subsampling, and PNG. Used only where no image can be read.
 _BYTES_PER_PIXEL = {"jpeg": 0.45, "png": 1.45}
@@ -33,7 +35,8 @@ _BYTES_PER_PIXEL = {"jpeg": 0.45, "png": 1.45}
 class CachePlan:
     """The cache to be estimated. rows: images that get features; image_rows: that get a student image.
 
-    image_bytes: mean size of an encoded student image, 0 without images; image_basis: how that is known.
+    image_bytes: mean size of an encoded student image, 0 without images; image_basis: how that is known. captions: how
+    many different ones are embedded.
     """
 
     outline: TeacherOutline
@@ -42,6 +45,15 @@ class CachePlan:
     image_rows: int
     image_bytes: float
     image_basis: str
+    captions: int
+
+    @property
+    def condition_bytes(self) -> int:
+        """Bytes of prompt embeddings and latents in half precision, at most: what Stage I and the build share."""
+        shape, views = self.outline.tap_shape("velocity"), len(self.config.views)
+        latents = 2 * shape.tokens * shape.channels  # object and context
+        values = self.captions * self.outline.architecture.text_values + self.rows * views * latents
+        return values * _CONDITION_BYTES
 
     @property
     def taps(self) -> list[TapInfo]:
@@ -73,17 +85,34 @@ class TeacherRate:
     basis: str
 
 
-def plan_cache(outline: TeacherOutline, config: BuildConfig, dataset: Dataset | None, count: int | None) -> CachePlan:
-    """Plan the cache of a data set, or of `count` images; student images are measured where the data can be read."""
+def plan_cache(
+    outline: TeacherOutline,
+    config: BuildConfig,
+    dataset: Dataset | None,
+    count: int | None,
+    *,
+    captions_differ: bool = False,
+) -> CachePlan:
+    """Plan the cache of a data set, or of `count` images; student images are measured where the data can be read.
+
+    captions_differ: every image will have a caption of its own, whatever the data set has now.
+    """
     splits = [sample.split for sample in dataset.samples] if dataset else []
+    rows = count or sum(split in config.feature_splits for split in splits)
+    if dataset and not captions_differ:
+        with_features = [sample for sample in dataset.samples if sample.split in config.feature_splits]
+        captions = min(rows, len(set(captions_of(dataset, with_features, config.text == "caption"))))
+    else:
+        captions = rows if config.text == "caption" else 1
     image_bytes, basis = mean_image_bytes(dataset, config) if config.with_images else (0.0, "left out")
     return CachePlan(
         outline=outline,
         config=config,
-        rows=count or sum(split in config.feature_splits for split in splits),
+        rows=rows,
         image_rows=(count or len(splits)) if config.with_images else 0,
         image_bytes=image_bytes,
         image_basis=basis,
+        captions=captions,
     )
 
 
@@ -109,8 +138,8 @@ def estimate(plan: CachePlan, demand: Demand, output: Path, rate: TeacherRate | 
     Keys: `teacher` (source, family, resolution, origin), `taps`, `views`, `timesteps`, `rows` (features, images),
     `encoding` (as asked), `image` (bytes, basis), `sizes` (per encoding, pool and pca: bytes_per_image, features,
     images, total, read_per_second; null where the shapes do not allow it), `reading` (what the bandwidth is for),
-    `disk` (path, free, needed, fits), `teacher_time` (or null), `warnings`. Raises InvalidEncoding where the one asked
-    for does not fit the taps.
+    `conditions` (bytes, captions: what is kept beside the cache while it is made), `disk` (path, free, needed, fits),
+    `teacher_time` (or null), `warnings`. Raises InvalidEncoding where the one asked for does not fit the taps.
     """
     taps, encoding, outline = plan.taps, plan.encoding, plan.outline
     for tap in taps:
@@ -123,7 +152,7 @@ def estimate(plan: CachePlan, demand: Demand, output: Path, rate: TeacherRate | 
         for kind in VALUE_BYTES
     ]
     asked = next(s for s in sizes if s["kind"] == encoding.kind)
-    free = _free_bytes(output)
+    free, needed = _free_bytes(output), asked["total"] + plan.condition_bytes
     found: dict[str, Any] = {
         "teacher": {
             "source": outline.source,
@@ -146,17 +175,19 @@ def estimate(plan: CachePlan, demand: Demand, output: Path, rate: TeacherRate | 
             "needed": asked["read_per_second"],
             "given": demand.bandwidth,
         },
-        "disk": {"path": str(output), "free": free, "needed": asked["total"], "fits": asked["total"] <= free},
+        "conditions": {"bytes": plan.condition_bytes, "captions": plan.captions},
+        "disk": {"path": str(output), "free": free, "needed": needed, "fits": needed <= free},
         "teacher_time": _teacher_time(plan, rate),
     }
     return {**found, "warnings": _warnings(found)}
 
 
 def measure_rate(teacher: "Teacher", dataset: Dataset, config: "BuildConfig", count: int) -> TeacherRate:
-    """Run the teacher on `count` images as the build would, reading and text included, and time it.
+    """Run the teacher on `count` images as the build would and time it: captions, latents and forward passes.
 
-    One batch goes first untimed: it pays for loading kernels and filling caches.
+    Loading is not counted; one batch goes first untimed, which pays for loading kernels and filling caches.
     """
+    from pipeline.condition_store import ConditionStore
     from pipeline.features import teacher_features
 
     samples = _evenly_spaced([s for s in dataset.samples if s.split in config.feature_splits], count)
@@ -166,17 +197,22 @@ def measure_rate(teacher: "Teacher", dataset: Dataset, config: "BuildConfig", co
         )
     schedule = teacher.sigmas(config.num_steps)
     sigmas = [schedule[p - 1] for p in config.timesteps]
-    batches = [samples[i : i + config.batch] for i in range(0, len(samples), config.batch)]
+    batches = [samples[i : i + config.batch_images] for i in range(0, len(samples), config.batch_images)]
+    with TemporaryDirectory(prefix="dit-cache-") as folder:
+        store = ConditionStore(Path(folder), teacher, dataset, use_captions=config.text == "caption")
+        encoded = store.prepare(samples, config.views, log=lambda _: None)
 
-    def run(batch: Sequence[Sample]) -> None:
-        for tokens in teacher_features(teacher, dataset, batch, config, sigmas).values():
-            tokens.float().cpu()  # as the build does; on a GPU this also waits for the result
+        def run(batch: Sequence[Sample]) -> None:
+            conditions = {view: store.read(batch, view) for view in config.views}
+            for tokens in teacher_features(teacher, batch, conditions, config, sigmas).values():
+                tokens.float().cpu()  # as the build does; on a GPU this also waits for the result
 
-    run(batches[0])
-    started = time.perf_counter()
-    for batch in batches:
-        run(batch)
-    per_second = len(samples) * len(config.views) / (time.perf_counter() - started)
+        run(batches[0])
+        started = time.perf_counter()
+        for batch in batches:
+            run(batch)
+        seconds = encoded.seconds + time.perf_counter() - started
+    per_second = len(samples) * len(config.views) / seconds
     basis = f"measured on {teacher.device}: {len(samples)} images in batches of {len(batches[0])}"
     return TeacherRate(per_second, basis)
 

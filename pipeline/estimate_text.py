@@ -9,7 +9,7 @@ def estimate_text(found: dict[str, Any]) -> str:
     """Render what `pipeline.estimate.estimate` found, without its warnings and without a final newline."""
     width = max(len(name) for name, _ in _facts(found))
     lines = [f"{name:<{width}}  {text}" for name, text in _facts(found)]
-    return "\n".join([*lines, "", *_table(found), "", *_notes(found)])
+    return "\n".join([*lines, "", *_table(found), "", *_notes(found), *_memory(found.get("memory"))])
 
 
 def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -66,12 +66,15 @@ def _total(size: dict[str, Any]) -> str:
 
 def _notes(found: dict[str, Any]) -> list[str]:
     reading, disk, hours = found["reading"], found["disk"], found["teacher_time"]
+    conditions = found["conditions"]
     steps = ", ".join(map(str, reading["timesteps"]))
     given = "" if reading["given"] is None else f"; --bandwidth gives {format_bytes(round(reading['given']))}/s"
     notes = [
         "* as asked; scales, student images and indices included, before compression",
         f"reading: tap {reading['tap']} at timesteps {steps}, {reading['batch']} rows × "
         f"{reading['steps_per_second']:g} steps/s: {format_bytes(reading['needed'])}/s{given}",
+        f"conditions: up to {format_bytes(conditions['bytes'])} of latents and embeddings of "
+        f"{conditions['captions']:,} captions beside the cache; may be deleted after the build",
         f"disk: {format_bytes(disk['needed'])} needed, {format_bytes(disk['free'])} free at {disk['path']}: "
         + ("fits" if disk["fits"] else "does not fit"),
     ]
@@ -83,3 +86,23 @@ def _notes(found: dict[str, Any]) -> list[str]:
             f"{hours['hours']:.3g} hours of one device"
         )
     return notes
+
+
+def _memory(budget: dict[str, Any] | None) -> list[str]:
+    if budget is None:
+        return []
+    limit, bits = format_bytes(budget["limit"]), f", transformer {budget['quantize']}" if budget["quantize"] else ""
+    rows = []
+    for phase in budget["phases"]:
+        verdict = "fits" if phase["fits"] else "does not fit"
+        rows.append((phase["name"], format_bytes(phase["total"]), verdict))
+        rows += [(f"  {what}", format_bytes(size), "") for what, size in phase["device"].items()]
+        rows += [(f"  {what}", format_bytes(size), "in host memory") for what, size in phase["host"].items()]
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    return [
+        "",
+        f"memory: what is resident on a device of {limit}, phase after phase; {budget['dtype']}{bits}",
+        *(f"{name:<{widths[0]}}  {size:>{widths[1]}}  {note}".rstrip() for name, size, note in rows),
+        "weights are exact; activations are the peak of live tensors, measured on the meta device; the rounding of the "
+        "allocator and CUDA itself come on top",
+    ]

@@ -13,9 +13,11 @@ from tqdm import tqdm
 from cache_schema.claims import Claims
 from cache_schema.writer import CacheWriter
 from pipeline.build_config import BuildConfig
-from pipeline.conditions import Pixels, captions_of, encode_pixels, read_pixels
+from pipeline.condition_store import ConditionStore
+from pipeline.conditions import Conditions
 from pipeline.curriculum import add_noise, sample_noise
-from pipeline.datasets.base import Dataset, Sample
+from pipeline.datasets.base import Sample
+from pipeline.passes import Passes
 from pipeline.scan import ScannedSample
 from pipeline.teachers.base import Teacher
 from pipeline.tolerance import BadSamples, TooManyBadSamples
@@ -28,30 +30,33 @@ Rows = TypeVar("Rows", bound=Sequence[int])
 @torch.no_grad()
 def teacher_features(
     teacher: Teacher,
-    dataset: Dataset,
     samples: Sequence[Sample],
+    conditions: Mapping[str, Conditions],
     config: BuildConfig,
     sigmas: Sequence[float],
-    pixels: Mapping[str, Pixels] | None = None,
+    passes: Passes | None = None,
 ) -> dict[str, Tensor]:
-    """E_{O,t} of a batch of samples: {tap: (B, V, T, L, C)}; all timesteps of an image go through the DiT together.
+    """E_{O,t} of a batch of samples: {tap: (B, V, T, L, C)}.
 
-    pixels: the samples' views, where they were read already.
+    conditions: of the samples, for each view. passes: how the batch is cut; None takes it as one. Raises OutOfMemory
+    where that is too much for the device.
     """
-    B, T = len(samples), len(sigmas)
-    pixels = pixels or read_pixels(dataset, samples, teacher.resolution, config.views)
-    captions = captions_of(dataset, samples, config.text == "caption")
+    passes = passes or Passes(len(samples), len(sigmas))
     per_view: dict[str, list[Tensor]] = {tap: [] for tap in config.taps}
     for view in config.views:
-        conditions = encode_pixels(teacher, pixels[view], captions)
-        shape = tuple(conditions.object.shape[1:])
-        noise = torch.stack([sample_noise(s.id, view, config.seed, shape) for s in samples]).to(conditions.object)
-        sigma = torch.tensor(list(sigmas)).repeat(B).to(conditions.object.device)  # B·T, timesteps fastest
-        noisy = add_noise(conditions.object.repeat_interleave(T, 0), noise.repeat_interleave(T, 0), sigma)
-        context = conditions.context.repeat_interleave(T, 0)
-        found = teacher.features(noisy, context, sigma, conditions.text.repeat(T), config.taps)
-        for tap, tokens in found.items():
-            per_view[tap].append(tokens.unflatten(0, (B, T)))  # B, T, L, C
+
+        def forward(images: slice, timesteps: slice, view: str = view) -> dict[str, Tensor]:
+            given = conditions[view].rows(images).to(teacher.device)
+            levels = list(sigmas[timesteps])
+            B, T = len(given.object), len(levels)
+            shape = tuple(given.object.shape[1:])
+            noise = torch.stack([sample_noise(s.id, view, config.seed, shape) for s in samples[images]])
+            sigma = torch.tensor(levels).repeat(B).to(given.object.device)  # B·T, timesteps fastest
+            clean, noise = (x.to(given.object).repeat_interleave(T, 0) for x in (given.object, noise))
+            return teacher.features(add_noise(clean, noise, sigma), given.context, sigma, given.text, config.taps)
+
+        for tap, tokens in passes.run(len(samples), forward).items():
+            per_view[tap].append(tokens)  # B, T, L, C
     # One view is stacked without a copy.
     return {tap: torch.stack(p, dim=1) if len(p) > 1 else p[0].unsqueeze(1) for tap, p in per_view.items()}
 
@@ -98,19 +103,22 @@ class FeatureBuilder:
         writer: CacheWriter,
         claims: Claims,
         teacher: Teacher,
-        dataset: Dataset,
+        conditions: ConditionStore,
         config: BuildConfig,
         usable: Sequence[ScannedSample],
         bad: BadSamples,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._writer, self._claims, self._teacher, self._dataset = writer, claims, teacher, dataset
+        self._writer, self._claims, self._teacher, self._conditions = writer, claims, teacher, conditions
         self._config, self._usable, self._bad, self._check = config, usable, bad, check
         self._sigmas = writer.manifest.curriculum.sigmas
+        adaptive = config.batch == "auto"
+        self._passes = Passes(config.batch_images, len(self._sigmas), adaptive=adaptive, log=bad.log)
         self._buffers: list[dict[str, Tensor]] = [{}, {}]
 
     def run(self) -> None:
         """Compute and commit every missing shard that no other builder computes; then those that others gave up."""
+        self._encode()
         self._calibrate()
         if not self._writer.missing_shards():
             return
@@ -127,6 +135,21 @@ class FeatureBuilder:
     def _missing_rows(self) -> int:
         return sum(len(self._writer.shard_rows(k)) for k in self._writer.missing_shards())
 
+    def _encode(self) -> None:
+        """Encode all that will be needed, before the DiT is in memory."""
+        rows = {row for k in self._writer.missing_shards() for row in self._writer.shard_rows(k)}
+        if self._writer.needs_calibration():
+            rows.update(self._calibration_rows())
+        needed = [self._usable[row] for row in sorted(rows)]
+        digests = {entry.sample.id: entry.sha256 for entry in needed}
+        self._conditions.prepare(
+            [entry.sample for entry in needed], self._config.views, digests, self._check, self._bad.log
+        )
+
+    def _calibration_rows(self) -> list[int]:
+        rows = self._writer.manifest.dataset.feature_rows
+        return sorted({round(i * (rows - 1) / (_CALIBRATION_IMAGES - 1)) for i in range(_CALIBRATION_IMAGES)})
+
     def _calibrate(self) -> None:
         """Measure the statistics an encoding needs, on images spread evenly over the rows with features."""
         if not self._writer.needs_calibration():
@@ -134,22 +157,21 @@ class FeatureBuilder:
         if not self._claims.take("calibration"):
             self._bad.log("waiting for the other builder of this cache, which is calibrating it")
             self._claims.take("calibration", wait=True)
-        rows = self._writer.manifest.dataset.feature_rows
-        spread = sorted({round(i * (rows - 1) / (_CALIBRATION_IMAGES - 1)) for i in range(_CALIBRATION_IMAGES)})
-        batches = [spread[i : i + self._config.batch] for i in range(0, len(spread), self._config.batch)]
+        spread = self._calibration_rows()
+        batches = [spread[i : i + self._config.batch_images] for i in range(0, len(spread), self._config.batch_images)]
 
         with tqdm(total=len(spread), desc="calibrate", unit="image") as bar, closing(self._ahead(batches)) as ahead:
             self._writer.calibrate(self._calibration_features(ahead, bar))
         self._claims.drop("calibration")
 
     def _calibration_features(
-        self, batches: Iterable[tuple[Sequence[int], dict[str, Pixels]]], bar: tqdm
+        self, batches: Iterable[tuple[Sequence[int], dict[str, Conditions]]], bar: tqdm
     ) -> Iterator[dict[str, Tensor]]:
         """Yield the features of calibration batches; samples that the teacher fails on count where they are stored."""
         nothing = True
         failures: dict[int, str] = {}
-        for rows, pixels in batches:
-            computed, failures = self._compute(rows, pixels)
+        for rows, conditions in batches:
+            computed, failures = self._compute(rows, conditions)
             if failures and self._bad.tolerance.strict:
                 self._bad.add(self._usable[rows[min(failures)]].sample.source, failures[min(failures)])
             good = [i for i in range(len(rows)) if i not in failures]
@@ -166,8 +188,8 @@ class FeatureBuilder:
         shard: _OpenShard | None = None
         turn = 0
         with closing(self._ahead(self._batches(shards))) as ahead:
-            for rows, pixels in ahead:
-                computed, failures = self._compute(rows, pixels)
+            for rows, conditions in ahead:
+                computed, failures = self._compute(rows, conditions)
                 number = rows.start // self._writer.manifest.store.samples_per_shard
                 if shard is None:
                     shard = _OpenShard(self._writer.shard_rows(number))
@@ -189,18 +211,18 @@ class FeatureBuilder:
         # Batches start at the shard's first row, so what a shard holds never depends on where an earlier run stopped.
         for shard in shards:
             rows = self._writer.shard_rows(shard)
-            for start in range(0, len(rows), self._config.batch):
-                yield rows[start : start + self._config.batch]
+            for start in range(0, len(rows), self._config.batch_images):
+                yield rows[start : start + self._config.batch_images]
 
-    def _ahead(self, batches: Iterable[Rows]) -> Generator[tuple[Rows, dict[str, Pixels]], None, None]:
-        """Yield batches of rows with their pixels, which are read while the teacher computes the batch before."""
+    def _ahead(self, batches: Iterable[Rows]) -> Generator[tuple[Rows, dict[str, Conditions]], None, None]:
+        """Yield batches of rows with their conditions, read while the teacher computes the batch before."""
 
-        def read(rows: Sequence[int]) -> dict[str, Pixels]:
+        def read(rows: Sequence[int]) -> dict[str, Conditions]:
             samples = [self._usable[row].sample for row in rows]
-            return read_pixels(self._dataset, samples, self._teacher.resolution, self._config.views)
+            return {view: self._conditions.read(samples, view) for view in self._config.views}
 
         with ThreadPoolExecutor(1) as reader:
-            waiting: tuple[Rows, Future[dict[str, Pixels]]] | None = None
+            waiting: tuple[Rows, Future[dict[str, Conditions]]] | None = None
             for rows in batches:
                 coming = rows, reader.submit(read, rows)
                 if waiting:
@@ -209,10 +231,12 @@ class FeatureBuilder:
             if waiting:
                 yield waiting[0], waiting[1].result()
 
-    def _compute(self, rows: Sequence[int], pixels: Mapping[str, Pixels]) -> tuple[dict[str, Tensor], dict[int, str]]:
+    def _compute(
+        self, rows: Sequence[int], conditions: Mapping[str, Conditions]
+    ) -> tuple[dict[str, Tensor], dict[int, str]]:
         self._check()
         samples = [self._usable[row].sample for row in rows]
-        features = teacher_features(self._teacher, self._dataset, samples, self._config, self._sigmas, pixels)
+        features = teacher_features(self._teacher, samples, conditions, self._config, self._sigmas, self._passes)
         return features, find_failures(features, self._config)
 
     def _room(self, turn: int, rows: int, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

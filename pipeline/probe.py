@@ -14,11 +14,13 @@ from tqdm import tqdm
 
 from cache_schema.errors import DitDistillError
 from cache_schema.files import write_file
-from pipeline.conditions import Conditions, encode_conditions
+from pipeline.condition_store import ConditionStore, default_store
+from pipeline.conditions import Conditions
 from pipeline.curriculum import DEFAULT_STEPS, DEFAULT_TIMESTEPS, add_noise, check_timesteps, sample_noise
 from pipeline.datasets.base import SPLITS, Dataset, Sample
+from pipeline.passes import memory_errors
 from pipeline.probe_scores import high_frequency_ratio, linear_accuracy, pool_cells, recall_at_1, standardise
-from pipeline.teachers.base import Teacher, TextEmbedding
+from pipeline.teachers.base import Teacher
 
 DEFAULT_TAP = "hidden"
 # Farther below the best than this many standard errors, the default is worth a warning.
@@ -77,23 +79,34 @@ class Advice:
 
 
 def probe(
-    teacher: Teacher, dataset: Dataset, config: ProbeConfig, output: Path, *, log: Callable[[str], None] = print
+    teacher: Teacher,
+    dataset: Dataset,
+    config: ProbeConfig,
+    output: Path,
+    *,
+    conditions: Path | None = None,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Score every tap at every timestep, print a table, write probe.json and probe.png to `output`.
 
-    Returns what is written to probe.json. Raises DitDistillError where the data set has too few labelled images.
+    Returns what is written to probe.json. conditions: folder of the `ConditionStore`, by default beside `output`.
+    Raises DitDistillError where the data set has too few labelled images.
     """
     taps = config.taps or tuple(teacher.taps())
     for tap in taps:
         teacher.tap_shape(tap)
     samples = choose_samples(dataset, config)
-    scores = score_all(teacher, dataset, samples, taps, config)
+    store = ConditionStore(conditions or default_store(output), teacher, dataset)
+    store.prepare(samples, log=log)
+    scores = score_all(teacher, store, samples, taps, config)
     advice = advise(scores, config, len(samples))
     classes = len({s.label for s in samples})
     record: dict[str, Any] = {
         "dataset": dataset.name,
         "teacher": teacher.source,
         "refined": teacher.lora is not None,
+        "context": teacher.context,
+        "quantization": teacher.quantization,
         "config": asdict(config),
         "images": len(samples),
         "classes": classes,
@@ -136,20 +149,22 @@ def choose_samples(dataset: Dataset, config: ProbeConfig) -> list[Sample]:
 
 @torch.no_grad()
 def score_all(
-    teacher: Teacher, dataset: Dataset, samples: Sequence[Sample], taps: Sequence[str], config: ProbeConfig
+    teacher: Teacher, store: ConditionStore, samples: Sequence[Sample], taps: Sequence[str], config: ProbeConfig
 ) -> list[Score]:
-    """Score timestep after timestep, so that the features of only one are in memory, taps × images × cells² × C."""
+    """Score timestep after timestep, so that the features of only one are in memory, taps × images × cells² × C.
+
+    samples: prepared in `store`.
+    """
     sigmas = teacher.sigmas(config.num_steps)
     labels = np.array([s.label for s in samples])
     batches = [samples[i : i + config.batch] for i in range(0, len(samples), config.batch)]
-    conditions = [_to_cpu(encode_conditions(teacher, dataset, b, "canonical")) for b in batches]
     scores = []
     with tqdm(total=len(samples) * len(config.timesteps), desc="probe", unit="image") as bar:
         for p in config.timesteps:
             pooled: dict[str, list[Tensor]] = {tap: [] for tap in taps}
             energy: dict[str, list[float]] = {tap: [] for tap in taps}
-            for batch, condition in zip(batches, conditions, strict=True):
-                found = _features(teacher, batch, condition, sigmas[p - 1], taps, config.seed)
+            for batch in batches:
+                found = _features(teacher, batch, store.read(batch, "canonical"), sigmas[p - 1], taps, config.seed)
                 for tap, tokens in found.items():
                     grid = teacher.tap_shape(tap).grid
                     pooled[tap].append(pool_cells(tokens.float(), grid, config.cells).half().cpu())
@@ -172,17 +187,12 @@ def score_all(
 def _features(
     teacher: Teacher, batch: Sequence[Sample], conditions: Conditions, sigma: float, taps: Sequence[str], seed: int
 ) -> dict[str, Tensor]:
-    shape = tuple(conditions.object.shape[1:])
-    noise = torch.stack([sample_noise(s.id, "canonical", seed, shape) for s in batch])
-    clean, context = conditions.object.to(teacher.device), conditions.context.to(teacher.device)
-    level = torch.full((len(batch),), sigma).to(clean.device)
-    text = TextEmbedding(conditions.text.tokens.to(teacher.device), conditions.text.pooled.to(teacher.device))
-    return teacher.features(add_noise(clean, noise.to(clean), level), context, level, text, taps)
-
-
-def _to_cpu(conditions: Conditions) -> Conditions:
-    text = TextEmbedding(conditions.text.tokens.cpu(), conditions.text.pooled.cpu())
-    return Conditions(conditions.object.cpu(), conditions.context.cpu(), text)
+    given = conditions.to(teacher.device)
+    noise = torch.stack([sample_noise(s.id, "canonical", seed, tuple(given.object.shape[1:])) for s in batch])
+    level = torch.full((len(batch),), sigma).to(given.object.device)
+    noisy = add_noise(given.object, noise.to(given.object), level)
+    with memory_errors(f"in a forward pass of {len(batch)} images", "use a smaller --batch"):
+        return teacher.features(noisy, given.context, level, given.text, taps)
 
 
 def standard_error(share: float, count: int) -> float:

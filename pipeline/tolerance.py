@@ -19,6 +19,10 @@ class Tolerance:
     max_bad: float = 0.01
     strict: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_bad <= 1:
+            raise DitDistillError(f"--max-bad must lie from 0 to 1, not {self.max_bad}")
+
 
 @dataclass
 class BadSamples:

@@ -46,6 +46,15 @@ def test_every_writer_is_measured_or_said_to_be_missing():
     assert {"fidelity", "checksum", "write", "fsync", "in all"} <= set(rows)
 
 
+def test_a_joint_and_a_reused_context_are_measured_side_by_side():
+    rows = [
+        line for line in run("benchmarks.context_reuse", "--small", "--rounds", "1").splitlines() if "| 4 |" in line
+    ]
+    assert [row.split(" | ")[0] for row in rows] == ["| hidden", "| single.2"]
+    # 8 tokens of text and 16 of each image; reused: the context once, with a token in place of its text.
+    assert all(row.split(" | ")[2:4] == ["160", "113"] for row in rows)
+
+
 def test_a_reader_that_delivers_other_values_is_not_measured(tmp_path):
     workload = synthetic.Workload("int8", tokens=4, channels=8)
     cache = synthetic.write_cache(tmp_path / "cache", workload, 3)

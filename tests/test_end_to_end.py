@@ -22,12 +22,12 @@ def command(*arguments: str | Path, cwd: Path, expect: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory in which Stage I and the build of a very small demo have run."""
+    """A directory in which a very small demo has been annotated, refined, built and verified, by one command."""
     folder = tmp_path_factory.mktemp("demo")
-    command(
-        "dit-cache", "refine", "--limit", "40", "--steps", "3", "--batch", "2", "--validation-images", "2", cwd=folder
-    )
-    command("dit-cache", "build", "--limit", "40", "--lora", "runs/demo/lora", "--samples-per-shard", "32", cwd=folder)
+    settings = ("refine.steps=3", "refine.batch=2", "refine.validation_images=2", "build.samples_per_shard=32")
+    options = [word for setting in settings for word in ("--set", setting)]
+    said = command("dit-cache", "run", "--limit", "40", *options, cwd=folder)
+    assert said.splitlines()[-1] == "runs/demo/cache: every file is as it was written"
     return folder
 
 

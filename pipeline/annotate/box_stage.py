@@ -12,6 +12,7 @@ from pipeline.annotate.models import ModelFiles
 from pipeline.annotate.work import Rows
 from pipeline.conditions import UNREADABLE, box_on_stored_pixels, decode_image, decode_with_box
 from pipeline.datasets.base import Dataset, Sample
+from pipeline.device import choose_device
 from pipeline.views import Box
 
 
@@ -57,7 +58,7 @@ class BoxStage:
     def _detect(self, images: list[Image.Image]) -> list[Detection | None]:
         if self._detector is None:
             assert self._files is not None
-            self._detector = Detector(self._files, self._config.device)
+            self._detector = Detector(self._files, str(choose_device(self._config.device)))
         c = self._config
         return self._detector.detect(images, self._dataset.superclass, c.box_threshold, c.padding)
 

@@ -14,6 +14,7 @@ from pipeline.annotate.models import ModelFiles
 from pipeline.annotate.work import Rows
 from pipeline.conditions import UNREADABLE, caption_of, decode_with_box
 from pipeline.datasets.base import Dataset, Sample
+from pipeline.device import choose_device, choose_dtype
 
 NO_CAPTION: dict[str, Any] = {"caption": None, "caption_source": "none", "leak": ""}
 
@@ -74,5 +75,6 @@ class CaptionStage:
         if self._captioner is None:
             assert self._files is not None
             c = self._config
-            self._captioner = Captioner(self._files, c.dtype, c.device, c.max_new_tokens)
+            device = choose_device(c.device)
+            self._captioner = Captioner(self._files, choose_dtype(c.dtype, device), str(device), c.max_new_tokens)
         return self._captioner.describe(crops, instruction)

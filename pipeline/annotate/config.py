@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from pipeline.annotate.captioner import DEFAULT as DEFAULT_CAPTIONER
 from pipeline.annotate.captioner import INSTRUCTION
 from pipeline.annotate.detector import DEFAULT as DEFAULT_DETECTOR
 from pipeline.annotate.models import AnnotateError
+from pipeline.device import DtypeName
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class AnnotateConfig:
     instruction: str = INSTRUCTION
     max_new_tokens: int = 96
     crop_side: int = 768
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
+    dtype: DtypeName = "auto"
+    device: str = "auto"
     batch: int = 8
     save_every: int = 64
 

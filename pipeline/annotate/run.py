@@ -21,6 +21,7 @@ from pipeline.annotate.models import AnnotateError, ModelFiles, locate_model, re
 from pipeline.annotate.table import counts, read_annotations, write_annotations
 from pipeline.annotate.work import Rows, WorkFolder, check_settings, remove_work
 from pipeline.datasets.base import Dataset
+from pipeline.device import choose_device, choose_dtype
 
 _VERSIONED = ("dit-distill", "torch", "torchvision", "transformers", "pillow")
 
@@ -100,7 +101,7 @@ def describe_settings(dataset: Dataset, config: AnnotateConfig, models: Models) 
     if models.captioner:
         settings |= {
             "digest of --captioner": models.captioner.digest,
-            "--dtype": str(config.dtype).removeprefix("torch."),
+            "--dtype": str(choose_dtype(config.dtype, choose_device(config.device))).removeprefix("torch."),
             "--instruction": config.instruction,
             "stricter instruction": config.instruction + STRICTER,
             "--max-new-tokens": config.max_new_tokens,

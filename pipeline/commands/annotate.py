@@ -17,9 +17,7 @@ from pipeline.options import (
     SuperclassOption,
     TrainClassesOption,
     TrainRatioOption,
-    choose_device,
-    choose_dtype,
-    open_data,
+    parse_classes,
 )
 from pipeline.presets import run_folder
 
@@ -49,26 +47,36 @@ def annotate(
     sheet: Annotated[Path | None, typer.Option(help="Also draw a picture sheet (PNG) of boxes and captions.")] = None,
     sheet_images: Annotated[int, typer.Option(min=1, help="Images on the picture sheet.")] = 24,
     boxes: Annotated[
-        Boxes, typer.Option(help="Where boxes come from: a detector, the data set, or the whole image is the box.")
-    ] = Boxes.detector,
+        Boxes | None,
+        typer.Option(
+            help="Where boxes come from: a detector, the data set, or the whole image is the box. Default detector, "
+            "but dataset for the demo."
+        ),
+    ] = None,
     detector: Annotated[
         str | None,
         typer.Option(
-            help="Zero-shot detector: hub repository or folder; default IDEA-Research/grounding-dino-base.",
-            show_default=False,
+            help="Zero-shot detector: hub repository or folder.", show_default="IDEA-Research/grounding-dino-base"
         ),
     ] = None,
     detector_revision: Annotated[str | None, typer.Option(help="Revision of the detector's repository.")] = None,
-    box_threshold: Annotated[float, typer.Option(help="A detection's score must be above this.")] = 0.3,
-    padding: Annotated[float, typer.Option(help="Share of a detected box's sides to add around it.")] = 0.05,
+    box_threshold: Annotated[
+        float | None, typer.Option(help="A detection's score must be above this.", show_default="0.3")
+    ] = None,
+    padding: Annotated[
+        float | None, typer.Option(help="Share of a detected box's sides to add around it.", show_default="0.05")
+    ] = None,
     captions: Annotated[
-        Captions, typer.Option(help="Where captions come from: a vision-language model, the data set, or none.")
-    ] = Captions.vlm,
+        Captions | None,
+        typer.Option(
+            help="Where captions come from: a vision-language model, the data set, or none. Default vlm, but dataset "
+            "for the demo."
+        ),
+    ] = None,
     captioner: Annotated[
         str | None,
         typer.Option(
-            help="Image-text-to-text chat model: hub repository or folder; default Qwen/Qwen2.5-VL-7B-Instruct.",
-            show_default=False,
+            help="Image-text-to-text chat model: hub repository or folder.", show_default="Qwen/Qwen2.5-VL-7B-Instruct"
         ),
     ] = None,
     captioner_revision: Annotated[str | None, typer.Option(help="Revision of the captioner's repository.")] = None,
@@ -80,17 +88,28 @@ def annotate(
             show_default=False,
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest caption, in tokens of the captioner.")] = 96,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest caption, in tokens of the captioner.", show_default="96")
+    ] = None,
     crop_side: Annotated[
-        int, typer.Option(help="Longer side, in pixels, of the crop that the captioner sees; larger ones shrink.")
-    ] = 768,
-    batch: Annotated[int, typer.Option(help="Images per forward pass.")] = 8,
-    save_every: Annotated[int, typer.Option(help="Images after which an interrupted run need not do them again.")] = 64,
+        int | None,
+        typer.Option(
+            help="Longer side, in pixels, of the crop that the captioner sees; larger ones shrink.", show_default="768"
+        ),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Images per forward pass.", show_default="8")] = None,
+    save_every: Annotated[
+        int | None,
+        typer.Option(help="Images after which an interrupted run need not do them again.", show_default="64"),
+    ] = None,
     dtype: Annotated[
-        Dtype,
-        typer.Option(help="Precision of the captioner; auto is bfloat16 on a GPU. The detector runs in float32."),
-    ] = Dtype.auto,
-    device: DeviceOption = "auto",
+        Dtype | None,
+        typer.Option(
+            help="Precision of the captioner; auto is bfloat16 on a GPU. The detector runs in float32.",
+            show_default="auto",
+        ),
+    ] = None,
+    device: DeviceOption = None,
     limit: LimitOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -99,36 +118,18 @@ def annotate(
     The same command goes on where an interrupted run stopped. Give the file to refine, probe and
     build with --annotations.
     """
-    opened = open_data(
-        dataset, data, limit,
-        train_classes=train_classes, train_ratio=train_ratio, superclass=superclass, annotations=annotations,
-    )  # fmt: skip
-    target = choose_device(device)
-    from pipeline.annotate.captioner import DEFAULT as DEFAULT_CAPTIONER
-    from pipeline.annotate.captioner import INSTRUCTION
-    from pipeline.annotate.config import AnnotateConfig
-    from pipeline.annotate.detector import DEFAULT as DEFAULT_DETECTOR
-    from pipeline.annotate.run import annotate as run_annotate
-    from pipeline.annotate.sheet import draw_sheet
+    from pipeline.config import make_config
+    from pipeline.run.steps import annotate_images
 
-    config = AnnotateConfig(
-        boxes=boxes.value,
-        captions=captions.value,
-        detector=DEFAULT_DETECTOR if detector is None else detector,
-        detector_revision=detector_revision,
-        box_threshold=box_threshold,
-        padding=padding,
-        captioner=DEFAULT_CAPTIONER if captioner is None else captioner,
-        captioner_revision=captioner_revision,
-        instruction=INSTRUCTION if instruction is None else instruction,
-        max_new_tokens=max_new_tokens,
-        crop_side=crop_side,
-        dtype=choose_dtype(dtype, target),
-        device=str(target),
-        batch=batch,
-        save_every=save_every,
-    )
-    rows = run_annotate(opened, config, output or run_folder(dataset) / "annotations.parquet")
-    if sheet is not None:
-        draw_sheet(opened, rows, sheet_images, sheet)
-        typer.echo(f"wrote {sheet}")
+    config = make_config(
+        dataset,
+        data__root=data, data__limit=limit, data__train_classes=parse_classes(train_classes),
+        data__train_ratio=train_ratio, data__superclass=superclass, data__annotations=annotations,
+        annotate__boxes=boxes, annotate__detector=detector, annotate__detector_revision=detector_revision,
+        annotate__box_threshold=box_threshold, annotate__padding=padding,
+        annotate__captions=captions, annotate__captioner=captioner, annotate__captioner_revision=captioner_revision,
+        annotate__instruction=instruction, annotate__max_new_tokens=max_new_tokens, annotate__crop_side=crop_side,
+        annotate__batch=batch, annotate__save_every=save_every, annotate__dtype=dtype, annotate__device=device,
+    )  # fmt: skip
+    place = output or run_folder(dataset) / "annotations.parquet"
+    annotate_images(config, place, sheet=sheet, sheet_images=sheet_images)

@@ -8,27 +8,31 @@ import typer
 
 from pipeline.options import (
     AnnotationsOption,
+    CompileOption,
+    ConditionsOption,
+    ContextOption,
     DataOption,
     DatasetOption,
     DebugOption,
     DeviceOption,
-    Dtype,
     DtypeOption,
     GuidanceOption,
     LimitOption,
+    OffloadOption,
+    QuantizeOption,
     ResolutionOption,
     RevisionOption,
     SuperclassOption,
     TeacherOption,
     TrainClassesOption,
     TrainRatioOption,
-    open_data,
-    open_teacher,
+    parse_batch,
+    parse_classes,
     parse_names,
     parse_numbers,
     parse_share,
 )
-from pipeline.presets import preset_for, run_folder
+from pipeline.presets import run_folder
 
 
 class Encoding(StrEnum):
@@ -61,6 +65,34 @@ class Text(StrEnum):
     none = "none"
 
 
+TapsOption = Annotated[
+    str | None,
+    typer.Option(help="Where features are read: hidden, velocity, double.N, single.N.", show_default="hidden"),
+]
+TimestepsOption = Annotated[str | None, typer.Option(help="Curriculum P; default 10,16,22,28, demo 22,28.")]
+NumStepsOption = Annotated[
+    int | None,
+    typer.Option(help="Length T of the scheduler; 1 is the noisiest step, T the clearest.", show_default="28"),
+]
+ViewsOption = Annotated[str | None, typer.Option(help="canonical, hflip or both; each gets features of its own.")]
+FeaturesOption = Annotated[str | None, typer.Option(help="Splits that get features: train, unlabeled, test.")]
+StoreOption = Annotated[
+    Store | None, typer.Option(help="Zarr v3 arrays, or WebDataset tar files.", show_default="zarr")
+]
+EncodingOption = Annotated[
+    Encoding | None, typer.Option(help="Number format in which features are stored.", show_default="int8")
+]
+PoolOption = Annotated[
+    int | None, typer.Option(min=1, max=64, help="Store the mean over N × N tokens; default 1, nabirds 2.")
+]
+PcaOption = Annotated[int | None, typer.Option(min=1, help="Store the K strongest principal components.")]
+ImageSizeOption = Annotated[int | None, typer.Option(help="Side of the student's images; default 224, demo 96.")]
+ImageFormatOption = Annotated[ImageFormat | None, typer.Option(help="File format of the student's images.")]
+ImageQualityOption = Annotated[
+    int | None, typer.Option(min=1, max=100, help="JPEG quality of the student's images.", show_default="95")
+]
+
+
 def build(
     dataset: DatasetOption = "demo",
     data: DataOption = None,
@@ -75,92 +107,90 @@ def build(
         typer.Option(help="LoRA of Stage I (folder or file); without it the original DiT is cached."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the cache; default runs/<dataset>/cache.")] = None,
-    taps: Annotated[
-        str, typer.Option(help="Where features are read: hidden, velocity, double.N, single.N.")
-    ] = "hidden",
-    timesteps: Annotated[str | None, typer.Option(help="Curriculum P; default 10,16,22,28, demo 22,28.")] = None,
-    num_steps: Annotated[
-        int, typer.Option(help="Length T of the scheduler; 1 is the noisiest step, T the clearest.")
-    ] = 28,
-    views: Annotated[str | None, typer.Option(help="canonical, hflip or both; each gets features of its own.")] = None,
-    features: Annotated[str | None, typer.Option(help="Splits that get features: train, unlabeled, test.")] = None,
-    store: Annotated[Store, typer.Option(help="Zarr v3 arrays, or WebDataset tar files.")] = Store.zarr,
-    encoding: Annotated[Encoding, typer.Option(help="Number format in which features are stored.")] = Encoding.int8,
-    pool: Annotated[int, typer.Option(min=1, help="Store the mean over N x N tokens.")] = 1,
-    pca: Annotated[int | None, typer.Option(min=1, help="Store the K strongest principal components.")] = None,
+    taps: TapsOption = None,
+    timesteps: TimestepsOption = None,
+    num_steps: NumStepsOption = None,
+    views: ViewsOption = None,
+    features: FeaturesOption = None,
+    store: StoreOption = None,
+    encoding: EncodingOption = None,
+    pool: PoolOption = None,
+    pca: PcaOption = None,
     compression: Annotated[
-        Compression, typer.Option(help="Lossless compression of the stored bytes.")
-    ] = Compression.none,
+        Compression | None, typer.Option(help="Lossless compression of the stored bytes.", show_default="none")
+    ] = None,
     min_cosine: Annotated[
         float | None, typer.Option(help="Refuse a cache whose mean cosine to the teacher is below this, e.g. 0.995.")
     ] = None,
-    text: Annotated[Text, typer.Option(help="Condition on captions, or on an empty prompt.")] = Text.caption,
-    seed: Annotated[int, typer.Option(help="Seed of the noise; one noise per image and view.")] = 0,
-    batch: Annotated[int | None, typer.Option(help="Images per forward pass (times the timesteps).")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Side of the student's images; default 224, demo 96.")] = None,
-    image_format: Annotated[ImageFormat | None, typer.Option(help="File format of the student's images.")] = None,
-    image_quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of the student's images.")] = 95,
-    images: Annotated[bool, typer.Option("--images/--no-images", help="Store the student's images.")] = True,
+    text: Annotated[
+        Text | None, typer.Option(help="Condition on captions, or on an empty prompt.", show_default="caption")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the noise; one noise per image and view.", show_default="0")
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(help="Images per forward pass, each at all timesteps; auto: 32, halved when memory runs out."),
+    ] = None,
+    image_size: ImageSizeOption = None,
+    image_format: ImageFormatOption = None,
+    image_quality: ImageQualityOption = None,
+    images: Annotated[
+        bool | None,
+        typer.Option("--images/--no-images", help="Store the student's images.", show_default="images"),
+    ] = None,
     samples_per_shard: Annotated[
         int | None, typer.Option(min=1, help="Default: about 64 MB, at most 512 samples.")
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad image, caption or feature.")] = False,
-    max_bad: Annotated[str, typer.Option(help="Stop above this share of bad samples: 1% or 0.01.")] = "1%",
+    strict: Annotated[
+        bool | None, typer.Option("--strict", help="Stop at the first bad image, caption or feature.")
+    ] = None,
+    max_bad: Annotated[
+        str | None, typer.Option(help="Stop above this share of bad samples: 1% or 0.01.", show_default="1%")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a begun cache, and fail if there is none; without it, do either.")
     ] = False,
     repair: Annotated[
         bool, typer.Option("--repair", help="Check the cache first, and build again exactly what is damaged.")
     ] = False,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
+    conditions: ConditionsOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
     resolution: ResolutionOption = None,
-    guidance: GuidanceOption = 3.5,
+    guidance: GuidanceOption = None,
+    context: ContextOption = None,
+    quantize: QuantizeOption = None,
+    offload: OffloadOption = None,
+    compile_blocks: CompileOption = None,
     limit: LimitOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Build the cache, or resume it: a shard that is there is not computed again."""
-    preset = preset_for(dataset)
     place = output or run_folder(dataset) / "cache"
+    chosen_steps = parse_numbers(timesteps, "--timesteps")
     bad_share = parse_share(max_bad, "--max-bad")
-    chosen_steps = preset.timesteps if timesteps is None else parse_numbers(timesteps, "--timesteps")
     if resume or repair:
         _check_begun(place, "--repair" if repair else "--resume")
-    from pipeline.build import build as run_build
-    from pipeline.build import scan_for
-    from pipeline.build_config import BuildConfig
-    from pipeline.tolerance import Tolerance
+    from pipeline.config import make_config
+    from pipeline.run.steps import build_cache
 
-    config = BuildConfig(
-        taps=parse_names(taps),
-        timesteps=chosen_steps,
-        num_steps=num_steps,
-        views=preset.views if views is None else parse_names(views),
-        feature_splits=preset.feature_splits if features is None else parse_names(features),
-        store=store.value,
-        encoding=encoding.value,
-        pool=pool,
-        pca=pca,
-        compression=compression.value,
-        min_cosine=min_cosine,
-        seed=seed,
-        text=text.value,
-        batch=preset.batch if batch is None else batch,
-        image_size=preset.image_size if image_size is None else image_size,
-        image_format=(ImageFormat(preset.image_format) if image_format is None else image_format).value,
-        image_quality=image_quality,
-        with_images=images,
-        samples_per_shard=samples_per_shard,
-    )
-    opened = open_data(
-        dataset, data, limit,
-        train_classes=train_classes, train_ratio=train_ratio, superclass=superclass, annotations=annotations,
+    config = make_config(
+        dataset, teacher, conditions=conditions,
+        data__root=data, data__limit=limit, data__train_classes=parse_classes(train_classes),
+        data__train_ratio=train_ratio, data__superclass=superclass, data__annotations=annotations,
+        teacher__revision=revision, teacher__resolution=resolution, teacher__guidance=guidance,
+        teacher__context=context, teacher__quantize=quantize,
+        teacher__offload=offload, teacher__compile=compile_blocks, teacher__dtype=dtype, teacher__device=device,
+        build__taps=parse_names(taps), build__timesteps=chosen_steps, build__num_steps=num_steps,
+        build__views=parse_names(views), build__feature_splits=parse_names(features),
+        build__store=store, build__encoding=encoding, build__pool=pool, build__pca=pca,
+        build__compression=compression, build__min_cosine=min_cosine, build__seed=seed, build__text=text,
+        build__batch=parse_batch(batch, "--batch"), build__image_size=image_size, build__image_format=image_format,
+        build__image_quality=image_quality, build__with_images=images, build__samples_per_shard=samples_per_shard,
+        tolerance__max_bad=bad_share, tolerance__strict=strict,
     )  # fmt: skip
-    tolerance = Tolerance(max_bad=bad_share, strict=strict)
-    # Before the teacher: a broken image should not wait for 24 GB of weights.
-    scanned = scan_for(opened, config, tolerance)
-    loaded = open_teacher(dataset, teacher, revision, lora, dtype, device, resolution, guidance)
-    run_build(loaded, opened, config, place, tolerance=tolerance, scanned=scanned, repair=repair)
+    build_cache(config, lora, place, repair=repair)
 
 
 def _check_begun(cache: Path, option: str) -> None:

@@ -2,31 +2,47 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.commands.build import Encoding, ImageFormat, Store
+from pipeline.commands.build import (
+    EncodingOption,
+    FeaturesOption,
+    ImageFormatOption,
+    ImageQualityOption,
+    ImageSizeOption,
+    NumStepsOption,
+    PcaOption,
+    PoolOption,
+    StoreOption,
+    TapsOption,
+    TimestepsOption,
+    ViewsOption,
+)
 from pipeline.options import (
+    ContextOption,
     DataOption,
     DatasetOption,
     DebugOption,
     DeviceOption,
-    Dtype,
     DtypeOption,
     GuidanceOption,
     LimitOption,
+    QuantizeOption,
     ResolutionOption,
     RevisionOption,
     TeacherOption,
-    open_teacher,
+    parse_batch,
     parse_names,
     parse_numbers,
 )
-from pipeline.presets import preset_for, run_folder
+from pipeline.presets import run_folder
 
 if TYPE_CHECKING:
+    from pipeline.config import DataOptions, RunConfig
     from pipeline.datasets.base import Dataset
+    from pipeline.teachers import TeacherOutline
 
 
 def estimate(
@@ -36,22 +52,18 @@ def estimate(
     revision: RevisionOption = None,
     lora: Annotated[Path | None, typer.Option(help="LoRA of Stage I; it counts in --measure.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where the cache would go; default runs/<dataset>/cache.")] = None,
-    taps: Annotated[
-        str, typer.Option(help="Where features are read: hidden, velocity, double.N, single.N.")
-    ] = "hidden",
-    timesteps: Annotated[str | None, typer.Option(help="Curriculum P; default 10,16,22,28, demo 22,28.")] = None,
-    num_steps: Annotated[
-        int, typer.Option(help="Length T of the scheduler; 1 is the noisiest step, T the clearest.")
-    ] = 28,
-    views: Annotated[str | None, typer.Option(help="canonical, hflip or both; each gets features of its own.")] = None,
-    features: Annotated[str | None, typer.Option(help="Splits that get features: train, unlabeled, test.")] = None,
-    store: Annotated[Store, typer.Option(help="Zarr v3 arrays, or WebDataset tar files.")] = Store.zarr,
-    encoding: Annotated[Encoding, typer.Option(help="How features are stored; all are shown.")] = Encoding.int8,
-    pool: Annotated[int, typer.Option(min=1, max=64, help="Mean over N × N tokens.")] = 1,
-    pca: Annotated[int | None, typer.Option(min=1, help="Keep the N strongest principal components.")] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the student's images.")] = None,
-    image_format: Annotated[ImageFormat | None, typer.Option(help="File format of the student's images.")] = None,
-    image_quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of the student's images.")] = 95,
+    taps: TapsOption = None,
+    timesteps: TimestepsOption = None,
+    num_steps: NumStepsOption = None,
+    views: ViewsOption = None,
+    features: FeaturesOption = None,
+    store: StoreOption = None,
+    encoding: EncodingOption = None,
+    pool: PoolOption = None,
+    pca: PcaOption = None,
+    image_size: ImageSizeOption = None,
+    image_format: ImageFormatOption = None,
+    image_quality: ImageQualityOption = None,
     no_images: Annotated[bool, typer.Option("--no-images", help="Leave the student's images out.")] = False,
     images: Annotated[
         int | None, typer.Option(min=1, help="Number of images, instead of looking at the data set.")
@@ -72,63 +84,95 @@ def estimate(
         int | None, typer.Option(min=1, help="Load the teacher and time it on N images of the data set.")
     ] = None,
     teacher_batch: Annotated[
-        int | None, typer.Option(min=1, help="Images per forward pass of --measure; the build's --batch.")
+        str | None, typer.Option(help="Images per forward pass of --measure, or auto; the build's --batch.")
     ] = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, help="Say what is in memory in each phase, and what does not fit a device of so many GB."
+        ),
+    ] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
     resolution: ResolutionOption = None,
-    guidance: GuidanceOption = 3.5,
+    guidance: GuidanceOption = None,
+    context: ContextOption = None,
+    quantize: QuantizeOption = None,
     limit: LimitOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the estimate as JSON, for scripts.")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Say what a build would cost before it runs: bytes, read bandwidth, hours. Without --measure, loads no weights."""
-    preset = preset_for(dataset)
     if measure and images_per_second:
         raise typer.BadParameter("give the speed or measure it, not both", param_hint="--measure")
     trained = None if trainer_timesteps is None else parse_numbers(trainer_timesteps, "--trainer-timesteps")
     from pipeline import estimate as work
-    from pipeline.build_config import BuildConfig
+    from pipeline.config import make_config
     from pipeline.estimate_text import estimate_text
+    from pipeline.opening import open_teacher
     from pipeline.teachers import outline_teacher
 
-    config = BuildConfig(
-        taps=parse_names(taps),
-        timesteps=preset.timesteps if timesteps is None else parse_numbers(timesteps, "--timesteps"),
-        num_steps=num_steps,
-        views=preset.views if views is None else parse_names(views),
-        feature_splits=preset.feature_splits if features is None else parse_names(features),
-        store=store.value,
-        encoding=encoding.value,
-        pool=pool,
-        pca=pca,
-        batch=preset.batch if teacher_batch is None else teacher_batch,
-        image_size=preset.image_size if image_size is None else image_size,
-        image_format=(ImageFormat(preset.image_format) if image_format is None else image_format).value,
-        image_quality=image_quality,
-        with_images=not no_images,
-        samples_per_shard=samples_per_shard,
-    )
-    opened = None if images and not measure else _open_dataset(dataset, data, limit)
-    outline = outline_teacher(teacher or preset.teacher, revision=revision, resolution=resolution)
-    plan = work.plan_cache(outline, config, opened, images)
+    config = make_config(
+        dataset, teacher,
+        data__root=data, data__limit=limit,
+        teacher__revision=revision, teacher__resolution=resolution, teacher__guidance=guidance,
+        teacher__context=context, teacher__quantize=quantize, teacher__dtype=dtype,
+        teacher__device=device,
+        build__taps=parse_names(taps), build__timesteps=parse_numbers(timesteps, "--timesteps"),
+        build__num_steps=num_steps, build__views=parse_names(views), build__feature_splits=parse_names(features),
+        build__store=store, build__encoding=encoding, build__pool=pool, build__pca=pca,
+        build__batch=parse_batch(teacher_batch, "--teacher-batch"),
+        build__image_size=image_size, build__image_format=image_format, build__image_quality=image_quality,
+        build__with_images=False if no_images else None, build__samples_per_shard=samples_per_shard,
+    )  # fmt: skip
+    opened = None if images and not measure else _open_dataset(config.data)
+    chosen = config.teacher
+    outline = outline_teacher(chosen.name, revision=chosen.revision, resolution=chosen.resolution)
+    plan = work.plan_cache(outline, config.build, opened, images)
     rate = None if images_per_second is None else work.TeacherRate(images_per_second, "given")
     demand = work.Demand(batch, steps_per_second, trained, None if bandwidth is None else bandwidth * 1e6)
     place = output or run_folder(dataset) / "cache"
     found = work.estimate(plan, demand, place, rate)  # before --measure: a wrong option should not wait for weights
     if measure:
         assert opened is not None
-        loaded = open_teacher(dataset, teacher, revision, lora, dtype, device, resolution, guidance)
-        found = work.estimate(plan, demand, place, work.measure_rate(loaded, opened, config, measure))
+        loaded = open_teacher(chosen, lora)
+        found = work.estimate(plan, demand, place, work.measure_rate(loaded, opened, config.build, measure))
+    if memory is not None:
+        found["memory"] = _memory_budget(outline, config, memory)
+        found["warnings"] += found["memory"].pop("warnings")
     typer.echo(json.dumps(found, indent=2) if as_json else estimate_text(found))
     for warning in found["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
 
 
-def _open_dataset(name: str, root: Path | None, limit: int | None) -> "Dataset":
-    from pipeline.datasets import DataError, open_dataset
+def _memory_budget(outline: "TeacherOutline", config: "RunConfig", gigabytes: float) -> dict[str, Any]:
+    import torch
+
+    from pipeline.device import choose_dtype
+    from pipeline.opening import quantization_of
+    from pipeline.teachers import quiet_libraries
+
+    quiet_libraries()
+    from pipeline.memory import MemorySettings, memory_budget
+
+    # The device is one that may not be here: unless it is to be a CPU, `auto` is what it is on a GPU.
+    target = torch.device("cpu" if config.teacher.device == "cpu" else "cuda")
+    settings = MemorySettings(
+        dtype=choose_dtype(config.teacher.dtype, target),
+        limit=round(gigabytes * 1e9),
+        quantization=quantization_of(config.teacher),
+        context=config.teacher.context,
+        rank=config.refine.rank,
+        refine_batch=config.refine.batch,
+    )
+    return memory_budget(outline, config.build, settings)
+
+
+def _open_dataset(options: "DataOptions") -> "Dataset":
+    from pipeline.datasets import DataError
+    from pipeline.opening import open_data
 
     try:
-        return open_dataset(name, root, limit)
+        return open_data(options)
     except DataError as error:
         raise DataError(f"{error}; or give --images N to estimate without the data set") from None

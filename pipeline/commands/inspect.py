@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from cache_schema.errors import DitDistillError
 from pipeline.options import DebugOption
 
 
@@ -32,12 +31,6 @@ def verify(
     debug: DebugOption = False,
 ) -> None:
     """Check every file against the checksums in the journal; exit code 1 if anything is wrong."""
-    from cache_schema.verify import advice
-    from cache_schema.verify import verify as check
+    from pipeline.run.steps import verify_cache
 
-    problems = check(cache)
-    for problem in problems:
-        typer.echo(str(problem))
-    if problems:
-        raise DitDistillError(advice(problems, cache))
-    typer.echo(f"{cache}: every file is as it was written")
+    verify_cache(cache)

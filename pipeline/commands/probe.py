@@ -7,21 +7,25 @@ import typer
 
 from pipeline.options import (
     AnnotationsOption,
+    CompileOption,
+    ConditionsOption,
+    ContextOption,
     DataOption,
     DatasetOption,
     DebugOption,
     DeviceOption,
-    Dtype,
     DtypeOption,
     GuidanceOption,
     LimitOption,
+    OffloadOption,
+    QuantizeOption,
     ResolutionOption,
     RevisionOption,
     SuperclassOption,
     TeacherOption,
     TrainClassesOption,
     TrainRatioOption,
-    open_inputs,
+    parse_classes,
     parse_names,
     parse_numbers,
 )
@@ -39,46 +43,54 @@ def probe(
     revision: RevisionOption = None,
     lora: Annotated[Path | None, typer.Option(help="LoRA of Stage I (folder or file).")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the results; default runs/<dataset>/probe.")] = None,
-    taps: Annotated[str, typer.Option(help="Taps to compare, or all.")] = "all",
+    taps: Annotated[str | None, typer.Option(help="Taps to compare, or all.", show_default="all")] = None,
     timesteps: Annotated[
-        str, typer.Option(help="Timesteps to compare, or all of 1 to --num-steps.")
-    ] = "4,7,10,13,16,19,22,25,28",
-    num_steps: Annotated[int, typer.Option(help="Length T of the scheduler.")] = 28,
-    images: Annotated[int, typer.Option(help="Images to look at, about.")] = 300,
-    per_class: Annotated[int, typer.Option(help="Images of each class.")] = 10,
+        str | None,
+        typer.Option(help="Timesteps to compare, or all of 1 to --num-steps.", show_default="4,7,10,13,16,19,22,25,28"),
+    ] = None,
+    num_steps: Annotated[int | None, typer.Option(help="Length T of the scheduler.", show_default="28")] = None,
+    images: Annotated[int | None, typer.Option(help="Images to look at, about.", show_default="300")] = None,
+    per_class: Annotated[int | None, typer.Option(help="Images of each class.", show_default="10")] = None,
     split: Annotated[
-        str, typer.Option(help="Where they come from; choosing on test would be choosing on the test set.")
-    ] = "train",
-    cells: Annotated[int, typer.Option(help="Features are averaged over N x N places, then flattened.")] = 4,
-    recommend: Annotated[int, typer.Option(help="How many timesteps to recommend.")] = 4,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    batch: Annotated[int, typer.Option(help="Images per forward pass.")] = 4,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
+        str | None,
+        typer.Option(
+            help="Where they come from; choosing on test would be choosing on the test set.", show_default="train"
+        ),
+    ] = None,
+    cells: Annotated[
+        int | None, typer.Option(help="Features are averaged over N x N places, then flattened.", show_default="4")
+    ] = None,
+    recommend: Annotated[int | None, typer.Option(help="How many timesteps to recommend.", show_default="4")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise.", show_default="0")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images per forward pass.", show_default="4")] = None,
+    conditions: ConditionsOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
     resolution: ResolutionOption = None,
-    guidance: GuidanceOption = 3.5,
+    guidance: GuidanceOption = None,
+    context: ContextOption = None,
+    quantize: QuantizeOption = None,
+    offload: OffloadOption = None,
+    compile_blocks: CompileOption = None,
     limit: LimitOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Compare taps and timesteps before caching: retrieval, linear separability, high-frequency ratio of each."""
-    opened, loaded = open_inputs(
-        dataset, data, teacher, revision, lora, dtype, device, resolution, guidance, limit,
-        train_classes=train_classes, train_ratio=train_ratio, superclass=superclass, annotations=annotations,
-    )  # fmt: skip
-    from pipeline.probe import ProbeConfig
-    from pipeline.probe import probe as run_probe
+    from pipeline.config import make_config
+    from pipeline.curriculum import DEFAULT_STEPS
+    from pipeline.run.steps import probe_teacher
 
-    steps = range(1, num_steps + 1) if timesteps == "all" else parse_numbers(timesteps, "--timesteps")
-    config = ProbeConfig(
-        taps=() if taps == "all" else parse_names(taps),
-        timesteps=tuple(steps),
-        num_steps=num_steps,
-        images=images,
-        per_class=per_class,
-        split=split,
-        cells=cells,
-        recommend=recommend,
-        seed=seed,
-        batch=batch,
-    )
-    run_probe(loaded, opened, config, output or run_folder(dataset) / "probe")
+    every = range(1, (num_steps or DEFAULT_STEPS) + 1)
+    config = make_config(
+        dataset, teacher, conditions=conditions,
+        data__root=data, data__limit=limit, data__train_classes=parse_classes(train_classes),
+        data__train_ratio=train_ratio, data__superclass=superclass, data__annotations=annotations,
+        teacher__revision=revision, teacher__resolution=resolution, teacher__guidance=guidance,
+        teacher__context=context, teacher__quantize=quantize,
+        teacher__offload=offload, teacher__compile=compile_blocks, teacher__dtype=dtype, teacher__device=device,
+        probe__taps=() if taps == "all" else parse_names(taps),
+        probe__timesteps=tuple(every) if timesteps == "all" else parse_numbers(timesteps, "--timesteps"),
+        probe__num_steps=num_steps, probe__images=images, probe__per_class=per_class, probe__split=split,
+        probe__cells=cells, probe__recommend=recommend, probe__seed=seed, probe__batch=batch,
+    )  # fmt: skip
+    probe_teacher(config, lora, output or run_folder(dataset) / "probe")

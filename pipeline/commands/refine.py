@@ -7,23 +7,26 @@ import typer
 
 from pipeline.options import (
     AnnotationsOption,
+    CompileOption,
+    ConditionsOption,
+    ContextOption,
     DataOption,
     DatasetOption,
     DebugOption,
     DeviceOption,
-    Dtype,
     DtypeOption,
     GuidanceOption,
     LimitOption,
+    QuantizeOption,
     ResolutionOption,
     RevisionOption,
     SuperclassOption,
     TeacherOption,
     TrainClassesOption,
     TrainRatioOption,
-    open_inputs,
+    parse_classes,
 )
-from pipeline.presets import preset_for, run_folder
+from pipeline.presets import run_folder
 
 
 def refine(
@@ -38,24 +41,37 @@ def refine(
     output: Annotated[Path | None, typer.Option(help="Folder of the LoRA; default runs/<dataset>/lora.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps; default 30000, demo 200.")] = None,
     batch: Annotated[int | None, typer.Option(help="Images per step; default 1, demo 8.")] = None,
-    accumulate: Annotated[int, typer.Option(help="Batches per step, and per process, whose gradients add up.")] = 1,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of Adam; default 1e-4.")] = None,
-    rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 16,
-    validation_images: Annotated[int, typer.Option(help="Training images held out to measure progress.")] = 32,
-    validate_every: Annotated[int, typer.Option(help="Steps between measurements on held-out images.")] = 1000,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0 writes none.")] = 500,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Batches per step, and per process, whose gradients add up.", show_default="1")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of Adam.", show_default="0.0001")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the LoRA.", show_default="16")] = None,
+    validation_images: Annotated[
+        int | None, typer.Option(help="Training images held out to measure progress.", show_default="32")
+    ] = None,
+    validate_every: Annotated[
+        int | None, typer.Option(help="Steps between measurements on held-out images.", show_default="1000")
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; 0 writes none.", show_default="500")
+    ] = None,
     pictures_every: Annotated[
-        int, typer.Option(help="Steps between pictures of reconstructions; 0 draws none.")
-    ] = 5000,
+        int | None,
+        typer.Option(help="Steps between pictures of reconstructions; 0 draws none.", show_default="5000"),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool | None,
         typer.Option(help="Compute activations twice instead of keeping them; default on a GPU.", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of initialisation, order and noise.")] = 0,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
+    seed: Annotated[int | None, typer.Option(help="Seed of initialisation, order and noise.", show_default="0")] = None,
+    conditions: ConditionsOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
     resolution: ResolutionOption = None,
-    guidance: GuidanceOption = 3.5,
+    guidance: GuidanceOption = None,
+    context: ContextOption = None,
+    quantize: QuantizeOption = None,
+    compile_blocks: CompileOption = None,
     limit: LimitOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -64,27 +80,19 @@ def refine(
     The same command goes on where an interrupted run stopped. For several
     GPUs: torchrun --nproc-per-node 8 -m pipeline.cli refine …
     """
-    preset = preset_for(dataset)
-    opened, loaded = open_inputs(
-        dataset, data, teacher, revision, None, dtype, device, resolution, guidance, limit,
-        train_classes=train_classes, train_ratio=train_ratio, superclass=superclass, annotations=annotations,
-    )  # fmt: skip
-    from pipeline.refine import RefineConfig
-    from pipeline.refine import refine as run_refine
+    from pipeline.config import make_config
+    from pipeline.run.steps import refine_teacher
 
-    config = RefineConfig(
-        steps=preset.refine_steps if steps is None else steps,
-        batch=preset.refine_batch if batch is None else batch,
-        accumulate=accumulate,
-        lr=preset.refine_lr if lr is None else lr,
-        rank=rank,
-        seed=seed,
-        validation_images=validation_images,
-        validate_every=validate_every,
-        checkpoint_every=checkpoint_every,
-        pictures_every=pictures_every,
-        gradient_checkpointing=loaded.device.type == "cuda"
-        if gradient_checkpointing is None
-        else gradient_checkpointing,
-    )
-    run_refine(loaded, opened, config, output or run_folder(dataset) / "lora")
+    config = make_config(
+        dataset, teacher, conditions=conditions,
+        data__root=data, data__limit=limit, data__train_classes=parse_classes(train_classes),
+        data__train_ratio=train_ratio, data__superclass=superclass, data__annotations=annotations,
+        teacher__revision=revision, teacher__resolution=resolution, teacher__guidance=guidance,
+        teacher__context=context, teacher__quantize=quantize,
+        teacher__compile=compile_blocks, teacher__dtype=dtype, teacher__device=device,
+        refine__steps=steps, refine__batch=batch, refine__accumulate=accumulate, refine__lr=lr, refine__rank=rank,
+        refine__seed=seed, refine__gradient_checkpointing=gradient_checkpointing,
+        refine__validation_images=validation_images, refine__validate_every=validate_every,
+        refine__checkpoint_every=checkpoint_every, refine__pictures_every=pictures_every,
+    )  # fmt: skip
+    refine_teacher(config, output or run_folder(dataset) / "lora")

@@ -25,6 +25,7 @@ context image in the same sequence, and the text.
 | data set | {record["dataset"]}: {record["protocol"]} |
 | images | {record["train_images"]} of the training split, {record["held_out_images"]} held out |
 | steps | {config["steps"]} of {images} images, Adam {config["lr"]:g}, seed {config["seed"]} |
+| context | {record["context"]} |
 | transformer | `{record["transformer_digest"][:12]}` |
 | LoRA | `{record["lora_digest"][:12]}` |
 

@@ -17,6 +17,8 @@ from cache_schema.errors import DitDistillError
 from cache_schema.files import flush_directory, storage_errors, sweep_aside_files
 
 FOLDER = "checkpoint"
+# What runs that began before there was a choice did not write down.
+_ALWAYS_SO = {"context": "joint", "quantization": None}
 _STATE, _TENSORS = "state.json", "tensors.safetensors"
 
 
@@ -87,8 +89,19 @@ def load_checkpoint(
     return progress
 
 
+def newest_progress(output: Path) -> Progress | None:
+    """How far the newest checkpoint of `output` is, read without its tensors; None where there is none to be read."""
+    for folder in reversed(_checkpoints(output)):
+        try:
+            return Progress(**json.loads((folder / _STATE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+    return None
+
+
 def check_identity(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: Path) -> None:
     """Raise DitDistillError, naming what differs, unless both are the same run."""
+    theirs = {**_ALWAYS_SO, **theirs}
     differing = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
     if differing:
         name = differing[0]

@@ -11,7 +11,8 @@ class RefineConfig:
     """The paper's setting: Adam 1e-4, batch 1, 30 000 steps, rank 16. σ is uniform on (0, 1), as in L_CDR.
 
     One optimiser step sees `batch` × `accumulate` images on each process. The `*_every` fields count steps; 0 turns
-    checkpoints or pictures off. `timesteps` of `num_steps` are the noise levels that the pictures show.
+    checkpoints or pictures off. gradient_checkpointing: compute activations twice instead of keeping them; None does so
+    on a GPU. `timesteps` of `num_steps` are the noise levels that the pictures show.
     """
 
     steps: int = 30_000
@@ -20,7 +21,7 @@ class RefineConfig:
     lr: float = 1e-4
     rank: int = 16
     seed: int = 0
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = None
     validation_images: int = 32
     validate_every: int = 1_000
     checkpoint_every: int = 500

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from cache_schema.errors import DitDistillError
 from cache_schema.files import write_file
-from pipeline.conditions import encode_conditions
+from pipeline.condition_store import ConditionStore, default_store
 from pipeline.datasets.base import Dataset, Sample
+from pipeline.passes import memory_errors
 from pipeline.refine.card import render_card
 from pipeline.refine.checkpoint import (
     Progress,
@@ -28,7 +29,7 @@ from pipeline.refine.checkpoint import (
 )
 from pipeline.refine.config import RefineConfig
 from pipeline.refine.draws import noise_of, rows_of
-from pipeline.refine.loss import HeldOut, cdr_loss, encode_held_out, hold_out, validation_loss
+from pipeline.refine.loss import HeldOut, cdr_loss, hold_out, read_held_out, validation_loss
 from pipeline.refine.metrics import MetricsLog
 from pipeline.refine.pictures import draw_reconstructions, save_picture
 from pipeline.teachers.base import Teacher
@@ -39,6 +40,11 @@ from pipeline.teachers.weights import file_digest
 _FREE = ("steps", "gradient_checkpointing", "validate_every", "checkpoint_every", "pictures_every", "picture_images",
          "num_steps", "timesteps")  # fmt: skip
 
+_OUT_OF_MEMORY = (
+    "use --gradient-checkpointing, a smaller --batch with a larger --accumulate, or --quantize int8; what was trained "
+    "up to the last checkpoint is kept"
+)
+
 
 def refine(
     teacher: Teacher,
@@ -46,15 +52,18 @@ def refine(
     config: RefineConfig,
     output: Path,
     *,
+    conditions: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train the LoRA on the training split and write it to `output`; returns the record also written as refine.json.
 
     A run that was interrupted goes on from its last checkpoint, exactly; one that is finished is left as it is. Some
     training images are held out and their loss is measured at fixed noise. Only the training split is used: neither
-    test images nor labels are looked at. Raises DitDistillError if `output` holds a run with other settings.
+    test images nor labels are looked at. conditions: folder of the `ConditionStore`, by default beside `output`.
+    Raises DitDistillError if `output` holds a run with other settings.
     """
-    run = _Run(teacher, dataset, config, output, log)
+    store = ConditionStore(conditions or default_store(output), teacher, dataset)
+    run = _Run(teacher, dataset, store, config, output, log)
     finished = run.finished()
     if finished is not None:
         log(f"{output} is refined already: held-out CDR loss {finished['validation'][-1]['validation_loss']:.4f}")
@@ -67,9 +76,16 @@ class _Run:
     """One run: what it trains on, how far it is, and where it writes."""
 
     def __init__(
-        self, teacher: Teacher, dataset: Dataset, config: RefineConfig, output: Path, log: Callable[[str], None]
+        self,
+        teacher: Teacher,
+        dataset: Dataset,
+        store: ConditionStore,
+        config: RefineConfig,
+        output: Path,
+        log: Callable[[str], None],
     ) -> None:
-        self.teacher, self.dataset, self.config, self.output, self.log = teacher, dataset, config, output, log
+        self.teacher, self.dataset, self.store = teacher, dataset, store
+        self.config, self.output, self.log = config, output, log
         self.accelerator = Accelerator(cpu=teacher.device.type == "cpu")
         samples = [s for s in dataset.samples if s.split == "train"]
         self.train_samples, self.held_out = hold_out(samples, config.validation_images)
@@ -93,8 +109,10 @@ class _Run:
     def train(self) -> None:
         """All steps from the last checkpoint on."""
         config = self.config
+        self.store.prepare([*self.train_samples, *self.held_out], log=self.log)
         add_lora(self.teacher.transformer, config.rank, config.seed)
-        if config.gradient_checkpointing:
+        recompute = config.gradient_checkpointing
+        if self.teacher.device.type == "cuda" if recompute is None else recompute:
             self.teacher.transformer.enable_gradient_checkpointing()
         self.parameters = {n: p for n, p in self.teacher.transformer.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.Adam(self.parameters.values(), lr=config.lr)
@@ -102,7 +120,7 @@ class _Run:
         if found is not None:
             self.progress = found
             self.log(f"going on from step {found.step} of {config.steps} in {self.output}")
-        validation = self._encode_held_out()
+        validation = self._held_out_batches()
         if not self.progress.validation:
             self._validate(validation)
         earlier, started = self.progress.seconds, time.monotonic()
@@ -134,6 +152,8 @@ class _Run:
             "processes": self.accelerator.num_processes,
             "teacher": self.teacher.source,
             "transformer_digest": self.teacher.digests()["transformer"],
+            "context": self.teacher.context,
+            "quantization": self.teacher.quantization,
             "validation": self.progress.validation,
             "seconds": round(self.progress.seconds, 1),
         }
@@ -160,10 +180,11 @@ class _Run:
         for micro in range(config.accumulate):
             slot = micro * self.accelerator.num_processes + self.accelerator.process_index
             rows = rows_of(config.seed, step, slot, self.slots, config.batch, len(self.train_samples))
-            conditions = encode_conditions(teacher, self.dataset, [self.train_samples[r] for r in rows], "canonical")
+            conditions = self.store.read([self.train_samples[r] for r in rows], "canonical").to(teacher.device)
             noise, sigma = noise_of(config.seed, step, slot, tuple(conditions.object.shape))
-            loss = cdr_loss(teacher, conditions, noise.to(conditions.object), sigma.to(teacher.device))
-            (loss / config.accumulate).backward()
+            with memory_errors(f"in step {step + 1}", _OUT_OF_MEMORY):
+                loss = cdr_loss(teacher, conditions, noise.to(conditions.object), sigma.to(teacher.device))
+                (loss / config.accumulate).backward()
             total += loss.detach() / config.accumulate
         if self.accelerator.num_processes > 1:
             total = self._share_gradients(total)
@@ -197,10 +218,10 @@ class _Run:
         if config.checkpoint_every and step % config.checkpoint_every == 0 and not last:
             save_checkpoint(self.output, self.progress, self.parameters, self.optimiser)
 
-    def _encode_held_out(self) -> Sequence[HeldOut]:
+    def _held_out_batches(self) -> Sequence[HeldOut]:
         if not self.accelerator.is_main_process:
             return []
-        return encode_held_out(self.teacher, self.dataset, self.held_out, self.config.seed)
+        return read_held_out(self.store, self.held_out, self.config.seed, self.teacher.device)
 
     def _validate(self, validation: Sequence[HeldOut]) -> float:
         if not self.accelerator.is_main_process:
@@ -211,7 +232,7 @@ class _Run:
 
     def _draw(self, step: int) -> None:
         config, samples = self.config, self.held_out[: self.config.picture_images]
-        conditions = encode_conditions(self.teacher, self.dataset, samples, "canonical")
+        conditions = self.store.read(samples, "canonical").to(self.teacher.device)
         sheet = draw_reconstructions(self.teacher, conditions, samples, config.timesteps, config.num_steps, config.seed)
         save_picture(sheet, self.output / "pictures" / f"step-{step:06d}.png")
 
@@ -225,6 +246,8 @@ class _Run:
             "resolution": self.teacher.resolution,
             "dtype": str(self.teacher.dtype).removeprefix("torch."),
             "guidance": self.teacher.guidance,
+            "context": self.teacher.context,
+            "quantization": self.teacher.quantization,
             "transformer": self.teacher.digests()["transformer"],
             "training images": _fingerprint(self.train_samples),
         }

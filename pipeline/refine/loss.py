@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cache_schema.errors import DitDistillError
-from pipeline.conditions import Conditions, encode_conditions
+from pipeline.condition_store import ConditionStore
+from pipeline.conditions import Conditions
 from pipeline.curriculum import add_noise, sample_noise
-from pipeline.datasets.base import Dataset, Sample
+from pipeline.datasets.base import Sample
 from pipeline.teachers.base import Teacher
 
 _VALIDATION_BATCH = 8
@@ -44,12 +45,12 @@ class HeldOut:
     sigma: Tensor
 
 
-def encode_held_out(teacher: Teacher, dataset: Dataset, samples: Sequence[Sample], seed: int) -> list[HeldOut]:
-    """Encode held-out images in batches, σ evenly spread over (0, 1)."""
+def read_held_out(store: ConditionStore, samples: Sequence[Sample], seed: int, device: torch.device) -> list[HeldOut]:
+    """Held-out images, prepared in `store`, in batches; σ evenly spread over (0, 1)."""
     batches = []
     for start in range(0, len(samples), _VALIDATION_BATCH):
         part = samples[start : start + _VALIDATION_BATCH]
-        conditions = encode_conditions(teacher, dataset, part, "canonical")
+        conditions = store.read(part, "canonical").to(device)
         shape = tuple(conditions.object.shape[1:])
         noise = torch.stack([sample_noise(s.id, "validation", seed, shape) for s in part]).to(conditions.object)
         sigma = torch.tensor([(start + i + 0.5) / len(samples) for i in range(len(part))]).to(conditions.object.device)

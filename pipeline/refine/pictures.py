@@ -21,13 +21,12 @@ _HEAD = 22
 def reconstruct(
     teacher: Teacher, conditions: Conditions, samples: Sequence[Sample], sigma: float, seed: int
 ) -> torch.Tensor:
-    """The one-step estimate of the clean object: ẑ_O = X_t + σ·E_{O,t}, decoded to uint8 (B, 3, R, R)."""
+    """The one-step estimate of the clean object, ẑ_O = X_t + σ·E_{O,t}: packed latents (B, L, C_latent)."""
     shape = tuple(conditions.object.shape[1:])
     noise = torch.stack([sample_noise(s.id, "canonical", seed, shape) for s in samples]).to(conditions.object)
     level = torch.full((len(samples),), sigma).to(conditions.object.device)
     noisy = add_noise(conditions.object, noise, level)
-    velocity = teacher.predict(noisy, conditions.context, level, conditions.text)
-    return teacher.decode_images(noisy + sigma * velocity)
+    return noisy + sigma * teacher.predict(noisy, conditions.context, level, conditions.text)
 
 
 def draw_reconstructions(
@@ -38,15 +37,19 @@ def draw_reconstructions(
     num_steps: int,
     seed: int,
 ) -> Image.Image:
-    """A row per image: the context, the object as the VAE keeps it, and the estimate at every timestep."""
+    """A row per image: the context, the object as the VAE keeps it, and the estimate at every timestep.
+
+    The VAE is in memory only while it decodes, after the last forward pass.
+    """
     sigmas = teacher.sigmas(num_steps)
-    columns = [
-        ("context", teacher.decode_images(conditions.context)),
-        ("object", teacher.decode_images(conditions.object)),
-    ]
+    latents = [("context", conditions.context), ("object", conditions.object)]
     for p in timesteps:
-        found = reconstruct(teacher, conditions, samples, sigmas[p - 1], seed)
-        columns.append((f"p = {p}, sigma {sigmas[p - 1]:.2f}", found))
+        title = f"p = {p}, sigma {sigmas[p - 1]:.2f}"
+        latents.append((title, reconstruct(teacher, conditions, samples, sigmas[p - 1], seed)))
+    try:
+        columns = [(title, teacher.decode_images(found)) for title, found in latents]
+    finally:
+        teacher.release("vae")
     step = _CELL + _MARGIN
     sheet = Image.new("RGB", (len(columns) * step + _MARGIN, _HEAD + len(samples) * step), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)

@@ -1,15 +1,12 @@
 """Teachers by name. A new family is one file that fulfils `base.Teacher` and one line in `_FAMILIES`."""
 
+import logging
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.teachers.architecture import (
-    FLUX_1,
-    FLUX_2_KLEIN_4B,
-    SD_3_5_LARGE,
-    SD_3_5_MEDIUM,
     Architecture,
     ArchitectureReader,
     flux2_architecture,
@@ -18,36 +15,48 @@ from pipeline.teachers.architecture import (
     read_classes,
     sd3_architecture,
 )
-from pipeline.teachers.base import TapShape, Teacher, TeacherError
+from pipeline.teachers.base import ContextMode, TapShape, Teacher, TeacherError
 
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.teachers.loading import Loading
+
+# diffusers imports torchao where it is installed, and both have words with their own authors then.
+for _name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
 __all__ = ["PRESETS", "Teacher", "TeacherError", "TeacherOutline", "load_teacher", "outline_teacher"]
 
+# Importing diffusers imports torchao, about which both it and PyTorch have something to say to its authors each time.
+for _name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
 _DEMO_WEIGHTS = Path(__file__).parent / "demo_weights"
+# The configurations of gated or large repositories as published, without weights: folders of the diffusers layout.
+_PUBLISHED = Path(__file__).parent / "published"
 
 
 @dataclass(frozen=True)
 class TeacherPreset:
-    """Where a named teacher is found, the resolution (pixels) of its views, and its published architecture.
+    """Where a named teacher is found, the resolution (pixels) of its views, and its published configuration.
 
-    architecture: None where the configuration is at hand.
+    published: folder of `published/`; None where the weights are in the package, and their configuration with them.
     """
 
     source: str
     resolution: int
-    architecture: Architecture | None = None
+    published: str | None = None
 
 
 PRESETS = {
     "demo": TeacherPreset(str(_DEMO_WEIGHTS), 48),
-    "flux-dev": TeacherPreset("black-forest-labs/FLUX.1-dev", 512, FLUX_1),
-    "flux-kontext": TeacherPreset("black-forest-labs/FLUX.1-Kontext-dev", 512, FLUX_1),
-    "flux2-klein": TeacherPreset("black-forest-labs/FLUX.2-klein-4B", 512, FLUX_2_KLEIN_4B),
-    "flux2-klein-base": TeacherPreset("black-forest-labs/FLUX.2-klein-base-4B", 512, FLUX_2_KLEIN_4B),
-    "sd35-medium": TeacherPreset("stabilityai/stable-diffusion-3.5-medium", 512, SD_3_5_MEDIUM),
-    "sd35-large": TeacherPreset("stabilityai/stable-diffusion-3.5-large", 512, SD_3_5_LARGE),
+    "flux-dev": TeacherPreset("black-forest-labs/FLUX.1-dev", 512, "flux-1"),
+    "flux-kontext": TeacherPreset("black-forest-labs/FLUX.1-Kontext-dev", 512, "flux-1"),
+    "flux2-klein": TeacherPreset("black-forest-labs/FLUX.2-klein-4B", 512, "flux-2-klein-4b"),
+    "flux2-klein-base": TeacherPreset("black-forest-labs/FLUX.2-klein-base-4B", 512, "flux-2-klein-4b"),
+    "sd35-medium": TeacherPreset("stabilityai/stable-diffusion-3.5-medium", 512, "sd-3.5-medium"),
+    "sd35-large": TeacherPreset("stabilityai/stable-diffusion-3.5-large", 512, "sd-3.5-large"),
 }
 _DEFAULT_RESOLUTION = 512
 
@@ -65,6 +74,7 @@ _FLUX = Family("pipeline.teachers.flux:FluxTeacher", flux_architecture)
 _FAMILIES = {
     "FluxPipeline": _FLUX,
     "FluxKontextPipeline": _FLUX,
+    "Flux2KleinKVPipeline": Family("pipeline.teachers.flux2:Flux2KleinKVTeacher", flux2_architecture),
     "Flux2KleinPipeline": Family("pipeline.teachers.flux2:Flux2KleinTeacher", flux2_architecture),
     "StableDiffusion3Pipeline": Family("pipeline.teachers.sd3:StableDiffusion3Teacher", sd3_architecture),
 }
@@ -72,12 +82,19 @@ _FAMILIES = {
 
 @dataclass(frozen=True)
 class TeacherOutline:
-    """What is known of a teacher before it is loaded. origin: where that was read, in words."""
+    """What is known of a teacher before it is loaded.
+
+    origin: where that was read, in words. configs: the folder or hub repository with its configuration files, and
+    revision: that of the repository. adapter: module:class of its family.
+    """
 
     source: str
     resolution: int
     origin: str
     architecture: Architecture
+    configs: str
+    revision: str | None
+    adapter: str
 
     def tap_shape(self, tap: str) -> TapShape:
         """Shape of a tap; raises TeacherError as the loaded teacher would."""
@@ -91,21 +108,22 @@ def outline_teacher(spec: str, *, revision: str | None = None, resolution: int |
     """
     preset = PRESETS.get(spec)
     side = resolution or (preset.resolution if preset else _DEFAULT_RESOLUTION)
-    if preset and preset.architecture:
-        return TeacherOutline(spec, side, "published architecture", preset.architecture)
-    source = preset.source if preset else spec
-    found = read_architecture(source, revision, _family_of(source, revision, named=spec).architecture)
-    return TeacherOutline(spec, side, "configuration files", found)
+    configs, origin = (preset.source if preset else spec), "configuration files"
+    if preset and preset.published:
+        configs, origin, revision = str(_PUBLISHED / preset.published), "published configuration", None
+    family = _family_of(configs, revision, named=spec)
+    architecture = read_architecture(configs, revision, family.architecture)
+    return TeacherOutline(spec, side, origin, architecture, configs, revision, family.adapter)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Leave the terminal to our own progress bars: no bar per loaded shard, no warning per truncated caption."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    for logging in (diffusers_logging, transformers_logging):
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
 
 
 def load_teacher(
@@ -117,19 +135,21 @@ def load_teacher(
     dtype: "torch.dtype",
     device: str,
     guidance: float = 3.5,
+    context: ContextMode | None = None,
+    loading: "Loading | None" = None,
 ) -> Teacher:
     """Load a teacher by preset name, diffusers folder or hub repository.
 
-    Raises TeacherError if it cannot be found or downloaded, or is of no known family.
+    context: None as the family was trained. loading: None as the weights were saved. Raises TeacherError if it cannot
+    be found or downloaded, is of no known family, or its family does not know that kind of context, and where the
+    device does not allow that kind of loading.
     """
     from pipeline.teachers.weights import locate
 
-    _quiet_libraries()
+    quiet_libraries()
     preset = PRESETS.get(spec)
     folder = locate(preset.source if preset else spec, revision)
-    module, _, name = _family_of(str(folder), None, named=spec).adapter.partition(":")
-    adapter = getattr(import_module(module), name)
-    return adapter(
+    return adapter_class(_family_of(str(folder), None, named=spec).adapter)(
         folder,
         source=spec,
         revision=revision,
@@ -138,7 +158,15 @@ def load_teacher(
         device=device,
         guidance=guidance,
         lora=lora,
+        context=context,
+        **({"loading": loading} if loading else {}),
     )
+
+
+def adapter_class(adapter: str) -> Any:
+    """Import the class that drives a family; adapter: module:class."""
+    module, _, name = adapter.partition(":")
+    return getattr(import_module(module), name)
 
 
 def _family_of(spec: str, revision: str | None, named: str) -> Family:

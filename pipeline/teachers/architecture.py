@@ -8,8 +8,12 @@ from typing import Any
 
 from pipeline.teachers.base import TapShape, TeacherError
 
-_INDEX = "model_index.json"
+INDEX_NAME = "model_index.json"
 _CONFIGS = ("transformer/config.json", "vae/config.json")
+
+# What diffusers' pipelines cut captions to by default; SD3 puts the tokens of its CLIP encoders in front.
+MAX_TEXT_TOKENS = {"flux": 512, "flux2": 512, "sd3": 256}
+_CLIP_TOKENS = 77
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,8 @@ class Architecture:
 
     latent_channels: of packed latents (2×2 patches). blocks: (kind, count), in the order in which they run; a tap
     `kind.N` reads the N-th of its kind. vae_factor: pixels per latent, per side. max_columns: where the positional
-    table ends, for families that put two views side by side.
+    table ends, for families that put two views side by side. guidance_embeds: whether guidance is one of its inputs.
+    text_values: numbers in the embedding of a caption, at most: a tokenizer with a shorter limit gives fewer.
     """
 
     family: str
@@ -27,6 +32,8 @@ class Architecture:
     blocks: tuple[tuple[str, int], ...]
     vae_factor: int = 8
     max_columns: int | None = None
+    guidance_embeds: bool = False
+    text_values: int = 0
 
     def grid(self, resolution: int, source: str) -> tuple[int, int]:
         """Rows and columns of object tokens, each 2 × 2 latents; raises TeacherError if the resolution does not fit.
@@ -80,6 +87,10 @@ def flux_architecture(transformer: Mapping[str, Any], vae: Mapping[str, Any], fa
         hidden_channels=int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"]),
         blocks=(("double", int(transformer["num_layers"])), ("single", int(transformer["num_single_layers"]))),
         vae_factor=_vae_factor(vae),
+        # FLUX.2 klein's pipeline never passes one, whatever the configuration says.
+        guidance_embeds=family == "flux" and bool(transformer.get("guidance_embeds")),
+        text_values=MAX_TEXT_TOKENS[family] * int(transformer["joint_attention_dim"])
+        + int(transformer.get("pooled_projection_dim") or 0),
     )
 
 
@@ -97,6 +108,8 @@ def sd3_architecture(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> 
         blocks=(("block", int(transformer["num_layers"])),),
         vae_factor=_vae_factor(vae),
         max_columns=transformer.get("pos_embed_max_size"),
+        text_values=(_CLIP_TOKENS + MAX_TEXT_TOKENS["sd3"]) * int(transformer["joint_attention_dim"])
+        + int(transformer["pooled_projection_dim"]),
     )
 
 
@@ -104,25 +117,17 @@ def _vae_factor(vae: Mapping[str, Any]) -> int:
     return 2 ** (len(vae["block_out_channels"]) - 1)
 
 
-# As published. FLUX.1 [dev] and Kontext [dev]: 12 B parameters, 24 heads of 128. FLUX.2 klein 4B, base or not: 24 heads
-# of 128. Stable Diffusion 3.5 medium and large: heads of 64, as many as there are blocks.
-FLUX_1 = Architecture("flux", 64, 24 * 128, (("double", 19), ("single", 38)))
-FLUX_2_KLEIN_4B = Architecture("flux2", 128, 24 * 128, (("double", 5), ("single", 20)))
-SD_3_5_MEDIUM = Architecture("sd3", 64, 24 * 64, (("block", 24),), max_columns=384)
-SD_3_5_LARGE = Architecture("sd3", 64, 38 * 64, (("block", 38),), max_columns=192)
-
-
 def read_classes(spec: str, revision: str | None = None) -> tuple[str, str]:
     """Pipeline and transformer class that model_index.json of a diffusers folder or hub repository names.
 
     Raises TeacherError if it is not there, cannot be fetched, or names no transformer.
     """
-    index = _read_json(spec, _INDEX, revision)
+    index = read_config(spec, INDEX_NAME, revision)
     try:
         return str(index["_class_name"]), str(index["transformer"][1])
     except (KeyError, IndexError, TypeError):
         raise TeacherError(
-            f"teacher {spec}: {_INDEX} names no transformer; it is not a diffusion transformer"
+            f"teacher {spec}: {INDEX_NAME} names no transformer; it is not a diffusion transformer"
         ) from None
 
 
@@ -132,14 +137,18 @@ def read_architecture(spec: str, revision: str | None, read: ArchitectureReader)
     Raises TeacherError if they are not there, cannot be fetched, or lack a number.
     """
     try:
-        return read(*(_read_json(spec, name, revision) for name in _CONFIGS))
+        return read(*(read_config(spec, name, revision) for name in _CONFIGS))
     except (KeyError, TypeError, ValueError) as error:
         raise TeacherError(
             f"teacher {spec}: {' or '.join(_CONFIGS)} has no usable {error}; save the pipeline with diffusers again"
         ) from None
 
 
-def _read_json(spec: str, name: str, revision: str | None) -> dict[str, Any]:
+def read_config(spec: str, name: str, revision: str | None) -> dict[str, Any]:
+    """Read a small JSON file of a diffusers folder or hub repository; name: its path there.
+
+    Raises TeacherError if it is not there, cannot be fetched, or is no JSON object.
+    """
     path = _local_file(spec, name, revision)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

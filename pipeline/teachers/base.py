@@ -3,16 +3,26 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from cache_schema.errors import DitDistillError
 
+# joint: context and noisy tokens attend to each other, so each timestep computes both. reused: the context attends to
+# itself alone, at the clean noise level, so that its keys and values are the same at every timestep.
+ContextMode = Literal["joint", "reused"]
+# Number format of the weights of linear layers in memory, where it is not the one they were saved in.
+Quantization = Literal["int8", "fp8"]
+
 
 class TeacherError(DitDistillError):
     """The teacher cannot be loaded or asked for what it has not; the message says what is missing."""
+
+
+# What of a teacher is loaded and released as one.
+Part = Literal["text", "vae", "transformer"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,10 @@ class TextEmbedding:
     def repeat(self, times: int) -> "TextEmbedding":
         """Each row `times` times in a run: (B·times, …)."""
         return TextEmbedding(self.tokens.repeat_interleave(times, 0), self.pooled.repeat_interleave(times, 0))
+
+    def rows(self, chosen: slice) -> "TextEmbedding":
+        """The text of some images of the batch."""
+        return TextEmbedding(self.tokens[chosen], self.pooled[chosen])
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,9 @@ class TapShape:
 class Teacher(Protocol):
     """A frozen diffusion transformer with its VAE, text encoders and scheduler.
 
-    transformer: the trainable module, for Stage I. lora: the LoRA attached at load time, if any.
+    Each of the three is loaded when it is first used, and stays in memory until it is released.
+    transformer: the trainable module, for Stage I. lora: the LoRA attached at load time, if any. context: how the clean
+    context enters; features and predict compute the same function of it. quantization: of the transformer's weights.
     Latents are packed tokens (B, L, C_latent), already shifted and scaled as the DiT expects them.
     """
 
@@ -51,9 +67,13 @@ class Teacher(Protocol):
     resolution: int
     guidance: float | None
     lora: Path | None
-    transformer: Any
+    context: ContextMode
+    quantization: Quantization | None
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def transformer(self) -> Any: ...
 
     def digests(self) -> dict[str, str]:
         """Component name → SHA-256 of its weights and configuration."""
@@ -69,6 +89,14 @@ class Teacher(Protocol):
 
     def sigmas(self, num_steps: int) -> list[float]:
         """The T noise levels the family's own sampler visits at this resolution, noisiest first."""
+        ...
+
+    def release(self, part: Part) -> None:
+        """Take the text encoders, the VAE or the transformer out of memory; what was trained in it is lost."""
+        ...
+
+    def encoder_identity(self, part: Part) -> dict[str, Any]:
+        """All that decides which numbers `encode_text` or `encode_images` gives for an input, as JSON values."""
         ...
 
     def encode_text(self, captions: Sequence[str]) -> TextEmbedding: ...
@@ -95,5 +123,9 @@ class Teacher(Protocol):
     def features(
         self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding, taps: Sequence[str]
     ) -> dict[str, Tensor]:
-        """E_{O,t} at the named taps, without gradients: {tap: (B, L, C_tap)}. Blocks after the last tap do not run."""
+        """E_{O,t} at the named taps, without gradients: {tap: (B·T, L, C_tap)}. Blocks after the last tap do not run.
+
+        noisy: (B·T, L, C_latent) and sigma: (B·T,), the T timesteps of an image in a run; context: (B, L, C_latent) and
+        text, B rows: once per image. All of it goes through the DiT in one pass.
+        """
         ...

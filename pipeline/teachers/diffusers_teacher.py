@@ -1,7 +1,12 @@
-"""What the families have in common: a diffusers folder, frozen, its blocks read as taps."""
+"""What the families have in common: a diffusers folder, frozen, its blocks read as taps.
 
+Text encoders, VAE and transformer are loaded when they are first used and released one by one, so that a GPU never
+has to hold more than the one at work.
+"""
+
+import gc
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,28 +14,42 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from pipeline.teachers.architecture import Architecture
-from pipeline.teachers.base import TapShape, TeacherError, TextEmbedding
+from pipeline.teachers.architecture import Architecture, read_architecture
+from pipeline.teachers.base import ContextMode, Part, TapShape, TeacherError, TextEmbedding
 from pipeline.teachers.capture import capture
+from pipeline.teachers.loading import PLAIN, Loading, compile_blocks, offload_text_encoder, offload_transformer
 from pipeline.teachers.lora import attach_lora, check_made_for, save_lora
 from pipeline.teachers.packing import pack_latents, unpack_latents
-from pipeline.teachers.weights import component_digest
+from pipeline.teachers.quantization import pipeline_config
+from pipeline.teachers.weights import check_weights, component_digest
 from pipeline.views import from_signed, to_signed
+
+
+def blocks_of(transformer: Any) -> list[Module]:
+    """The transformer's blocks in the order in which they run."""
+    return [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
 
 
 class DiffusersTeacher(ABC):
     """A diffusers folder behind the `Teacher` protocol; a family adds its text, its positions and one step of its DiT.
 
     folder: a diffusers folder on disk. resolution: side of both views in pixels. guidance: used only where the
-    configuration has guidance embeddings. lora: a LoRA in diffusers' layout, the result of Stage I.
-    Raises TeacherError if the folder is not of this family or the resolution does not fit its VAE.
+    configuration has guidance embeddings. lora: a LoRA in diffusers' layout, the result of Stage I. context: one of the
+    family's `contexts`, by default the first.
+    Raises TeacherError if the folder is not of this family, the resolution does not fit its VAE, or the family does not
+    know this kind of context.
     """
 
     family: str
-    # diffusers' pipeline class, and those of its components that have a say in the features.
+    # diffusers' pipeline class, and those of its components that embed text.
     pipeline: ClassVar[Any]
-    components: ClassVar[tuple[str, ...]]
+    # What folders call it, where that is another class with the same components.
+    pipeline_name: ClassVar[str | None] = None
+    text_components: ClassVar[tuple[str, ...]]
     optional_components: ClassVar[tuple[str, ...]] = ()
+    # How its context may enter, and why not otherwise.
+    contexts: ClassVar[tuple[ContextMode, ...]] = ("joint",)
+    only_context: ClassVar[str] = "its context and noisy tokens attend to each other, so that nothing can be reused"
 
     def __init__(
         self,
@@ -43,24 +62,69 @@ class DiffusersTeacher(ABC):
         device: str | torch.device = "cpu",
         guidance: float = 3.5,
         lora: Path | None = None,
+        context: ContextMode | None = None,
+        loading: Loading = PLAIN,
     ):
+        loading.check(torch.device(device))
         self.folder, self.source, self.revision = Path(folder), source or str(folder), revision
         self.resolution, self.dtype, self.device = resolution, dtype, torch.device(device)
-        self.pipeline_class: str = self.pipeline.__name__
+        self.pipeline_class: str = self.pipeline_name or self.pipeline.__name__
+        self.context: ContextMode = context or self.contexts[0]
+        if self.context not in self.contexts:
+            raise TeacherError(f"teacher {self.source}: {self.only_context}; use --context {self.contexts[0]}")
+        self.loading, self.quantization = loading, loading.quantization
         self._digests: dict[str, str] = {}  # reading 24 GB takes a minute: once is enough
-        self.pipe = self._load_pipeline()
-        self.transformer = self.pipe.transformer
-        self.vae = self.pipe.vae
-        for module in self.pipe.components.values():
-            if isinstance(module, Module):
-                module.eval().requires_grad_(False)
-        self.guidance = guidance if self.transformer.config.get("guidance_embeds") else None
-        self.architecture = self._read_architecture()
+        self._parts: dict[Part, Any] = {}
+        self._absent = self._find_absent()
+        self.architecture = read_architecture(str(self.folder), None, type(self).read_shapes)
         self.grid = self.architecture.grid(resolution, self.source)
+        self.guidance = guidance if self.architecture.guidance_embeds else None
+        self.scheduler = self._load("scheduler").scheduler
         self.lora = Path(lora) if lora else None
         if self.lora:
-            check_made_for(self.lora, self.digests()["transformer"], self.source)
-            attach_lora(self.transformer, self.lora)
+            check_made_for(self.lora, self.digests()["transformer"], self.source, self.context)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The components of the pipeline that have a say in the features."""
+        return ("transformer", "vae", *self.text_components, "scheduler")
+
+    @property
+    def transformer(self) -> Any:
+        """The frozen DiT, with the LoRA if there is one."""
+        return self.transformer_pipe.transformer
+
+    @property
+    def transformer_pipe(self) -> Any:
+        """The pipeline with its transformer alone."""
+        return self._part("transformer")
+
+    @property
+    def vae(self) -> Any:
+        """The VAE."""
+        return self._part("vae").vae
+
+    @property
+    def text_pipe(self) -> Any:
+        """The pipeline with its text encoders and tokenizers alone."""
+        return self._part("text")
+
+    def release(self, part: Part) -> None:
+        if self._parts.pop(part, None) is not None:
+            gc.collect()  # modules refer to each other in circles
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def encoder_identity(self, part: Part) -> dict[str, Any]:
+        names = self.text_components if part == "text" else (part,)
+        digests = {name: self.digests()[name] for name in names if name not in self._absent}
+        identity = {"pipeline": self.pipeline_class, "dtype": str(self.dtype), "digests": digests}
+        return identity if part == "text" else {**identity, "resolution": self.resolution}
+
+    @staticmethod
+    @abstractmethod
+    def read_shapes(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Architecture:
+        """The shapes that follow from the two configurations."""
 
     @abstractmethod
     def sigmas(self, num_steps: int) -> list[float]:
@@ -71,20 +135,29 @@ class DiffusersTeacher(ABC):
         """Captions as the pipeline embeds them."""
 
     @abstractmethod
-    def _read_architecture(self) -> Architecture:
-        """The shapes that follow from the loaded configurations."""
+    def _forward(self, noisy: Tensor, context: Any, sigma: Tensor, text: TextEmbedding) -> Tensor:
+        """One step of the pipeline, without classifier-free guidance: ε − z for the object tokens, packed.
 
-    @abstractmethod
-    def _forward(self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding) -> Tensor:
-        """One step of the pipeline, without classifier-free guidance: ε − z for the object tokens, packed."""
+        context: packed latents, or what `_share_context` made of them, or None.
+        """
 
     @abstractmethod
     def _object_tokens(self, output: Any, text: TextEmbedding, with_context: bool) -> Tensor:
         """(B, L, C), the object tokens in what a block returned."""
 
+    @property
+    @abstractmethod
+    def caption_tokens(self) -> int:
+        """Tokens to which a caption is padded or cut."""
+
+    @property
+    def text_length(self) -> int:
+        """Text tokens that the DiT sees: those of the caption, for families that add no others."""
+        return self.caption_tokens
+
     def digests(self) -> dict[str, str]:
         if not self._digests:
-            present = [name for name in self.components if getattr(self.pipe, name) is not None]
+            present = [name for name in self.components if name not in self._absent]
             self._digests = {name: component_digest(self.folder / name) for name in present}
         return self._digests
 
@@ -109,14 +182,27 @@ class DiffusersTeacher(ABC):
     def features(
         self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding, taps: Sequence[str]
     ) -> dict[str, Tensor]:
+        steps = len(noisy) // len(text.tokens)
+        blocks = self._blocks()
         depths = {tap: self.architecture.block(tap, self.source) for tap in taps if tap != "velocity"}
-        blocks = [*self.transformer.transformer_blocks, *getattr(self.transformer, "single_transformer_blocks", ())]
+        deepest = len(blocks) - 1 if "velocity" in taps else max(depths.values())
+        given = None if context is None else self._share_context(context, steps, deepest)
         features: dict[str, Tensor] = {}
         with capture(blocks, depths, leave_early="velocity" not in taps) as found:
-            features["velocity"] = -self._forward(noisy, context, sigma, text)
+            features["velocity"] = -self._forward(noisy, given, sigma, text.repeat(steps))
         for tap, output in found.items():
             features[tap] = self._object_tokens(output, text, context is not None)
         return {tap: features[tap] for tap in taps}
+
+    def _share_context(self, context: Tensor, steps: int, deepest: int) -> Any:
+        """The context (B, L, C_latent) as `_forward` takes it for `steps` rows of each image, computed once per image.
+
+        deepest: the last block that will run.
+        """
+        return context.repeat_interleave(steps, 0)
+
+    def _blocks(self) -> list[Module]:
+        return blocks_of(self.transformer)
 
     def taps(self) -> list[str]:
         return [*self.architecture.taps()[:-1], "hidden", "velocity"]  # hidden is the last block's output
@@ -133,23 +219,75 @@ class DiffusersTeacher(ABC):
 
     def _visited_sigmas(self, **schedule: Any) -> list[float]:
         """The sigma list of the folder's own scheduler, without the final 0."""
-        scheduler = self.pipe.scheduler
+        scheduler = self.scheduler
         scheduler.set_timesteps(device="cpu", **schedule)
         return [float(sigma) for sigma in scheduler.sigmas[:-1]]
 
-    def _load_pipeline(self) -> Any:
-        absent = [name for name in self.components if not (self.folder / name).is_dir()]
-        missing = [name for name in absent if name not in self.optional_components]
+    def _find_absent(self) -> set[str]:
+        """The components that the folder does without; raises TeacherError if it cannot, or if weights are missing."""
+        absent = {name for name in self.components if not (self.folder / name).is_dir()}
+        missing = sorted(absent.difference(self.optional_components))
         if missing:
             raise TeacherError(
                 f"teacher {self.source}: {self.pipeline_class} does not work without {' and '.join(missing)}"
             )
+        for name in self.components:
+            if name not in absent:
+                try:
+                    check_weights(self.folder / name)
+                except (ValueError, KeyError, OSError) as error:
+                    raise self._incomplete(error) from None
+        return absent
+
+    def _incomplete(self, error: Exception) -> TeacherError:
+        reason = str(error).splitlines()[0]
+        return TeacherError(f"teacher {self.source}: not a complete {self.pipeline_class} folder ({reason})")
+
+    def _part(self, part: Part) -> Any:
+        """The pipeline with one part of the teacher, frozen; loaded if it is not there."""
+        if part not in self._parts:
+            pipe = self._load_text() if part == "text" else self._load(part)
+            for module in pipe.components.values():
+                if isinstance(module, Module):
+                    module.eval().requires_grad_(False)
+            if part == "transformer":
+                self._prepare_transformer(pipe.transformer)
+            self._parts[part] = self._offload(pipe) if self.loading.offload and part != "vae" else pipe.to(self.device)
+        return self._parts[part]
+
+    def _prepare_transformer(self, transformer: Any) -> None:
+        if self.lora:
+            attach_lora(transformer, self.lora)
+        if self.loading.compile:
+            compile_blocks(blocks_of(transformer))
+
+    def _offload(self, pipe: Any) -> Any:
+        for name, module in pipe.components.items():
+            if name == "transformer" and module is not None:
+                offload_transformer(module, self.device)
+            elif isinstance(module, Module):
+                offload_text_encoder(module, self.device)
+        return pipe
+
+    def _quantization_config(self, names: Sequence[str]) -> Any:
+        kind = self.loading.quantization
+        return pipeline_config(kind) if kind and "transformer" in names else None
+
+    def _load_text(self) -> Any:
+        return self._load(*self.text_components)
+
+    def _load(self, *names: str) -> Any:
+        """The pipeline with these components alone. Raises TeacherError if they are not all there."""
+        return self._read_folder(names)
+
+    def _read_folder(self, names: Sequence[str]) -> Any:
+        # diffusers wants to be told what is left out on purpose.
+        without = dict.fromkeys(name for name in self.components if name not in names or name in self._absent)
         try:
-            # diffusers wants to be told what is left out on purpose.
-            pipe = self.pipeline.from_pretrained(self.folder, dtype=self.dtype, **dict.fromkeys(absent))
+            pipe = self.pipeline.from_pretrained(
+                self.folder, dtype=self.dtype, quantization_config=self._quantization_config(names), **without
+            )
         except (OSError, ValueError) as error:
-            raise TeacherError(
-                f"teacher {self.source}: not a complete {self.pipeline_class} folder ({str(error).splitlines()[0]})"
-            ) from None
+            raise self._incomplete(error) from None
         pipe.set_progress_bar_config(disable=True)
-        return pipe.to(self.device)
+        return pipe

@@ -3,7 +3,7 @@
 The clean context follows the noisy object in one sequence, told apart by the first position axis, as in FLUX Kontext.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ from diffusers import FluxKontextPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
-from pipeline.teachers.architecture import Architecture, flux_architecture
+from pipeline.teachers.architecture import MAX_TEXT_TOKENS, Architecture, flux_architecture
 from pipeline.teachers.base import TextEmbedding
 from pipeline.teachers.diffusers_teacher import DiffusersTeacher
 
-# diffusers' own default for FLUX; a tokenizer with a shorter limit has the last word.
-_MAX_TEXT_TOKENS = 512
+# A tokenizer with a shorter limit has the last word.
+_MAX_TEXT_TOKENS = MAX_TEXT_TOKENS["flux"]
 
 
 def image_ids(rows: int, columns: int, stream: int = 0) -> Tensor:
@@ -35,25 +35,20 @@ class FluxTeacher(DiffusersTeacher):
 
     family = "flux"
     pipeline = FluxKontextPipeline
-    components = (
-        "transformer",
-        "vae",
-        "text_encoder",
-        "text_encoder_2",
-        "tokenizer",
-        "tokenizer_2",
-        "scheduler",
-    )
+    text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
     def __init__(self, folder: Path, **options: Any):
         super().__init__(folder, **options)
-        self.text_tokens = min(_MAX_TEXT_TOKENS, self.pipe.tokenizer_2.model_max_length)
         object_ids, context_ids = image_ids(*self.grid), image_ids(*self.grid, stream=1)
         self._object_ids = object_ids.to(self.device, self.dtype)
         self._both_ids = torch.cat([object_ids, context_ids]).to(self.device, self.dtype)
 
+    @staticmethod
+    def read_shapes(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Architecture:
+        return flux_architecture(transformer, vae)
+
     def sigmas(self, num_steps: int) -> list[float]:
-        config = self.pipe.scheduler.config
+        config = self.scheduler.config
         mu = calculate_shift(
             self.grid[0] * self.grid[1],
             config.get("base_image_seq_len", 256),
@@ -63,15 +58,16 @@ class FluxTeacher(DiffusersTeacher):
         )
         return self._visited_sigmas(sigmas=np.linspace(1.0, 1 / num_steps, num_steps).tolist(), mu=mu)
 
+    @property
+    def caption_tokens(self) -> int:
+        return min(_MAX_TEXT_TOKENS, self.text_pipe.tokenizer_2.model_max_length)
+
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextEmbedding:
-        tokens, pooled, _ = self.pipe.encode_prompt(
-            prompt=list(captions), device=self.device, max_sequence_length=self.text_tokens
+        tokens, pooled, _ = self.text_pipe.encode_prompt(
+            prompt=list(captions), device=self.device, max_sequence_length=self.caption_tokens
         )
         return TextEmbedding(tokens.to(self.dtype), pooled.to(self.dtype))
-
-    def _read_architecture(self) -> Architecture:
-        return flux_architecture(self.transformer.config, self.vae.config)
 
     def _forward(self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding) -> Tensor:
         tokens = noisy if context is None else torch.cat([noisy, context], dim=1)  # B, L or 2L, C

@@ -1,6 +1,9 @@
 """LoRA on the attention projections: made for Stage I, saved and loaded in diffusers' own layout."""
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,10 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 
-from pipeline.teachers.base import TeacherError
+from pipeline.teachers.base import ContextMode, TeacherError
+from pipeline.teachers.weights import LORA_RECORD_NAME as RECORD_NAME
+from pipeline.teachers.weights import check_safetensors
 
-# What Stage I writes beside the weights.
-RECORD_NAME = "refine.json"
 # Image and text streams of joint attention, and the shared projections of FLUX.1's single blocks.
 ATTENTION_PROJECTIONS = (
     "to_q",
@@ -36,21 +39,35 @@ def lora_file(path: Path) -> Path:
     return file
 
 
-def check_made_for(path: Path, transformer_digest: str, teacher: str) -> None:
-    """Raise TeacherError if Stage I left a record beside the LoRA that names another transformer.
+def check_made_for(path: Path, transformer_digest: str, teacher: str, context: ContextMode) -> None:
+    """Raise TeacherError if a LoRA is damaged, or if the record that Stage I left beside it does not fit this teacher.
 
-    A LoRA of FLUX.1-dev fits FLUX.1-Kontext by shape; applied by mistake it would spoil a cache without a sound.
+    That is a record of another transformer, or of the same with another kind of context. A LoRA of FLUX.1-dev
+    fits FLUX.1-Kontext by shape; applied by mistake it would spoil a cache without a sound.
     """
-    record = lora_file(path).parent / RECORD_NAME
+    file = lora_file(path)
+    if file.suffix == ".safetensors":
+        try:
+            check_safetensors(file)
+        except ValueError as error:
+            raise TeacherError(f"LoRA {path} does not fit this teacher: {error}") from None
+    record = file.parent / RECORD_NAME
     if not record.is_file():
         return
     try:
         made_for = json.loads(record.read_text(encoding="utf-8"))
         digest, name = made_for["transformer_digest"], made_for["teacher"]
+        # Records from before there was a choice do not name it.
+        refined_with = made_for.get("context", "joint")
     except (ValueError, KeyError, TypeError):
         raise TeacherError(f"{record}: not a record of dit-cache refine; remove it or refine again") from None
     if digest != transformer_digest:
         raise TeacherError(f"LoRA {path} was refined on {name}, not on {teacher}: refine again, or name that teacher")
+    if refined_with != context:
+        raise TeacherError(
+            f"LoRA {path} was refined with --context {refined_with}, not {context}: use --context {refined_with}, "
+            "or refine again"
+        )
 
 
 def attention_projections(transformer: Any) -> list[str]:
@@ -76,7 +93,8 @@ def add_lora(transformer: Any, rank: int, seed: int) -> list[torch.nn.Parameter]
         init_lora_weights="gaussian",
         target_modules=attention_projections(transformer),
     )
-    transformer.add_adapter(config)
+    with _no_talk_of_merging():
+        transformer.add_adapter(config)
     trainable = [p for p in transformer.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.data = parameter.data.float()
@@ -85,27 +103,36 @@ def add_lora(transformer: Any, rank: int, seed: int) -> list[torch.nn.Parameter]
 
 def save_lora(pipeline_class: Any, transformer: Any, folder: Path) -> Path:
     """Write the LoRA in diffusers' layout, loadable by `load_lora_weights`. Returns the file."""
-    pipeline_class.save_lora_weights(
-        folder,
-        transformer_lora_layers=get_peft_model_state_dict(transformer),
-        **_collate_lora_metadata({"transformer": transformer}),
-    )
+    metadata = _collate_lora_metadata({"transformer": transformer})
+    for adapter in metadata.values():
+        # peft keeps the names in a set, whose order is another one in every process: equal LoRAs would differ.
+        adapter["target_modules"] = sorted(adapter["target_modules"])
+    pipeline_class.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(transformer), **metadata)
     return folder / LORA_WEIGHT_NAME_SAFE
 
 
 def attach_lora(transformer: Any, path: Path) -> None:
     """Load a LoRA; in float32 it is merged into the weights, so that it costs nothing per step.
 
-    In half precision it stays apart, because a small update may vanish when added to a rounded weight.
+    In half precision and 8 bits it stays apart, because a small update may vanish when added to a rounded weight.
     """
     file = lora_file(path)
     try:
-        transformer.load_lora_adapter(str(file.parent), weight_name=file.name, prefix="transformer")
+        with _no_talk_of_merging():
+            transformer.load_lora_adapter(str(file.parent), weight_name=file.name, prefix="transformer")
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise TeacherError(f"LoRA {file}: does not fit this teacher ({str(error).splitlines()[0]})") from None
     if not getattr(transformer, "peft_config", None):
         raise TeacherError(f"LoRA {file}: holds no weights for the transformer")
-    if transformer.dtype == torch.float32:
+    if transformer.dtype == torch.float32 and not getattr(transformer, "is_quantized", False):
         transformer.fuse_lora()
         transformer.unload_lora()
     transformer.requires_grad_(False)
+
+
+@contextmanager
+def _no_talk_of_merging() -> Iterator[None]:
+    """Keep peft from warning, layer by layer, that it could not merge a LoRA into weights of 8 bits: none is merged."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear", category=UserWarning)
+        yield

@@ -8,22 +8,22 @@ twice as wide as high, were the left half of its latents kept clean. SD3 was not
 There is no guidance embedding; of classifier-free guidance, E_{O,t} is the prediction that saw the caption.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
 
-from pipeline.teachers.architecture import Architecture, sd3_architecture
+from pipeline.teachers.architecture import MAX_TEXT_TOKENS, Architecture, sd3_architecture
 from pipeline.teachers.base import TextEmbedding
 from pipeline.teachers.diffusers_teacher import DiffusersTeacher
 from pipeline.teachers.packing import pack_latents, unpack_latents
 
-# The pipeline's own default for T5; a tokenizer with a shorter limit has the last word.
-_MAX_TEXT_TOKENS = 256
+# A tokenizer with a shorter limit has the last word.
+_MAX_TEXT_TOKENS = MAX_TEXT_TOKENS["sd3"]
 
 
 class StableDiffusion3Teacher(DiffusersTeacher):
@@ -35,26 +35,29 @@ class StableDiffusion3Teacher(DiffusersTeacher):
 
     family = "sd3"
     pipeline = StableDiffusion3Pipeline
-    components = (
-        "transformer",
-        "vae",
+    text_components = (
         "text_encoder",
         "text_encoder_2",
         "text_encoder_3",
         "tokenizer",
         "tokenizer_2",
         "tokenizer_3",
-        "scheduler",
     )
     optional_components = ("text_encoder_3", "tokenizer_3")
 
-    def __init__(self, folder: Path, **options: Any):
-        super().__init__(folder, **options)
-        t5 = self.pipe.tokenizer_3
-        self.text_tokens = min(_MAX_TEXT_TOKENS, t5.model_max_length) if t5 else _MAX_TEXT_TOKENS
+    @staticmethod
+    def read_shapes(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Architecture:
+        return sd3_architecture(transformer, vae)
+
+    def _load_text(self) -> Any:
+        pipe = super()._load_text()
+        # Where there is no T5, the pipeline asks the transformer's configuration how wide its zeros are to be.
+        config = SD3Transformer2DModel.load_config(self.folder / "transformer")
+        pipe.transformer = SimpleNamespace(config=SimpleNamespace(**config))
+        return pipe
 
     def sigmas(self, num_steps: int) -> list[float]:
-        config = self.pipe.scheduler.config
+        config = self.scheduler.config
         if not config.get("use_dynamic_shifting"):  # as published
             return self._visited_sigmas(num_inference_steps=num_steps)
         # The schedule of the object's view alone: the context beside it is not sampled.
@@ -67,20 +70,26 @@ class StableDiffusion3Teacher(DiffusersTeacher):
         )
         return self._visited_sigmas(num_inference_steps=num_steps, mu=mu)
 
+    @property
+    def caption_tokens(self) -> int:
+        t5 = self.text_pipe.tokenizer_3
+        return min(_MAX_TEXT_TOKENS, t5.model_max_length) if t5 else _MAX_TEXT_TOKENS
+
+    @property
+    def text_length(self) -> int:
+        return self.text_pipe.tokenizer.model_max_length + self.caption_tokens  # T5's tokens follow those of CLIP
+
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextEmbedding:
-        tokens, _, pooled, _ = self.pipe.encode_prompt(
+        tokens, _, pooled, _ = self.text_pipe.encode_prompt(
             prompt=list(captions),
             prompt_2=None,
             prompt_3=None,
             device=self.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.text_tokens,
+            max_sequence_length=self.caption_tokens,
         )
         return TextEmbedding(tokens.to(self.dtype), pooled.to(self.dtype))
-
-    def _read_architecture(self) -> Architecture:
-        return sd3_architecture(self.transformer.config, self.vae.config)
 
     def _forward(self, noisy: Tensor, context: Tensor | None, sigma: Tensor, text: TextEmbedding) -> Tensor:
         canvas = unpack_latents(noisy, *self.grid)  # B, C, H, W

@@ -5,8 +5,12 @@ import json
 from pathlib import Path
 from typing import BinaryIO
 
+from safetensors import SafetensorError, safe_open
+
 from pipeline.teachers.base import TeacherError
 
+# A LoRA as diffusers calls its file (a test compares), and what Stage I writes beside it.
+LORA_NAME, LORA_RECORD_NAME = "pytorch_lora_weights.safetensors", "refine.json"
 _BLOCK = 1 << 20
 _MAX_HEADER = 100_000_000  # the format's own limit
 # Written by the saving library, without influence on any number the model computes.
@@ -58,6 +62,36 @@ def component_digest(folder: Path) -> str:
             continue
         total.update(f"{path.relative_to(folder)}\0{part}\n".encode())
     return total.hexdigest()
+
+
+def check_weights(component: Path) -> None:
+    """Raise ValueError, naming the file, unless a model's folder holds all of its weights, none of them cut short.
+
+    Only headers are read. A folder without config.json (a tokenizer, a scheduler) has no weights.
+    """
+    if not (component / "config.json").is_file():
+        return
+    indices = sorted(component.glob("*.safetensors.index.json"))
+    if indices:
+        files = {component / name for i in indices for name in json.loads(i.read_text())["weight_map"].values()}
+    else:
+        files = {*component.glob("*.safetensors"), *component.glob("*.bin")}
+        if not files:
+            raise ValueError(f"no weights in {component.name}/")
+    for file in sorted(files):
+        if not file.is_file():
+            raise ValueError(f"no {component.name}/{file.name}")
+        if file.suffix == ".safetensors":
+            check_safetensors(file)
+
+
+def check_safetensors(file: Path) -> None:
+    """Raise ValueError, naming the file, unless its header and its size fit each other."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
 
 
 def locate(spec: str, revision: str | None) -> Path:

@@ -22,6 +22,9 @@ import torch
 
 import pipeline.build
 import pipeline.datasets.demo
+import pipeline.probe_picture
+import pipeline.refine.loop
+import pipeline.run.forecast
 import pipeline.teachers.flux  # noqa: F401 - imported here so that no forked process has to
 from cache_schema.cli import run
 from pipeline.cli import app
@@ -63,15 +66,21 @@ def committed_files(cache: Path) -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
-class _Watch:
-    """An audit hook, which Python calls before every operation on a file, in whatever thread."""
+class Watch:
+    """An audit hook, which Python calls before every operation on a file, in whatever thread.
 
-    def __init__(self, moment: Moment) -> None:
+    victim: the process that the signal goes to, by default this one. An inactive watch sees nothing.
+    """
+
+    def __init__(self, moment: Moment, victim: int | None = None) -> None:
         self.moment, self.seen, self._lock = moment, 0, threading.Lock()
+        self.victim, self.active = victim, True
         self.written: list[int] = []
 
     def __call__(self, event: str, arguments: tuple) -> None:
-        if not (event in _CHANGES or (event == "open" and arguments[2] & (os.O_CREAT | os.O_RDWR | os.O_WRONLY))):
+        if not self.active or not (
+            event in _CHANGES or (event == "open" and arguments[2] & (os.O_CREAT | os.O_RDWR | os.O_WRONLY))
+        ):
             return
         paths = f"{arguments[0]} {arguments[1]}"
         shard = re.search(r"/features/hidden/c/([0-9]+)/.*\.tmp-", paths)
@@ -81,7 +90,7 @@ class _Watch:
             self.seen += self.moment.path in paths
             now = self.moment.path in paths and self.seen == self.moment.count
         if now and self.moment.signal is not None:
-            os.kill(os.getpid(), self.moment.signal)
+            os.kill(self.victim or os.getpid(), self.moment.signal)
 
 
 def _build(arguments: list[str], log: str, moment: Moment | None, largest_file: int | None, obey_modes: bool) -> None:
@@ -90,7 +99,7 @@ def _build(arguments: list[str], log: str, moment: Moment | None, largest_file: 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    watch = _Watch(moment or Moment("/journal/"))
+    watch = Watch(moment or Moment("/journal/"))
     sys.addaudithook(watch)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
@@ -118,7 +127,7 @@ class BuildProcesses:
     def __init__(self, teacher: Path, logs: Path) -> None:
         self.teacher, self.logs = teacher, logs
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([__name__])
+        self._context.set_forkserver_preload(["tiny_annotators", __name__, "run_process"])
         self._started = 0
 
     def start(

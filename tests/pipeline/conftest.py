@@ -26,6 +26,7 @@ _SHARED = {
     "tiny_teachers": Path(__file__).with_name("tiny_teachers.py"),
     "build_process": Path(__file__).with_name("build_process.py"),
     "tiny_annotators": Path(__file__).with_name("tiny_annotators.py"),
+    "run_process": Path(__file__).with_name("run_process.py"),
 }
 for _name in [name for name in _SHARED if name not in sys.modules]:
     _spec = importlib.util.spec_from_file_location(_name, _SHARED[_name])
@@ -99,6 +100,14 @@ def builds(flux_folder: Path, tmp_path_factory: pytest.TempPathFactory):
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (here, root))))
         patch.setenv("OMP_NUM_THREADS", "1")
         yield BuildProcesses(flux_folder, tmp_path_factory.mktemp("logs"))
+
+
+@pytest.fixture(scope="session")
+def runs(builds, flux_folder: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Starts `dit-cache run` processes with the tiny FLUX."""
+    from run_process import RunProcesses
+
+    return RunProcesses(flux_folder, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture

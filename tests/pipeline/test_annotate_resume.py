@@ -76,11 +76,11 @@ import os, signal, sys
 from cache_schema.files import AsideFile
 from pipeline.cli import main
 publish, pieces = AsideFile.publish, []
-def publish_or_die(self):
+def publish_or_die(self, *arguments):
     pieces.append(self.path)
     if len(pieces) == 12:
         os.kill(os.getpid(), signal.SIGKILL)
-    publish(self)
+    publish(self, *arguments)
 AsideFile.publish = publish_or_die
 main()
 """

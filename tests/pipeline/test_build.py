@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from build_process import contents
+from tiny_teachers import direct_features, encode_conditions
 
 from cache_schema import open_cache
 from cache_schema.errors import CacheMismatch, DitDistillError, LowFidelity
@@ -16,10 +17,8 @@ from cache_schema.verify import verify
 from cache_schema.writer import CacheWriter
 from pipeline.build import build, describe_cache
 from pipeline.build_config import BuildConfig
-from pipeline.conditions import encode_conditions
 from pipeline.curriculum import add_noise, sample_noise
 from pipeline.datasets.demo import DemoConfig, DemoDataset
-from pipeline.features import teacher_features
 from pipeline.scan import scan
 from pipeline.teachers.flux import FluxTeacher
 
@@ -137,8 +136,8 @@ def test_test_features_are_built_when_asked_for(teacher, tiny_dataset, tmp_path)
 
 def test_without_captions_the_text_is_the_empty_prompt(teacher, tiny_dataset):
     samples = tiny_dataset.samples[:2]
-    features = teacher_features(teacher, tiny_dataset, samples, replace(CONFIG, text="none"), [0.5, 0.1])["hidden"]
-    captioned = teacher_features(teacher, tiny_dataset, samples, CONFIG, [0.5, 0.1])["hidden"]
+    features = direct_features(teacher, tiny_dataset, samples, replace(CONFIG, text="none"), [0.5, 0.1])["hidden"]
+    captioned = direct_features(teacher, tiny_dataset, samples, CONFIG, [0.5, 0.1])["hidden"]
     assert features.shape == captioned.shape == (2, 2, 2, 16, 32)
     assert not torch.allclose(features, captioned)
 

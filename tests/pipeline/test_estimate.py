@@ -18,7 +18,7 @@ from pipeline.cli import app
 from pipeline.estimate import Demand, TeacherRate, estimate, measure_rate, plan_cache
 from pipeline.estimate_text import estimate_text
 from pipeline.teachers import TeacherError, outline_teacher
-from pipeline.teachers.architecture import FLUX_1, flux_architecture
+from pipeline.teachers.architecture import read_config
 from pipeline.teachers.flux import FluxTeacher
 
 CARS_TRAIN = 8054
@@ -32,9 +32,11 @@ def size_of(found, kind, pool=1, pca=None):
     return next(s for s in found["sizes"] if (s["kind"], s["pool"], s["pca"]) == (kind, pool, pca))
 
 
-def test_the_published_numbers_are_those_of_the_model_class():
+def test_the_published_configuration_of_flux_1_is_what_its_class_was_written_for():
     defaults = {name: p.default for name, p in inspect.signature(FluxTransformer2DModel.__init__).parameters.items()}
-    assert flux_architecture(defaults, {"block_out_channels": (128, 256, 512, 512)}) == FLUX_1
+    published = read_config(outline_teacher("flux-dev").configs, "transformer/config.json", None)
+    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in published.items() if not k.startswith("_")}
+    assert plain == {name: defaults[name] for name in plain} | {"guidance_embeds": True}  # [schnell] has none
 
 
 @pytest.mark.parametrize("tap", ["hidden", "velocity", "double.1", "single.0"])

@@ -130,21 +130,16 @@ def test_the_chat_template_is_part_of_the_tokenizers_digest(folder, teacher, tmp
     assert {name for name, digest in teacher.digests().items() if changed[name] != digest} == {"tokenizer"}
 
 
-@pytest.mark.parametrize(
-    ("pipeline_class", "text_encoder"),
-    [("Flux2Pipeline", "Mistral3ForConditionalGeneration"), ("Flux2KleinKVPipeline", "Qwen3ForCausalLM")],
-)
-def test_another_pipeline_of_the_same_transformer_is_refused_with_the_known_ones(
-    folder, tmp_path, pipeline_class, text_encoder
-):
+def test_another_pipeline_of_the_same_transformer_is_refused_with_the_known_ones(folder, tmp_path):
     index = json.loads((folder / "model_index.json").read_text())
-    index |= {"_class_name": pipeline_class, "text_encoder": ["transformers", text_encoder]}
+    index |= {"_class_name": "Flux2Pipeline", "text_encoder": ["transformers", "Mistral3ForConditionalGeneration"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(TeacherError) as caught:
         load_teacher(str(tmp_path), dtype=torch.float32, device="cpu")
     line = str(caught.value)
-    assert f"no adapter for {pipeline_class} with Flux2Transformer2DModel" in line
-    assert "known are Flux2KleinPipeline, FluxKontextPipeline, FluxPipeline, StableDiffusion3Pipeline" in line
+    assert "no adapter for Flux2Pipeline with Flux2Transformer2DModel" in line
+    known = "Flux2KleinKVPipeline, Flux2KleinPipeline, FluxKontextPipeline, FluxPipeline, StableDiffusion3Pipeline"
+    assert f"known are {known}" in line
     assert "\n" not in line
 
 
@@ -152,7 +147,7 @@ def test_another_pipeline_of_the_same_transformer_is_refused_with_the_known_ones
     ("removed", "said"),
     [
         ("text_encoder", "Flux2KleinPipeline does not work without text_encoder"),
-        ("vae/config.json", "not a complete Flux2KleinPipeline folder"),
+        ("vae/config.json", "no vae/config.json there"),
         ("transformer/diffusion_pytorch_model.safetensors", "not a complete Flux2KleinPipeline folder"),
     ],
 )

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_teachers import direct_features
 
 from cache_schema.errors import DitDistillError
 from pipeline.build_config import BuildConfig
+from pipeline.condition_store import ConditionStore
 from pipeline.curriculum import DEFAULT_TIMESTEPS
-from pipeline.features import teacher_features
 from pipeline.probe import ProbeConfig, Score, advise, choose_samples, probe, score_all
 from pipeline.probe_scores import high_frequency_ratio, linear_accuracy, pool_cells, recall_at_1, standardise
 from pipeline.teachers.base import TeacherError
@@ -62,12 +63,14 @@ def test_pooling_averages_over_cells_and_never_invents_any():
     assert pool_cells(tokens, (4, 4), 8).tolist() == [tokens.flatten().tolist()]
 
 
-def test_what_is_probed_is_what_a_build_would_cache(teacher, tiny_dataset):
+def test_what_is_probed_is_what_a_build_would_cache(teacher, tiny_dataset, tmp_path):
     samples = choose_samples(tiny_dataset, TINY)
-    (score,) = score_all(teacher, tiny_dataset, samples, ["single.0"], ProbeConfig(timesteps=(22,), cells=2, batch=4))
+    store = ConditionStore(tmp_path, teacher, tiny_dataset)
+    store.prepare(samples)
+    (score,) = score_all(teacher, store, samples, ["single.0"], ProbeConfig(timesteps=(22,), cells=2, batch=4))
     config = BuildConfig(taps=("single.0",), timesteps=(22,))
     sigmas = [teacher.sigmas(28)[21]]
-    built = teacher_features(teacher, tiny_dataset, samples, config, sigmas)["single.0"][:, 0, 0]
+    built = direct_features(teacher, tiny_dataset, samples, config, sigmas)["single.0"][:, 0, 0]
     pooled = standardise(pool_cells(built, teacher.grid, 2).half().numpy().astype(np.float32))
     labels = np.array([s.label for s in samples])
     assert score.recall_at_1 == recall_at_1(pooled, labels)

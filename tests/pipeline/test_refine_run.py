@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_teachers import encode_conditions
 
 from cache_schema.errors import DitDistillError
-from pipeline.conditions import encode_conditions
 from pipeline.refine import RefineConfig, cdr_loss, refine
 from pipeline.refine.draws import noise_of, rows_of
 from pipeline.teachers.lora import add_lora

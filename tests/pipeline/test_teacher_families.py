@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_teachers import save_tiny_klein, save_tiny_sd3
+from tiny_teachers import direct_features, encode_conditions, save_tiny_klein, save_tiny_sd3
 
 from cache_schema import open_cache
 from cache_schema.verify import verify
 from pipeline.build import build
 from pipeline.build_config import BuildConfig
-from pipeline.conditions import encode_conditions
 from pipeline.curriculum import add_noise
-from pipeline.features import teacher_features
 from pipeline.refine import RefineConfig, cdr_loss, refine
 from pipeline.teachers import load_teacher, outline_teacher
 from pipeline.teachers.base import TeacherError
@@ -187,7 +185,7 @@ def test_the_saved_lora_means_the_same_to_diffusers_and_to_the_build(folder, tin
         plain = load(folder).predict(c.object, c.context, sigma, c.text)
         built = load(folder, lora=tmp_path).predict(c.object, c.context, sigma, c.text)
         theirs = load(folder)
-        theirs.pipe.load_lora_weights(tmp_path)
+        theirs.transformer_pipe.load_lora_weights(tmp_path)
         loaded = theirs.predict(c.object, c.context, sigma, c.text)
     assert not torch.allclose(plain, expected, atol=1e-3)
     torch.testing.assert_close(loaded, expected)
@@ -214,7 +212,7 @@ def test_stage_one_and_the_build_run_end_to_end(folder, teacher, tiny_dataset, t
     cache = open_cache(tmp_path / "cache")
     sample = next(s for s in tiny_dataset.samples if s.id == cache.samples["id"][0].as_py())
     sigmas = refined.sigmas(28)
-    expected = teacher_features(refined, tiny_dataset, [sample], settings, [sigmas[9], sigmas[27]])
+    expected = direct_features(refined, tiny_dataset, [sample], settings, [sigmas[9], sigmas[27]])
     for tap in settings.taps:
         stored = cache.read([0], tap=tap).decode()
         torch.testing.assert_close(stored, expected[tap][:, 0], atol=1e-5, rtol=1e-5)

@@ -14,6 +14,9 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from pipeline.conditions import Conditions, captions_of, read_pixels
+from pipeline.features import teacher_features
+from pipeline.teachers.base import TextEmbedding
 from pipeline.teachers.pretrain_demo import TEXT_TOKENS, build_text_encoders, byte_level_clip_tokenizer
 
 # As Qwen3's own template behaves with enable_thinking=False: an empty thought opens the answer.
@@ -44,7 +47,7 @@ def spread(module: torch.nn.Module, std: float) -> None:
                 parameter.normal_(0, std)
 
 
-def save_tiny_klein(folder: Path, seed: int = 0) -> Path:
+def save_tiny_klein(folder: Path, seed: int = 0, pipeline: type = Flux2KleinPipeline) -> Path:
     torch.manual_seed(seed)
     tokenizer = byte_level_qwen_tokenizer()
     qwen = Qwen3ForCausalLM(
@@ -70,7 +73,7 @@ def save_tiny_klein(folder: Path, seed: int = 0) -> Path:
     )  # fmt: skip
     spread(qwen, 0.2)
     spread(transformer, 0.15)
-    Flux2KleinPipeline(
+    pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=vae,
         text_encoder=qwen,
@@ -119,3 +122,20 @@ def save_tiny_sd3(folder: Path, seed: int = 0, with_t5: bool = True, dynamic_shi
         tokenizer_3=t5_tokenizer if with_t5 else None,
     ).save_pretrained(folder)
     return folder
+
+
+def encode_conditions(teacher, dataset, samples, view, use_captions=True) -> Conditions:
+    """The conditions of a batch, without a store: each sample encoded alone."""
+    parts = []
+    for sample in samples:
+        pixels = read_pixels(dataset, [sample], teacher.resolution, [view])[view]
+        pair = teacher.encode_images(torch.cat([pixels.object, pixels.context]))
+        parts.append((pair[:1], pair[1:], teacher.encode_text(captions_of(dataset, [sample], use_captions))))
+    text = TextEmbedding(torch.cat([t.tokens for *_, t in parts]), torch.cat([t.pooled for *_, t in parts]))
+    return Conditions(torch.cat([o for o, *_ in parts]), torch.cat([c for _, c, _ in parts]), text)
+
+
+def direct_features(teacher, dataset, samples, config, sigmas) -> dict[str, torch.Tensor]:
+    """What a build would cache of a batch, without a store."""
+    conditions = {v: encode_conditions(teacher, dataset, samples, v, config.text == "caption") for v in config.views}
+    return teacher_features(teacher, samples, conditions, config, sigmas)

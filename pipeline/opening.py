@@ -1,0 +1,58 @@
+"""From what the configuration names to what the steps work on: the data set, the teacher."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.config import DataOptions, TeacherOptions
+from pipeline.datasets import Dataset, open_dataset
+from pipeline.device import choose_device, choose_dtype
+
+if TYPE_CHECKING:
+    from pipeline.teachers.base import Quantization, Teacher
+
+
+def open_data(options: DataOptions, log: Callable[[str], None] = print) -> Dataset:
+    """Open a data set, with the boxes and captions of an annotation file if one is named; raises DataError."""
+    opened = open_dataset(
+        options.name,
+        options.root,
+        options.limit,
+        train_classes=options.train_classes,
+        train_ratio=options.train_ratio,
+        superclass=options.superclass,
+    )
+    if options.annotations is None:
+        return opened
+    from pipeline.datasets.annotated import AnnotatedDataset
+
+    annotated = AnnotatedDataset(opened, options.annotations, partial=options.limit is not None)
+    log(
+        f"{options.annotations}: boxes for {annotated.boxes}, captions for {annotated.captions} of "
+        f"{len(opened.samples)} images"
+    )
+    return annotated
+
+
+def open_teacher(options: TeacherOptions, lora: Path | None) -> "Teacher":
+    """Load a teacher, with the LoRA of Stage I if one is given; raises TeacherError."""
+    from pipeline.teachers import load_teacher
+    from pipeline.teachers.loading import Loading
+
+    target = choose_device(options.device)
+    return load_teacher(
+        options.name,
+        revision=options.revision,
+        lora=lora,
+        resolution=options.resolution,
+        dtype=choose_dtype(options.dtype, target),
+        device=str(target),
+        guidance=options.guidance,
+        context=options.context,
+        loading=Loading(quantization_of(options), options.offload, options.compile),
+    )
+
+
+def quantization_of(options: TeacherOptions) -> "Quantization | None":
+    """The number format of the transformer's weights in memory, None as they were saved."""
+    return None if options.quantize == "none" else options.quantize

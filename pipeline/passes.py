@@ -1,0 +1,111 @@
+"""How much goes through the DiT at once, and what happens when that is more than the memory holds."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor
+
+from cache_schema.errors import DitDistillError
+
+Forward = Callable[[slice, slice], dict[str, Tensor]]
+
+
+class OutOfMemory(DitDistillError):  # noqa: N818 - as the errors of cache_schema
+    """The device or the machine has no memory left for what was asked; the message says what to ask instead."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and should_reduce_batch_size(error)
+    )
+
+
+@contextmanager
+def memory_errors(what: str, advice: str) -> Iterator[None]:
+    """Turn running out of memory into an OutOfMemory error of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"out of memory {what}; {advice}") from error
+
+
+class Passes:
+    """Cuts batches of images × timesteps into forward passes: all timesteps of an image together where memory allows.
+
+    batch: images per pass. adaptive: halve the pass when memory runs out, down to one image at one timestep, and stay
+    with what fitted; otherwise running out of memory is an error. Nothing is left out either way.
+    """
+
+    def __init__(self, batch: int, timesteps: int, *, adaptive: bool = False, log: Callable[[str], None] = print):
+        self._timesteps, self._adaptive, self._log = timesteps, adaptive, log
+        self._rows = batch * timesteps
+
+    def run(self, images: int, forward: Forward) -> dict[str, Tensor]:
+        """{tap: (B, T, L, C)} of a batch. forward: (images, timesteps) → {tap: (images · timesteps, L, C)}.
+
+        Raises OutOfMemory where no smaller pass is allowed or possible.
+        """
+        collected: dict[str, Tensor] = {}
+        image = timestep = 0
+        while image < images:
+            count, steps = self._next(images - image, self._timesteps - timestep)
+            found = self._try(forward, slice(image, image + count), slice(timestep, timestep + steps))
+            if found is None:
+                continue
+            parts = {tap: tokens.unflatten(0, (count, steps)) for tap, tokens in found.items()}
+            if (count, steps) == (images, self._timesteps):
+                return parts
+            for tap, tokens in parts.items():
+                if tap not in collected:
+                    # In main memory: where a pass had to be cut, the device has none to spare.
+                    collected[tap] = torch.empty((images, self._timesteps, *tokens.shape[2:]), dtype=tokens.dtype)
+                collected[tap][image : image + count, timestep : timestep + steps] = tokens
+            timestep = (timestep + steps) % self._timesteps
+            image += count if timestep == 0 else 0
+        return collected
+
+    def _next(self, images: int, timesteps: int) -> tuple[int, int]:
+        """Images and timesteps of the next pass, of those that are left."""
+        whole = self._rows // self._timesteps
+        return (min(whole, images), self._timesteps) if whole else (1, min(self._rows, timesteps))
+
+    def _try(self, forward: Forward, images: slice, timesteps: slice) -> dict[str, Tensor] | None:
+        """Run one pass; None if memory ran out and a smaller one is to be tried."""
+        try:
+            return forward(images, timesteps)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._shrink(images.stop - images.start, timesteps.stop - timesteps.start, error)
+        # Only here is the error gone, and with it the frames that held on to the memory.
+        gc.collect()
+        clear_device_cache()
+        return None
+
+    def _shrink(self, images: int, timesteps: int, error: Exception) -> None:
+        tried = f"{_count(images, 'image')} at {_count(timesteps, 'timestep')}"
+        if images * timesteps == 1:
+            raise OutOfMemory(
+                f"out of memory in a forward pass of {tried}; use --quantize int8, --offload, a smaller --resolution "
+                "or a larger device"
+            ) from error
+        if not self._adaptive:
+            raise OutOfMemory(
+                f"out of memory in a forward pass of {tried}; use --batch auto, which halves it until it fits, "
+                "or a smaller --batch"
+            ) from error
+        rows = images * timesteps // 2
+        self._rows = rows - rows % self._timesteps if rows >= self._timesteps else rows
+        count, steps = self._next(images, timesteps)
+        now = f"{_count(count, 'image')} at {_count(steps, 'timestep')}"
+        self._log(f"out of memory in a forward pass of {tried}: going on with {now}")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
