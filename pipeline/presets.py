@@ -17,7 +17,7 @@ _BASE: Values = {"teacher": {"name": "flux-kontext"}, "build": {"batch": 4}}
 _SMALL: Values = {
     # There is no detector and no vision-language model of this size.
     "annotate": {"boxes": "dataset", "captions": "dataset"},
-    "refine": {"steps": 200, "batch": 8},
+    "refine": {"steps": 200, "batch": 8, "checkpoint_every": 50},
     "build": {
         "timesteps": [22, 28],
         "feature_splits": ["train", "unlabeled", "test"],

@@ -109,7 +109,7 @@ class _Run:
     def train(self) -> None:
         """All steps from the last checkpoint on."""
         config = self.config
-        self.store.prepare([*self.train_samples, *self.held_out], log=self.log)
+        self.store.prepare([*self._drawn_samples(), *self.held_out], log=self.log)
         add_lora(self.teacher.transformer, config.rank, config.seed)
         recompute = config.gradient_checkpointing
         if self.teacher.device.type == "cuda" if recompute is None else recompute:
@@ -171,6 +171,15 @@ class _Run:
             )
         self.accelerator.wait_for_everyone()
         return record
+
+    def _drawn_samples(self) -> Sequence[Sample]:
+        """The training images that the run will see: all of them unless it is shorter than an epoch."""
+        config, count = self.config, len(self.train_samples)
+        if config.steps * self.slots * config.batch >= count:
+            return self.train_samples
+        draws = ((step, slot) for step in range(config.steps) for slot in range(self.slots))
+        rows = {row for draw in draws for row in rows_of(config.seed, *draw, self.slots, config.batch, count)}
+        return [self.train_samples[row] for row in sorted(rows)]
 
     def _optimise(self, step: int) -> float:
         """One step of Adam over all micro-batches of all processes; returns the mean loss."""

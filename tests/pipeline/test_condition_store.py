@@ -99,6 +99,17 @@ def test_stage_one_the_probe_and_the_build_share_a_store(load_teacher, tiny_data
     assert not any("encoded" in line for line in said)
 
 
+def test_stage_one_encodes_only_what_it_will_see(load_teacher, tiny_dataset, tmp_path):
+    def encoded(steps: int, folder: Path) -> int:
+        config = RefineConfig(steps=steps, batch=2, rank=2, validation_images=2)
+        refine(load_teacher(), tiny_dataset, config, folder / "lora", log=str)
+        return len([name for name in files(folder / "conditions") if name.startswith("latents")])
+
+    train = len([s for s in tiny_dataset.samples if s.split == "train"])
+    assert encoded(3, tmp_path / "short") == 3 * 2 + 2
+    assert encoded(train, tmp_path / "epochs") == train
+
+
 def test_text_encoders_and_vae_are_not_in_memory_while_the_dit_runs(load_teacher, tiny_dataset, tmp_path):
     elsewhere = len(encoders_in_memory())  # other tests keep teachers for the whole session
     teacher = load_teacher()
