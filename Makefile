@@ -3,6 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
 EXAMPLES ?= 2000
+JOBS ?= 2
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -59,8 +60,9 @@ eval: $(READY) ## Recall@K and mAP@R of the trained student on unseen classes: m
 demo-teacher: $(READY) ## Train the demo teacher again from nothing (about 40 minutes on 2 cores)
 	$(BIN)/python -m pipeline.teachers.pretrain_demo
 
-test: $(READY) ## Run the tests
-	$(BIN)/python -m pytest
+# One thread each: two processes that both use all cores would wait for each other.
+test: $(READY) ## Run the tests, JOBS=2 files at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 fuzz: $(READY) ## Run the property tests with EXAMPLES=2000 examples each (hours; for the night)
 	HYPOTHESIS_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -m property --timeout 0
