@@ -31,6 +31,7 @@ from pipeline.curriculum import add_noise, sample_noise
 from pipeline.datasets import open_dataset
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.features import teacher_features
+from pipeline.teachers import quiet_libraries
 from pipeline.teachers.flux import FluxTeacher, image_ids
 from pipeline.teachers.pretrain_demo import build_text_encoders
 from pipeline.views import object_view, resize_square, to_signed
@@ -210,13 +211,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--teachers", default="demo,proportioned", help="demo, proportioned or both")
     args = parser.parse_args(argv)
+    quiet_libraries()
     results = []
     shares = {}
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         teachers = {"demo": (DEMO, 48), "proportioned": (save_proportioned(place / "teacher"), 128)}
         for label, (folder, resolution) in teachers.items():
+            if label not in args.teachers.split(","):
+                continue
             loaded = FluxTeacher(folder, resolution=resolution)
             count = loaded.grid[0] * loaded.grid[1]
             text = loaded.text_pipe.tokenizer_2.model_max_length
