@@ -32,6 +32,7 @@ from pipeline.datasets import open_dataset
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.features import teacher_features
 from pipeline.teachers import quiet_libraries
+from pipeline.teachers.capture import capture
 from pipeline.teachers.flux import FluxTeacher, image_ids
 from pipeline.teachers.pretrain_demo import build_text_encoders
 from pipeline.views import object_view, resize_square, to_signed
@@ -167,7 +168,7 @@ def measure(folder: Path, resolution: int, tap: str, images: int, rounds: int, p
 
 
 def flops(transformer, t5, vae, text: int, tokens: int, side: int) -> dict[str, float]:
-    """FLOPs of one caption, of one image's two views, and of one forward pass at one timestep."""
+    """FLOPs of one caption, of the two views of one image, and of one forward pass, whole and to half depth."""
     device = next(transformer.parameters()).device
     found = {}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -189,7 +190,12 @@ def flops(transformer, t5, vae, text: int, tokens: int, side: int) -> dict[str, 
         inputs["guidance"] = torch.zeros(1, device=device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         transformer(**inputs)
-    return {**found, "forward": counter.get_total_flops()}
+    found["forward"] = counter.get_total_flops()
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    middle = {"middle": len(blocks) // 2 - 1}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, capture(blocks, middle, leave_early=True):
+        transformer(**inputs)
+    return {**found, "to the middle": counter.get_total_flops()}
 
 
 def flux1_flops() -> dict[str, float]:
@@ -244,10 +250,10 @@ def main(argv: list[str] | None = None) -> None:
     print("\nWhere the work is: FLOPs of one step of the script, and what they alone would give\n")
     rows = []
     for label, share in shares.items():
-        step = sum(share.values())
+        step = share["text"] + share["latents"] + share["forward"]
         T = len(TIMESTEPS)
         encoders = share["text"] + share["latents"]
-        gains = [T * step / (encoders + T * part * share["forward"]) for part in (0.5, 1)]
+        gains = [T * step / (encoders + T * share[part]) for part in ("to the middle", "forward")]
         rows.append((label, f"{100 * share['text'] / step:.1f} %", f"{100 * share['latents'] / step:.1f} %",
                      f"{100 * share['forward'] / step:.1f} %", *(f"{gain:.2f}" for gain in gains)))  # fmt: skip
     print(table(["teacher", "text", "latents", "forward", "gain at half depth", "gain at hidden"], rows))
