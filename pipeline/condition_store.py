@@ -28,7 +28,7 @@ from cache_schema.read_ahead import ReadAhead
 from pipeline.conditions import Conditions, Pixels, captions_of, read_pixels
 from pipeline.datasets.base import DataError, Dataset, Sample
 from pipeline.passes import memory_errors
-from pipeline.teachers.base import Teacher, TextEmbedding
+from pipeline.teachers.base import Part, Teacher, TextEmbedding
 
 # Counts the changes of how pixels become latents or captions become embeddings.
 _RECIPE = 1
@@ -113,14 +113,13 @@ class ConditionStore:
         if not captions:
             return 0.0
         try:
-            with memory_errors("while encoding a caption", _NO_ROOM):
-                self._teacher.encode_text(captions[:1])  # loads the text encoders
-            started = time.monotonic()
+            started = self._load("text")
             for caption in tqdm(captions, desc="captions", unit="caption"):
                 check()
                 file = self._text_file(caption)
                 if not file.exists():
-                    text = self._teacher.encode_text([caption])
+                    with memory_errors("while encoding a caption", _NO_ROOM):
+                        text = self._teacher.encode_text([caption])
                     _write(file, {"tokens": text.tokens[0], "pooled": text.pooled[0]})
             return time.monotonic() - started
         finally:
@@ -136,8 +135,8 @@ class ConditionStore:
             return read_pixels(self._dataset, [sample], self._teacher.resolution, views)
 
         ahead = ReadAhead(pixels_of, in_thread=True, stop=len(lacking))
-        started = None
         try:
+            started = self._load("vae")
             for number, (sample, views) in enumerate(tqdm(lacking, desc="latents", unit="image")):
                 check()
                 pixels = ahead.get(number)
@@ -148,12 +147,16 @@ class ConditionStore:
                     with memory_errors("while encoding an image", _NO_ROOM):
                         latents = self._teacher.encode_images(pair)
                     _write(self._latents_file(sample, view), {"object": latents[0], "context": latents[1]})
-                    # The first image pays for loading the VAE.
-                    started = started or time.monotonic()
-            return time.monotonic() - started if started else 0.0
+            return time.monotonic() - started
         finally:
             ahead.close()
             self._teacher.release("vae")
+
+    def _load(self, part: Part) -> float:
+        """Load a part of the teacher; returns the time when it was there, in seconds of `time.monotonic`."""
+        with memory_errors("while loading the teacher's encoders", _NO_ROOM):
+            self._teacher.load(part)
+        return time.monotonic()
 
     def _begin(self) -> None:
         sweep_aside_files(self.root)

@@ -1,6 +1,5 @@
 """How much goes through the DiT at once, and what happens when that is more than the memory holds."""
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -84,8 +83,7 @@ class Passes:
                 raise
             self._shrink(images.stop - images.start, timesteps.stop - timesteps.start, error)
         # Only here is the error gone, and with it the frames that held on to the memory.
-        gc.collect()
-        clear_device_cache()
+        clear_device_cache(garbage_collection=True)
         return None
 
     def _shrink(self, images: int, timesteps: int, error: Exception) -> None:

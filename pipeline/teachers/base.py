@@ -91,6 +91,10 @@ class Teacher(Protocol):
         """The T noise levels the family's own sampler visits at this resolution, noisiest first."""
         ...
 
+    def load(self, part: Part) -> None:
+        """Have the text encoders, the VAE or the transformer in memory, as their first use would."""
+        ...
+
     def release(self, part: Part) -> None:
         """Take the text encoders, the VAE or the transformer out of memory; what was trained in it is lost."""
         ...

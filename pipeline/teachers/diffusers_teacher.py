@@ -4,13 +4,13 @@ Text encoders, VAE and transformer are loaded when they are first used and relea
 has to hold more than the one at work.
 """
 
-import gc
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from torch.nn import Module
 
@@ -109,11 +109,12 @@ class DiffusersTeacher(ABC):
         """The pipeline with its text encoders and tokenizers alone."""
         return self._part("text")
 
+    def load(self, part: Part) -> None:
+        self._part(part)
+
     def release(self, part: Part) -> None:
         if self._parts.pop(part, None) is not None:
-            gc.collect()  # modules refer to each other in circles
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            clear_device_cache(garbage_collection=True)  # modules refer to each other in circles
 
     def encoder_identity(self, part: Part) -> dict[str, Any]:
         names = self.text_components if part == "text" else (part,)
