@@ -64,7 +64,7 @@ demo-teacher: $(READY) ## Train the demo teacher again from nothing (about 40 mi
 test: $(READY) ## Run the tests, JOBS=2 files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
-fuzz: $(READY) ## Run the property tests with EXAMPLES=2000 examples each (hours; for the night)
+fuzz: $(READY) ## Run the property tests with EXAMPLES=2000 examples each (10 minutes)
 	HYPOTHESIS_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -m property --timeout 0
 
 lint: $(READY) ## Style, types and the house rules

@@ -22,12 +22,12 @@ import numpy as np
 
 from benchmarks.alternatives import WRITERS, Writer
 from benchmarks.measure import in_turns, save, table, version
-from benchmarks.synthetic import INT8, TAP, Workload, begin_cache, features, mapped_payloads, plan
+from benchmarks.synthetic import BFLOAT16, INT8, TAP, Workload, begin_cache, features, mapped_payloads, plan
 from cache_schema import CacheWriter
 from cache_schema.encoding import Array
 
 FLOAT32 = Workload("float32", tokens=INT8.tokens, channels=INT8.channels)
-WORKLOADS = {"float32": FLOAT32, "int8": INT8}
+WORKLOADS = {"float32": FLOAT32, "int8": INT8, "bfloat16": BFLOAT16}
 BOUND = "plain sequential write, 64 kB at a time (bound)"
 WHOLE = "plain sequential write, a sample at a time"
 OURS = "`CacheWriter.write_shard` of ready features"
@@ -157,7 +157,7 @@ def render(result: Mapping[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.writing", description=__doc__)
-    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="of float32 and int8")
+    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="of float32, int8 and bfloat16")
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--small", action="store_true", help="a tiny workload, to see that everything works")

@@ -14,25 +14,17 @@ from cache_schema.manifest import Fidelity
 
 # Samples measured per shard: enough over all shards, and cheap beside encoding the rest.
 MEASURED_SAMPLES = 2
-# Tokens are compared in blocks of about this many values, so that their float64 copies stay in the processor's caches.
-_BLOCK_VALUES = 1 << 15
 
 
 def measure(tap: str, timestep: int, original: FloatArray, decoded: Array) -> FidelitySums:
     """Compare features (n, L, C) of one tap and timestep with what came back from their encoding."""
+    from cache_schema.compiled import compare_tokens
+
     C = original.shape[-1]
-    x, y = original.reshape(-1, C), decoded.reshape(-1, C)
-    xx, yy, xy = np.empty((3, len(x)))  # per token
-    channel_energy, channel_error = np.zeros((2, C))
-    step = max(1, _BLOCK_VALUES // C)
-    for start in range(0, len(x), step):
-        block = slice(start, start + step)
-        a, b = x[block].astype(np.float64), y[block].astype(np.float64)
-        for products, left, right in ((xx, a, a), (yy, b, b), (xy, a, b)):
-            products[block] = np.einsum("lc,lc->l", left, right)
-        channel_energy += np.einsum("lc,lc->c", a, a)
-        b -= a
-        channel_error += np.einsum("lc,lc->c", b, b)
+    x, y = (_comparable(features).reshape(-1, C) for features in (original, decoded))
+    xx, yy, xy = tokens = np.empty((3, len(x)))
+    channel_energy, channel_error = channels = np.zeros((2, C))
+    compare_tokens(x, y, tokens, channels)
     norm = np.sqrt(xx) * np.sqrt(yy)
     both_zero = (xx == 0) & (yy == 0)
     cosine = np.where(both_zero, 1.0, np.divide(xy, norm, out=np.zeros_like(xy), where=norm > 0))
@@ -49,6 +41,11 @@ def measure(tap: str, timestep: int, original: FloatArray, decoded: Array) -> Fi
         energy=float(xx.sum()),
         channel_error=float(channel_loss.mean()),
     )
+
+
+def _comparable(features: FloatArray) -> FloatArray:
+    """Return contiguous features of a type that can be compiled for."""
+    return np.ascontiguousarray(features, dtype=np.float64 if features.dtype == np.float64 else np.float32)
 
 
 def combine(sums: list[FidelitySums]) -> list[FidelitySums]:

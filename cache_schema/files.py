@@ -123,7 +123,8 @@ class AsideFile:
         """Flush everything to the disk and return the digest; the file is still aside. durable: as for `write_file`."""
         assert self._fd is not None
         with storage_errors(self.path):
-            self._write_block(memoryview(b""))
+            if self._pending:
+                self._write_block(memoryview(b""))
             if durable:
                 os.fsync(self._fd)
         self._close()
@@ -155,15 +156,16 @@ class AsideFile:
     def _write_block(self, end: memoryview) -> None:
         """Hand what is pending, and after it `end`, to the operating system."""
         assert self._fd is not None
-        pieces = [piece for piece in (memoryview(self._pending), end) if piece.nbytes]
+        pieces = [memoryview(self._pending), end] if self._pending else [end]
         while pieces:
             written = os.writev(self._fd, pieces)
             # A disk that is nearly full or a signal lets less be written.
             while pieces and written >= pieces[0].nbytes:
                 written -= pieces.pop(0).nbytes
-            if pieces:
+            if written:
                 pieces[0] = pieces[0][written:]
-        self._pending = bytearray()
+        if self._pending:
+            self._pending = bytearray()
 
     def _begin_flush(self) -> None:
         """Let the disk begin with what was written, if that is enough; it is only a hint, which is not waited for."""

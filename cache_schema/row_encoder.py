@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from cache_schema import fidelity, layout
 from cache_schema.codec import TapCodec
-from cache_schema.encoding import Array, Features, FloatArray, as_features, first_not_finite
+from cache_schema.encoding import Array, Encoded, Features, FloatArray, as_features, first_not_finite
 from cache_schema.errors import InvalidFeatures
 from cache_schema.journal import FidelitySums
 from cache_schema.manifest import Manifest, TapInfo
@@ -19,8 +17,7 @@ class RowEncoder:
     def __init__(self, manifest: Manifest, codecs: Mapping[str, TapCodec]) -> None:
         self._manifest = manifest
         self._codecs = codecs
-        # For every tap, what is to be preserved and what comes back, (V, T, L, C_teacher) each.
-        self._measured: dict[str, dict[int, tuple[FloatArray, Array]]] = {tap.name: {} for tap in manifest.taps}
+        self._measured: dict[tuple[int, str], list[FidelitySums]] = {}  # by place and tap, of every timestep
 
     def encode(self, features: Mapping[str, Features], who: str, place: int) -> dict[str, Array]:
         """Return the stored arrays (V, T, *inner) of a sample by name, from features (V, T, L, C) of every tap.
@@ -36,33 +33,34 @@ class RowEncoder:
 
     def fidelity(self) -> list[FidelitySums]:
         """Return what the samples so far lost, for every tap and timestep; nothing if there were none."""
-        sums = []
-        for tap in self._manifest.taps:
-            pairs = [pair for _, pair in sorted(self._measured[tap.name].items())]
-            for t, timestep in enumerate(self._manifest.curriculum.timesteps if pairs else []):
-                original, decoded = (np.concatenate([pair[which][:, t] for pair in pairs]) for which in (0, 1))
-                sums.append(fidelity.measure(tap.name, timestep, original, decoded))
-        return sums
+        places = sorted({place for place, _ in self._measured})
+        return fidelity.combine(
+            [item for tap in self._manifest.taps for place in places for item in self._measured[place, tap.name]]
+        )
 
     def _encode_tap(self, tap: TapInfo, sample: Features, who: str, place: int) -> dict[str, Array]:
         codec = self._codecs[tap.name]
-        # Formats with a scale look at every token's peak, in which a NaN or an infinity shows: one pass less.
-        if not self._manifest.encoding.scaled:
-            sample = as_features(sample)
-            check_finite(sample, tap, who)
         try:
             encoded = codec.encode(sample)
         except InvalidFeatures as error:
             check_finite(as_features(sample), tap, who)
             raise InvalidFeatures(f"tap {tap.name} of {who}: {error}") from error
         if place < fidelity.MEASURED_SAMPLES:
-            self._measured[tap.name][place] = (codec.pooled(sample), codec.restore(codec.decode(encoded)))
+            self._measured[place, tap.name] = self._measure(tap, codec.pooled(sample), encoded)
         parts = {}
         for array in layout.feature_layouts(self._manifest, tap):
             part = encoded.payload if array.part == "payload" else encoded.scale
             assert part is not None
             parts[array.name] = part
         return parts
+
+    def _measure(self, tap: TapInfo, original: FloatArray, encoded: Encoded) -> list[FidelitySums]:
+        codec = self._codecs[tap.name]
+        decoded = codec.restore(codec.decode(encoded))
+        return [
+            fidelity.measure(tap.name, timestep, original[:, t], decoded[:, t])
+            for t, timestep in enumerate(self._manifest.curriculum.timesteps)
+        ]
 
 
 def check_shapes(manifest: Manifest, features: Mapping[str, Features], count: int | None = None) -> None:

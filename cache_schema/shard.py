@@ -102,7 +102,7 @@ def parse_index(data: bytes, layout: ArrayLayout, file_size: int, where: str) ->
     if layout.compression == "none":
         inside &= lengths == np.uint64(chunk_bytes(layout))
     else:
-        inside &= lengths <= np.uint64(max_compressed(chunk_bytes(layout)))
+        inside &= (lengths > 0) & (lengths <= np.uint64(max_compressed(chunk_bytes(layout))))
     if not (inside | ~present).all():
         raise CacheCorrupt(f"the chunk index of {where} points outside the file or to chunks of the wrong size")
     if _overlap(offsets[present], lengths[present]):

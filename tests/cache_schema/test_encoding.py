@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cache_schema import InvalidFeatures, encoding
+from cache_schema import InvalidFeatures
 from cache_schema.calibration import Moments
 from cache_schema.encoding import Encoded, as_features, decode, encode, first_not_finite
 from cache_schema.float8 import float8_to_float32
 
+PLAIN = ["float32", "float16", "bfloat16"]
 SCALED = ["int8", "float8_e4m3"]
 
 
@@ -98,7 +99,7 @@ def encode_step_by_step(kind: str, x: np.ndarray, channel: np.ndarray) -> tuple[
 @many_examples
 @given(st.data(), st.sampled_from(SCALED))
 def test_scaled_formats_have_the_bytes_that_their_definition_says(data: st.DataObject, kind: str) -> None:
-    """For every type of features, with huge channels, silent tokens and tiny values, in one block or many."""
+    """For every type of features, with huge channels, silent tokens and tiny values."""
     shape = data.draw(st.tuples(*(st.integers(1, 3) for _ in range(3)), st.integers(1, 40)))
     rng = np.random.default_rng(data.draw(st.integers(0, 1 << 32)))
     x = rng.standard_normal(shape, dtype=np.float32)
@@ -109,18 +110,28 @@ def test_scaled_formats_have_the_bytes_that_their_definition_says(data: st.DataO
     features = torch.from_numpy(x).to(given_as) if isinstance(given_as, torch.dtype) else x.astype(given_as)
     if data.draw(st.booleans()):
         features = features.swapaxes(0, 1)[:, :1].swapaxes(0, 1)  # not contiguous
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding, "_BLOCK_VALUES", data.draw(st.sampled_from([1, 50, 1 << 16])))
-        encoded = encode(kind, features, channel)
+    encoded = encode(kind, features, channel)
     payload, scale = encode_step_by_step(kind, as_features(features), channel)
     np.testing.assert_array_equal(encoded.payload, payload)
     np.testing.assert_array_equal(encoded.scale, scale)
 
 
-@pytest.mark.parametrize("kind", SCALED)
+@many_examples
+@given(hnp.arrays(np.uint32, st.integers(1, 40)))
+def test_any_bits_become_the_bfloat16_that_torch_makes_of_them_or_are_refused(bits: np.ndarray) -> None:
+    x = bits.view(np.float32).reshape(1, 1, 1, -1)
+    expected = torch.from_numpy(x.copy()).to(torch.bfloat16)
+    if not expected.isfinite().all():
+        with pytest.raises(InvalidFeatures):
+            encode("bfloat16", x)
+        return
+    np.testing.assert_array_equal(encode("bfloat16", x).payload, expected.view(torch.uint16).numpy())
+
+
+@pytest.mark.parametrize("kind", [*PLAIN, *SCALED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_scaled_format_takes_no_value_that_is_not_finite(kind: str, dtype: torch.dtype, value: float) -> None:
+def test_no_format_takes_a_value_that_is_not_finite(kind: str, dtype: torch.dtype, value: float) -> None:
     x = torch.ones(1, 1, 3, 4, dtype=dtype)
     x[0, 0, 2, 1] = value
     with pytest.raises(InvalidFeatures):

@@ -9,6 +9,7 @@ import pytest
 from cache_building import FEATURE_ROWS, TIMESTEPS, build, features_of, fill, many_examples, start, tree
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from cache_schema import LowFidelity, open_cache
 from cache_schema.fidelity import combine, measure, merge
@@ -46,6 +47,29 @@ def test_tokens_of_zeros_that_stay_zeros_are_kept_and_those_that_vanish_are_lost
     assert (kept.cosine_min, kept.relative_error, kept.channel_error) == (1.0, 0.0, 0.0)
     (lost,) = merge([measure("hidden", 10, np.ones((1, 1, 2)), np.zeros((1, 1, 2)))])
     assert (lost.cosine_min, lost.relative_error, lost.channel_error) == (0.0, 1.0, 1.0)
+
+
+@many_examples
+@given(
+    hnp.arrays(np.float32, (2, 2, 3, 5), elements=st.floats(-1e4, 1e4, width=32)),
+    st.sampled_from([np.float16, np.float32, np.float64]),
+    st.booleans(),
+)
+def test_the_figures_are_those_of_their_definition(pair: np.ndarray, dtype: type, contiguous: bool) -> None:
+    original, stored = pair.astype(dtype) if contiguous else pair.astype(dtype).swapaxes(1, 2)
+    (figures,) = merge([measure("hidden", 10, original, stored.astype(np.float32))])
+    x, y = original.astype(np.float64).reshape(-1, original.shape[-1]), stored.reshape(-1, original.shape[-1])
+    norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y.astype(np.float64), axis=1)
+    alike = (x * y).sum(axis=1)
+    cosines = [
+        1.0 if not a.any() and not b.any() else d / n if n else 0.0
+        for a, b, d, n in zip(x, y, alike, norms, strict=True)
+    ]
+    error, energy = np.square(x - y).sum(axis=0), np.square(x).sum(axis=0)
+    lost = np.where(energy > 0, error / np.where(energy > 0, energy, 1), 0)
+    assert figures.cosine_mean == pytest.approx(np.mean(cosines), abs=1e-9)
+    assert figures.relative_error == pytest.approx(math.sqrt(error.sum() / energy.sum()) if energy.any() else 0)
+    assert figures.channel_error == pytest.approx(math.sqrt(lost.mean()))
 
 
 @many_examples
