@@ -34,8 +34,7 @@ OURS = "`CacheWriter.write_shard` of ready features"
 
 # Where the time of a shard goes: what is done → the functions, by file and name, that do it and nothing else.
 PARTS = {
-    "wait for the thread that checks and encodes": [("~", "<method 'acquire' of '_thread.lock' objects>")],
-    "fidelity": [("fidelity.py", "measure")],
+    "wait for the thread that checks, encodes and measures": [("~", "<method 'acquire' of '_thread.lock' objects>")],
     "checksum": [("checksum.py", "crc32c")],
     "write": [("~", "<built-in method posix.writev>")],
     "fsync": [("~", "<built-in method posix.fsync>")],

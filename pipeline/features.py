@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cache_schema.buffers import empty
 from cache_schema.claims import Claims
 from cache_schema.writer import CacheWriter
 from pipeline.build_config import BuildConfig
@@ -244,7 +245,7 @@ class FeatureBuilder:
         buffer = self._buffers[turn]
         for tap, tokens in like.items():
             if tap not in buffer or len(buffer[tap]) < rows:
-                buffer[tap] = torch.empty((rows, *tokens.shape[1:]), dtype=tokens.dtype)
+                buffer[tap] = empty((rows, *tokens.shape[1:]), tokens.dtype)
         return {tap: values[:rows] for tap, values in buffer.items()}
 
     def _write(self, number: int, shard: _OpenShard) -> None:
