@@ -119,13 +119,15 @@ def _values(table: Array) -> memoryview:
 class OpenShard:
     """An open shard file of an array, where its chunks are and, if they are checked, the CRC-32C of its pieces.
 
-    A piece is `piece` chunks: one, or those of a whole row in caches that schema version 1 wrote.
+    A piece is `piece` chunks: one, or those of a whole row in caches that schema version 1 wrote. `joint_checksums`, if
+    there are any, are those of all timesteps of a row and view together, for chunks that are read at once.
     """
 
     file: OpenFile
     places: ChunkPlaces
     checksums: memoryview | None
     piece: int
+    joint_checksums: memoryview | None = None
 
 
 class RecentlyUsed(Generic[K, V]):

@@ -277,12 +277,13 @@ class Cache:
         indices = np.asarray(rows)
         if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
             raise CacheRequestError("rows must be a sequence of row numbers")
-        if indices.size and (indices.min() < 0 or indices.max() >= limit):
-            row = next(row for row in indices.tolist() if not 0 <= row < limit)
+        listed: list[int] = indices.tolist()
+        if listed and (min(listed) < 0 or max(listed) >= limit):
+            row = next(row for row in listed if not 0 <= row < limit)
             raise CacheRequestError(
                 f"row {row} of cache {self.manifest.label} does not have {what}: rows 0 to {limit - 1} do"
             )
-        return indices.tolist()
+        return listed
 
     def _check_built(self, rows: list[int]) -> None:
         if self._built is None and not self._failed:
