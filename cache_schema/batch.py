@@ -13,8 +13,8 @@ class EncodedBatch:
     """Encoded features of B samples at T timesteps, as torch tensors.
 
     `payload` (B, T, L, C) is float32, float16, bfloat16, int8 or float8_e4m3fn, as `encoding` says. The last two come
-    with `scale` (B, T, L) and `channel` (T, C), both float32. Move it to the device as it is and decode it there: fewer
-    bytes cross the bus.
+    with `scale` (B, T, L) and `channel` (T, C), both float32; batches of the same timesteps may share `channel`. Move
+    it to the device as it is and decode it there: fewer bytes cross the bus.
     """
 
     payload: torch.Tensor

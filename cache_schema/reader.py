@@ -85,7 +85,8 @@ class Cache:
         self.root = root
         self.manifest = manifest
         self.verify = verify
-        self._channels: dict[str, torch.Tensor] = {}
+        self._calibrations: dict[str, torch.Tensor] = {}  # by tap, of all timesteps
+        self._channels: dict[str, tuple[list[int], torch.Tensor]] = {}  # by tap, of the timesteps last asked for
         self._components: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._layouts: dict[str, list[ArrayLayout]] = {}
         self._open_nothing()
@@ -176,7 +177,7 @@ class Cache:
             tensor = self._output(out, shape) if payload else torch.empty(shape, dtype=torch.float32)
             request.read_into(tensor.reshape(-1).view(torch.uint8).numpy())
             parts[array.part] = tensor
-        channel = self._channel(info)[steps] if "scale" in parts else None
+        channel = self._channel(info, steps) if "scale" in parts else None
         return EncodedBatch(parts["payload"], parts.get("scale"), channel, self.manifest.encoding.kind)
 
     def restore(self, tap: str, features: torch.Tensor) -> torch.Tensor:
@@ -262,6 +263,8 @@ class Cache:
 
     def _view_indices(self, view: int | str | Sequence[int] | Array, count: int) -> list[int]:
         names = self.manifest.views
+        if isinstance(view, int) and 0 <= view < len(names):
+            return [view] * count
         if isinstance(view, str):
             if view not in names:
                 raise CacheRequestError(f"cache {self.manifest.label} lacks view {view} (has {', '.join(names)})")
@@ -315,12 +318,16 @@ class Cache:
             raise CacheRequestError("out must be contiguous and in CPU memory")
         return tensor
 
-    def _channel(self, tap: TapInfo) -> torch.Tensor:
-        channel = self._channels.get(tap.name)
-        if channel is None:
-            try:
-                channel = torch.from_numpy(load_channel(self.root, self.manifest, tap))
-            except CacheCorrupt as error:
-                raise damaged(self.root, f"the calibration of tap {tap.name} cannot be used: {error}") from error
-            self._channels[tap.name] = channel
+    def _channel(self, tap: TapInfo, steps: list[int]) -> torch.Tensor:
+        """Return a tap's calibration at some timesteps; batches that ask for the same ones get the same tensor."""
+        before, channel = self._channels.get(tap.name, (None, None))
+        if channel is None or before != steps:
+            if tap.name not in self._calibrations:
+                try:
+                    stored = torch.from_numpy(load_channel(self.root, self.manifest, tap))
+                except CacheCorrupt as error:
+                    raise damaged(self.root, f"the calibration of tap {tap.name} cannot be used: {error}") from error
+                self._calibrations[tap.name] = stored
+            channel = self._calibrations[tap.name][steps]
+            self._channels[tap.name] = steps, channel
         return channel

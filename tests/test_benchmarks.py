@@ -43,7 +43,14 @@ def test_every_writer_is_measured_or_said_to_be_missing():
         installed = measure.version(writer.distribution) is not None
         assert (rows[writer.name][0] == "not installed") == (not installed)
     # Their sum is the time of a shard; the rest must not hide most of it.
-    assert {"fidelity", "checksum", "write", "fsync", "in all"} <= set(rows)
+    assert {"checksum", "write", "fsync", "in all"} <= set(rows)
+
+
+def test_every_format_is_encoded_side_by_side_with_numpy_and_torch():
+    rows = [line.split(" | ") for line in run("benchmarks.encoding", "--small", "--rounds", "1").splitlines()]
+    assert [(row[0], row[1]) for row in rows[2:]] == [
+        (f"| {kind}", given) for kind in ("int8", "float8_e4m3", "bfloat16") for given in ("float32", "bfloat16")
+    ]
 
 
 def test_a_joint_and_a_reused_context_are_measured_side_by_side():
