@@ -9,7 +9,6 @@ values are compared with features encoded anew.
 import argparse
 import functools
 import itertools
-import mmap
 import os
 import shutil
 import tempfile
@@ -24,8 +23,11 @@ from benchmarks.alternatives import READERS, WRITERS, Batch, Read, Reader, as_ar
 from benchmarks.measure import Work, in_turns_apart, medians, save, table, version
 from benchmarks.synthetic import BFLOAT16, INT8, TAP, Workload, encoded_features, mapped_payloads, write_cache
 from cache_schema import open_cache
+from cache_schema.buffers import empty
 from cache_schema.encoding import Array
 
+# From here on our own memory for batches is in huge pages.
+_HUGE = 32 << 20
 WORKLOADS = {"int8": INT8, "bfloat16": BFLOAT16}
 CACHE, TARS = "cache", "cache-webdataset"
 BOUND = "`os.preadv` into a reused buffer (bound)"
@@ -114,9 +116,9 @@ OURS = [
 class _Buffers:
     """One batch buffer per batch size, used again and again; its memory is touched once, in advance.
 
-    It begins at a page, as page-locked memory does. What `np.zeros` returns begins 16 bytes behind one, and is filled a
-    fifth more slowly from a file whose chunks begin at pages, because a core takes its reads for those of what it just
-    wrote.
+    It begins at a page, as page-locked memory does, and lies in huge pages. What `np.zeros` returns begins 16 bytes
+    behind a page and is filled a fifth more slowly from a file whose chunks begin at pages, because a core takes its
+    reads for those of what it just wrote; and which small pages it gets makes one process slower than another.
     """
 
     def __init__(self, workload: Workload) -> None:
@@ -125,7 +127,8 @@ class _Buffers:
 
     def array(self, count: int) -> Array:
         if count not in self._arrays:
-            values = np.frombuffer(mmap.mmap(-1, count * self._workload.sample_bytes), self._workload.dtype)
+            nbytes = count * self._workload.sample_bytes
+            values = empty((max(nbytes, _HUGE),), torch.uint8)[:nbytes].numpy().view(self._workload.dtype)
             values.fill(0)
             self._arrays[count] = values.reshape(count, *self._workload.shape)
         return self._arrays[count]
