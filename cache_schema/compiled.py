@@ -49,16 +49,24 @@ def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., An
 
 
 @njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _calibrate(bits: Any, inverse: Any, calibrated: Any) -> Any:
-    """Put a token (C,), divided by the amplitudes of its channels, into float32 (C,); return its peak."""
+def _calibrate(bits: Any, inverse: Any, largest: Any, calibrated: Any) -> Any:
+    """Put a token (C,), divided by the amplitudes of its channels, into float32 (C,).
+
+    Return by what to divide it so that its peak becomes `largest`: NaN if the peak is not finite, infinity for a token
+    so small that this number underflows, which is stored as zeros.
+    """
     shift = np.uint32(32 - 8 * bits.itemsize)
     for c in range(len(bits)):
         calibrated[c] = np.uint32(np.uint32(bits[c]) << shift).view(np.float32) * inverse[c]
     signed = calibrated.view(np.int32)
-    peak = np.int32(0)
+    magnitude = np.int32(0)
     for c in range(len(bits)):
-        peak = max(peak, np.int32(signed[c] & _SIGNLESS))
-    return np.int32(peak).view(np.float32)
+        magnitude = max(magnitude, np.int32(signed[c] & _SIGNLESS))
+    peak = np.int32(magnitude).view(np.float32)
+    if not np.isfinite(peak):
+        return np.float32(np.nan)
+    divisor = peak / largest
+    return divisor if divisor > _SMALLEST else np.float32(np.inf)
 
 
 @_compiled()
@@ -69,14 +77,10 @@ def to_int8(bits: Any, inverse: Any, payload: Any, scale: Any) -> bool:
     """
     calibrated = np.empty(bits.shape[3], np.float32)
     for n, t, l in np.ndindex(scale.shape):  # noqa: E741
-        peak = _calibrate(bits[n, t, l], inverse[t], calibrated)
-        if not np.isfinite(peak):
+        divisor = _calibrate(bits[n, t, l], inverse[t], _INT8_PEAK, calibrated)
+        if np.isnan(divisor):
             return False
-        step = peak / _INT8_PEAK
-        # A token so small that its scale underflows is stored as zeros.
-        heard = step > _SMALLEST
-        scale[n, t, l] = step if heard else np.float32(0)
-        divisor = step if heard else np.float32(np.inf)
+        scale[n, t, l] = divisor if divisor < np.inf else np.float32(0)
         out = payload[n, t, l]
         for c in range(len(out)):
             # The division may end a little above the largest value; rounding takes that away.
@@ -89,13 +93,10 @@ def to_float8(bits: Any, inverse: Any, payload: Any, scale: Any) -> bool:
     """Do as `to_int8` with payload uint8, the bits of float8_e4m3."""
     calibrated = np.empty(bits.shape[3], np.float32)
     for n, t, l in np.ndindex(scale.shape):  # noqa: E741
-        peak = _calibrate(bits[n, t, l], inverse[t], calibrated)
-        if not np.isfinite(peak):
+        divisor = _calibrate(bits[n, t, l], inverse[t], _FLOAT8_PEAK, calibrated)
+        if np.isnan(divisor):
             return False
-        step = peak / _FLOAT8_PEAK
-        heard = step > _SMALLEST
-        scale[n, t, l] = step if heard else np.float32(0)
-        divisor = step if heard else np.float32(np.inf)
+        scale[n, t, l] = divisor if divisor < np.inf else np.float32(0)
         signed, out = calibrated.view(np.int32), payload[n, t, l]
         for c in range(len(out)):
             out[c] = (signed[c] >> np.int32(24)) & np.int32(0x80)

@@ -1,4 +1,4 @@
-"""How thorough property tests are: quickly by default, `HYPOTHESIS_EXAMPLES=2000` (or `make fuzz`) for a night."""
+"""How thorough property tests are: quickly by default, `HYPOTHESIS_EXAMPLES=2000` (or `make fuzz`) now and then."""
 
 import os
 import signal
