@@ -88,7 +88,8 @@ def save_record(folder: Path, step: Step, record: Record | None) -> None:
     records.pop(step, None)
     if record is not None:
         records[step] = record
-    document = {name: asdict(kept) for name, kept in records.items()}
+    # In the order of the steps: two runs that share a build may end it one after the other.
+    document = {name: asdict(records[name]) for name in _PARTS if name in records}
     write_file(folder / RECORDS_NAME, (json.dumps(document, indent=2) + "\n").encode())
 
 

@@ -12,6 +12,7 @@ from run_process import RunProcesses
 from tiny_annotators import photograph
 
 from cache_schema.manifest_file import load_manifest
+from pipeline.run.records import Record, load_records, save_record
 
 
 @pytest.fixture(scope="module")
@@ -281,3 +282,9 @@ def test_a_plan_loads_no_model_library(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_records_are_in_the_order_of_the_steps_whichever_ended_last(tmp_path):
+    for step in ("verify", "build", "annotate"):
+        save_record(tmp_path, step, Record({}, {}))
+    assert list(load_records(tmp_path)) == ["annotate", "build", "verify"]
