@@ -58,7 +58,7 @@ eval: $(READY) ## Recall@K and mAP@R of the trained student on unseen classes: m
 	$(BIN)/dit-train eval $(RUN)/distill
 
 demo-teacher: $(READY) ## Train the demo teacher again from nothing (about 40 minutes on 2 cores)
-	$(BIN)/python -m pipeline.teachers.pretrain_demo
+	$(BIN)/python -m pipeline.refine.pretrain_demo
 
 # One thread each: two processes that both use all cores would wait for each other.
 test: $(READY) ## Run the tests, JOBS=2 files at a time

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.synthetic import TAP, Workload
-from cache_schema.encoding import Array
+from cache_schema.encoding.number_formats import Array
 
 # What a reader returns: the rows it really delivered, and their samples, one by one or as one array (B, T, L, C).
 Batch = tuple[Array, Sequence[Any] | Array]

@@ -24,13 +24,13 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.measure import save, table
-from pipeline.build import build
-from pipeline.build_config import BuildConfig
-from pipeline.conditions import read_pixels
+from pipeline.build.config import BuildConfig
+from pipeline.build.run import build
 from pipeline.datasets.base import Sample
+from pipeline.inputs.conditions import read_pixels
+from pipeline.refine.pretrain_demo import build_text_encoders
 from pipeline.teachers.base import TapShape, TextEmbedding
 from pipeline.teachers.flux import FluxTeacher
-from pipeline.teachers.pretrain_demo import build_text_encoders
 
 SIDE, CHANNELS, WIDTH = 128, 768, 32
 PHOTOGRAPHS = 24

@@ -18,13 +18,13 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from cache_schema.calibration import Moments
-from cache_schema.compression import compress, decompress
-from cache_schema.encoding import encode
-from pipeline.build_config import BuildConfig
-from pipeline.condition_store import ConditionStore
+from cache_schema.encoding.calibration import Moments
+from cache_schema.encoding.number_formats import encode
+from cache_schema.stores.compression import compress, decompress
+from pipeline.build.config import BuildConfig
+from pipeline.build.features import teacher_features
 from pipeline.datasets import open_dataset
-from pipeline.features import teacher_features
+from pipeline.inputs.condition_store import ConditionStore
 from pipeline.teachers import load_teacher
 
 RESULTS = Path(__file__).parent / "results"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.measure import in_turns, save, table
 from benchmarks.synthetic import INT8, Workload, features
-from cache_schema.encoding import Array, encode
+from cache_schema.encoding.number_formats import Array, encode
 
 SAMPLES = 32
 # Format → the largest number of a token.

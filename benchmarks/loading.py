@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.measure import in_turns, medians, save, table
 from benchmarks.synthetic import BFLOAT16, INT8, TAP, Workload, write_cache
 from cache_schema import Cache, CacheDataset, FeatureBatch, FeatureLoader, open_cache
-from cache_schema.sampler import EpochSampler
+from cache_schema.loading.sampler import EpochSampler
 
 WORKLOADS = {"int8": INT8, "bfloat16": BFLOAT16}
 BOUND = "`cache.read` into one reused buffer (the reader alone)"

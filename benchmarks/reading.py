@@ -23,8 +23,8 @@ from benchmarks.alternatives import READERS, WRITERS, Batch, Read, Reader, as_ar
 from benchmarks.measure import Work, in_turns_apart, medians, save, table, version
 from benchmarks.synthetic import BFLOAT16, INT8, TAP, Workload, encoded_features, mapped_payloads, write_cache
 from cache_schema import open_cache
-from cache_schema.buffers import empty
-from cache_schema.encoding import Array
+from cache_schema.encoding.number_formats import Array
+from cache_schema.storage.buffers import empty
 
 # From here on our own memory for batches is in huge pages.
 _HUGE = 32 << 20

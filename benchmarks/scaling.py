@@ -71,7 +71,7 @@ def build(folder: Path, samples: int) -> dict[str, float]:
 
 def verify(folder: Path, samples: int) -> dict[str, float]:
     """Check every byte of the cache."""
-    from cache_schema.verify import verify as check
+    from cache_schema.care.verify import verify as check
 
     started = time.perf_counter()
     assert check(folder) == []
@@ -122,9 +122,9 @@ def _run_step(step: str, folder: Path, samples: int) -> None:
     import numpy  # noqa: F401
     import torch  # noqa: F401
 
-    import cache_schema.reader
-    import cache_schema.verify
-    import cache_schema.writer  # noqa: F401
+    import cache_schema.care.verify
+    import cache_schema.reading.reader
+    import cache_schema.writing.writer  # noqa: F401
 
     imported = _peak_mb()
     measured = STEPS[step](folder, samples)

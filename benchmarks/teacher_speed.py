@@ -23,19 +23,19 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from benchmarks.measure import save, table
 from cache_schema import open_cache
-from pipeline.build import build
-from pipeline.build_config import BuildConfig
-from pipeline.condition_store import ConditionStore
-from pipeline.conditions import caption_of, decode_with_box
+from pipeline.build.config import BuildConfig
+from pipeline.build.features import teacher_features
+from pipeline.build.run import build
 from pipeline.curriculum import add_noise, sample_noise
 from pipeline.datasets import open_dataset
 from pipeline.datasets.base import Dataset, Sample
-from pipeline.features import teacher_features
+from pipeline.inputs.condition_store import ConditionStore
+from pipeline.inputs.conditions import caption_of, decode_with_box
+from pipeline.inputs.views import object_view, resize_square, to_signed
+from pipeline.refine.pretrain_demo import build_text_encoders
 from pipeline.teachers import quiet_libraries
 from pipeline.teachers.capture import capture
 from pipeline.teachers.flux import FluxTeacher, image_ids
-from pipeline.teachers.pretrain_demo import build_text_encoders
-from pipeline.views import object_view, resize_square, to_signed
 
 TIMESTEPS = (10, 16, 22, 28)
 DEMO = Path(__file__).parents[1] / "pipeline/teachers/demo_weights"

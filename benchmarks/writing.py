@@ -24,7 +24,7 @@ from benchmarks.alternatives import WRITERS, Writer
 from benchmarks.measure import in_turns, save, table, version
 from benchmarks.synthetic import BFLOAT16, INT8, TAP, Workload, begin_cache, features, mapped_payloads, plan
 from cache_schema import CacheWriter
-from cache_schema.encoding import Array
+from cache_schema.encoding.number_formats import Array
 
 FLOAT32 = Workload("float32", tokens=INT8.tokens, channels=INT8.channels)
 WORKLOADS = {"float32": FLOAT32, "int8": INT8, "bfloat16": BFLOAT16}

@@ -25,10 +25,7 @@ from cache_schema.errors import (
 )
 
 if TYPE_CHECKING:
-    from cache_schema.batch import EncodedBatch
-    from cache_schema.dataset import CacheDataset, FeatureBatch
-    from cache_schema.loader import FeatureLoader
-    from cache_schema.manifest import (
+    from cache_schema.format.manifest import (
         Curriculum,
         DatasetInfo,
         Encoding,
@@ -40,35 +37,38 @@ if TYPE_CHECKING:
         TapInfo,
         TeacherInfo,
     )
-    from cache_schema.plan import plan_manifest
-    from cache_schema.reader import Cache, open_cache
-    from cache_schema.samples import SAMPLES_SCHEMA, fingerprint_samples, make_samples, samples_table
-    from cache_schema.writer import CacheWriter, create_cache
+    from cache_schema.format.samples import SAMPLES_SCHEMA, fingerprint_samples, make_samples, samples_table
+    from cache_schema.loading.dataset import CacheDataset, FeatureBatch
+    from cache_schema.loading.loader import FeatureLoader
+    from cache_schema.reading.batch import EncodedBatch
+    from cache_schema.reading.reader import Cache, open_cache
+    from cache_schema.writing.plan import plan_manifest
+    from cache_schema.writing.writer import CacheWriter, create_cache
 
 _LAZY = {
-    "EncodedBatch": "batch",
-    "CacheDataset": "dataset",
-    "FeatureBatch": "dataset",
-    "FeatureLoader": "loader",
-    "Curriculum": "manifest",
-    "DatasetInfo": "manifest",
-    "Encoding": "manifest",
-    "Fidelity": "manifest",
-    "ImagesInfo": "manifest",
-    "Manifest": "manifest",
-    "Provenance": "manifest",
-    "StoreInfo": "manifest",
-    "TapInfo": "manifest",
-    "TeacherInfo": "manifest",
-    "plan_manifest": "plan",
-    "Cache": "reader",
-    "open_cache": "reader",
-    "SAMPLES_SCHEMA": "samples",
-    "fingerprint_samples": "samples",
-    "make_samples": "samples",
-    "samples_table": "samples",
-    "CacheWriter": "writer",
-    "create_cache": "writer",
+    "EncodedBatch": "reading.batch",
+    "CacheDataset": "loading.dataset",
+    "FeatureBatch": "loading.dataset",
+    "FeatureLoader": "loading.loader",
+    "Curriculum": "format.manifest",
+    "DatasetInfo": "format.manifest",
+    "Encoding": "format.manifest",
+    "Fidelity": "format.manifest",
+    "ImagesInfo": "format.manifest",
+    "Manifest": "format.manifest",
+    "Provenance": "format.manifest",
+    "StoreInfo": "format.manifest",
+    "TapInfo": "format.manifest",
+    "TeacherInfo": "format.manifest",
+    "plan_manifest": "writing.plan",
+    "Cache": "reading.reader",
+    "open_cache": "reading.reader",
+    "SAMPLES_SCHEMA": "format.samples",
+    "fingerprint_samples": "format.samples",
+    "make_samples": "format.samples",
+    "samples_table": "format.samples",
+    "CacheWriter": "writing.writer",
+    "create_cache": "writing.writer",
 }
 
 __all__ = [

@@ -12,12 +12,12 @@ from pipeline.commands.build import build
 from pipeline.commands.convert import convert
 from pipeline.commands.estimate import estimate
 from pipeline.commands.inspect import info, verify
+from pipeline.commands.options import DebugOption
 from pipeline.commands.preview import preview
 from pipeline.commands.probe import probe
 from pipeline.commands.refine import refine
 from pipeline.commands.run import run
 from pipeline.datasets import DatasetOptionError
-from pipeline.options import DebugOption
 
 app = typer.Typer(
     name="dit-cache",

@@ -17,15 +17,15 @@ from typing import Any, Literal, TypeAlias, Union, cast, get_args, get_origin, g
 from pydantic import TypeAdapter, ValidationError
 
 from cache_schema.errors import DitDistillError
-from cache_schema.files import write_file
+from cache_schema.storage.files import write_file
 from pipeline.annotate.config import AnnotateConfig
-from pipeline.build_config import BuildConfig
+from pipeline.build.config import BuildConfig
 from pipeline.device import DtypeName
+from pipeline.inputs.tolerance import Tolerance
 from pipeline.presets import preset_values
-from pipeline.probe import ProbeConfig
+from pipeline.probe.run import ProbeConfig
 from pipeline.refine.config import RefineConfig
 from pipeline.teachers.base import ContextMode
-from pipeline.tolerance import Tolerance
 
 Step: TypeAlias = Literal["annotate", "refine", "probe", "build", "verify"]
 STEPS: tuple[Step, ...] = get_args(Step)
@@ -81,7 +81,7 @@ class TeacherOptions:
 class RunConfig:
     """Everything from a data set to its cache. steps: what `dit-cache run` does, in this order.
 
-    conditions: folder of prompt embeddings and latents (`pipeline.condition_store`), None beside the results.
+    conditions: folder of prompt embeddings and latents (`pipeline.inputs.condition_store`), None beside the results.
     """
 
     data: DataOptions

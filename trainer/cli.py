@@ -91,9 +91,9 @@ def eval_command(
     """Recall@1/2/4/8 and mAP@R on the test split: every image queries all the others."""
     import json
 
-    from trainer import evaluate
     from trainer.device import choose_device
-    from trainer.rundir import write_json
+    from trainer.evaluation import evaluate
+    from trainer.training.run_folder import write_json
 
     opened = _open(cache or evaluate.cache_of_run(run), allow_partial)
     scores, embeddings, test = evaluate.evaluate_run(run, opened, choose_device(device))
@@ -120,9 +120,9 @@ def report_command(
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Accept an unsealed cache.")] = False,
 ) -> None:
     """One HTML page and one JSON file on a set of runs: recalls, loss curves, a retrieval gallery."""
-    from trainer import report
     from trainer.device import choose_device
-    from trainer.evaluate import cache_of_run
+    from trainer.evaluation.evaluate import cache_of_run
+    from trainer.reports import report
 
     opened = _open(cache or cache_of_run(runs[0]), allow_partial)
     where = choose_device(device)
@@ -188,7 +188,7 @@ def _train(config: TrainConfig, output: Path, resume: bool, overwrite: bool, all
     from cache_schema import CacheNotFound
     from trainer.config import describe
     from trainer.errors import TrainError
-    from trainer.rundir import check_run, is_finished, load_result
+    from trainer.training.run_folder import check_run, is_finished, load_result
 
     check_run(output, config, resume, overwrite)
     if is_finished(output) and not overwrite:
@@ -201,7 +201,7 @@ def _train(config: TrainConfig, output: Path, resume: bool, overwrite: bool, all
         raise TrainError(f"{error}; make one with dit-cache build, or name one with --cache") from None
     typer.echo(f"cache {cache.manifest.label}: {len(cache)} rows with features\n{describe(config)}")
 
-    from trainer.loop import train
+    from trainer.training.loop import train
 
     result = train(config, cache, output, resume=resume, overwrite=overwrite)
     losses = ", ".join(f"{name} {value:.4f}" for name, value in result["final_losses"].items())

@@ -10,10 +10,10 @@ from pipeline.annotate.config import AnnotateConfig
 from pipeline.annotate.detector import Detection, Detector, pad_and_clip
 from pipeline.annotate.models import ModelFiles
 from pipeline.annotate.work import Rows
-from pipeline.conditions import UNREADABLE, box_on_stored_pixels, decode_image, decode_with_box
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.device import choose_device
-from pipeline.views import Box
+from pipeline.inputs.conditions import UNREADABLE, box_on_stored_pixels, decode_image, decode_with_box
+from pipeline.inputs.views import Box
 
 
 def reason_of(error: Exception) -> str:

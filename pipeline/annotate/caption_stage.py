@@ -12,9 +12,9 @@ from pipeline.annotate.config import AnnotateConfig
 from pipeline.annotate.leaks import LeakCheck
 from pipeline.annotate.models import ModelFiles
 from pipeline.annotate.work import Rows
-from pipeline.conditions import UNREADABLE, caption_of, decode_with_box
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.device import choose_device, choose_dtype
+from pipeline.inputs.conditions import UNREADABLE, caption_of, decode_with_box
 
 NO_CAPTION: dict[str, Any] = {"caption": None, "caption_source": "none", "leak": ""}
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from pipeline.annotate.models import AnnotateError, ModelFiles, load_model
-from pipeline.views import Box
+from pipeline.inputs.views import Box
 
 OPTION = "--captioner"
 DEFAULT = "Qwen/Qwen2.5-VL-7B-Instruct"

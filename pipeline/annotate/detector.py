@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from pipeline.annotate.models import ModelFiles, load_model
-from pipeline.views import Box
+from pipeline.inputs.views import Box
 
 OPTION = "--detector"
 DEFAULT = "IDEA-Research/grounding-dino-base"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from cache_schema.identity import canonical_json
+from cache_schema.format.identity import canonical_json
 from pipeline.annotate import captioner, detector
 from pipeline.annotate.box_stage import BoxStage
 from pipeline.annotate.caption_stage import NO_CAPTION, CaptionStage

@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.conditions import UNREADABLE, decode_with_box
 from pipeline.datasets.base import Dataset, Sample
+from pipeline.inputs.conditions import UNREADABLE, decode_with_box
 from pipeline.refine.pictures import save_picture
 
 _COLUMNS = 6

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache_schema.files import write_file
+from cache_schema.storage.files import write_file
 from pipeline.annotate.models import AnnotateError
 
 FORMAT = 1

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cache_schema.files import write_file
+from cache_schema.storage.files import write_file
 from pipeline.annotate.models import AnnotateError
 
 Rows = dict[int, dict[str, Any]]  # index of the sample → columns

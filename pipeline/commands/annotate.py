@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.options import (
+from pipeline.commands.options import (
     AnnotationsOption,
     DataOption,
     DatasetOption,
@@ -118,8 +118,8 @@ def annotate(
     The same command goes on where an interrupted run stopped. Give the file to refine, probe and
     build with --annotations.
     """
+    from pipeline.chain.steps import annotate_images
     from pipeline.config import make_config
-    from pipeline.run.steps import annotate_images
 
     config = make_config(
         dataset,

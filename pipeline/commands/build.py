@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.options import (
+from pipeline.commands.options import (
     AnnotationsOption,
     CompileOption,
     ConditionsOption,
@@ -172,8 +172,8 @@ def build(
     bad_share = parse_share(max_bad, "--max-bad")
     if resume or repair:
         _check_begun(place, "--repair" if repair else "--resume")
+    from pipeline.chain.steps import build_cache
     from pipeline.config import make_config
-    from pipeline.run.steps import build_cache
 
     config = make_config(
         dataset, teacher, conditions=conditions,
@@ -196,7 +196,7 @@ def build(
 def _check_begun(cache: Path, option: str) -> None:
     """Raise unless there is a cache to continue, as the option demands."""
     from cache_schema.errors import CacheNotFound
-    from cache_schema.manifest_file import load_manifest
+    from cache_schema.format.manifest_file import load_manifest
 
     try:
         load_manifest(cache)

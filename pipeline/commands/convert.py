@@ -7,7 +7,7 @@ import typer
 
 from cache_schema.errors import printable
 from pipeline.commands.build import Compression, Store
-from pipeline.options import DebugOption
+from pipeline.commands.options import DebugOption
 
 
 def convert(
@@ -23,8 +23,8 @@ def convert(
     """Copy a cache into another store without loss: the copy has the same cache id, features and images."""
     from tqdm import tqdm
 
-    from cache_schema.convert import convert as copy
-    from cache_schema.manifest_file import load_manifest
+    from cache_schema.care.convert import convert as copy
+    from cache_schema.format.manifest_file import load_manifest
 
     total = load_manifest(source).dataset.feature_rows
     with tqdm(total=total, desc="convert", unit="sample", delay=1) as bar:

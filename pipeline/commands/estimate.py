@@ -20,7 +20,7 @@ from pipeline.commands.build import (
     TimestepsOption,
     ViewsOption,
 )
-from pipeline.options import (
+from pipeline.commands.options import (
     ContextOption,
     DataOption,
     DatasetOption,
@@ -106,9 +106,9 @@ def estimate(
     if measure and images_per_second:
         raise typer.BadParameter("give the speed or measure it, not both", param_hint="--measure")
     trained = None if trainer_timesteps is None else parse_numbers(trainer_timesteps, "--trainer-timesteps")
-    from pipeline import estimate as work
     from pipeline.config import make_config
-    from pipeline.estimate_text import estimate_text
+    from pipeline.estimate import sizes as work
+    from pipeline.estimate.text import estimate_text
     from pipeline.opening import open_teacher
     from pipeline.teachers import outline_teacher
 
@@ -153,7 +153,7 @@ def _memory_budget(outline: "TeacherOutline", config: "RunConfig", gigabytes: fl
     from pipeline.teachers import quiet_libraries
 
     quiet_libraries()
-    from pipeline.memory import MemorySettings, memory_budget
+    from pipeline.estimate.memory import MemorySettings, memory_budget
 
     # The device is one that may not be here: unless it is to be a CPU, `auto` is what it is on a GPU.
     target = torch.device("cpu" if config.teacher.device == "cpu" else "cuda")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.options import DebugOption
+from pipeline.commands.options import DebugOption
 
 
 def info(
@@ -18,7 +18,7 @@ def info(
     debug: DebugOption = False,
 ) -> None:
     """Say what a cache holds, who built it with what, and how faithful its features are."""
-    from cache_schema.describe import describe, describe_text
+    from cache_schema.care.describe import describe, describe_text
 
     if as_json:
         typer.echo(json.dumps(describe(cache, shards), indent=2))
@@ -31,6 +31,6 @@ def verify(
     debug: DebugOption = False,
 ) -> None:
     """Check every file against the checksums in the journal; exit code 1 if anything is wrong."""
-    from pipeline.run.steps import verify_cache
+    from pipeline.chain.steps import verify_cache
 
     verify_cache(cache)

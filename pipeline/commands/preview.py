@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.options import DebugOption
+from pipeline.commands.options import DebugOption
 
 
 def preview(
@@ -23,7 +23,7 @@ def preview(
     if not sample and random is None:
         raise typer.BadParameter("name a sample, or give --random N", param_hint="--sample")
     from cache_schema import open_cache
-    from pipeline import preview as work
+    from pipeline.preview import run as work
 
     work.check_format(output)  # before anything is read
     opened = open_cache(cache, allow_partial=allow_partial)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.options import (
+from pipeline.commands.options import (
     AnnotationsOption,
     CompileOption,
     ConditionsOption,
@@ -76,9 +76,9 @@ def probe(
     debug: DebugOption = False,
 ) -> None:
     """Compare taps and timesteps before caching: retrieval, linear separability, high-frequency ratio of each."""
+    from pipeline.chain.steps import probe_teacher
     from pipeline.config import make_config
     from pipeline.curriculum import DEFAULT_STEPS
-    from pipeline.run.steps import probe_teacher
 
     every = range(1, (num_steps or DEFAULT_STEPS) + 1)
     config = make_config(

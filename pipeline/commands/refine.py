@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.options import (
+from pipeline.commands.options import (
     AnnotationsOption,
     CompileOption,
     ConditionsOption,
@@ -80,8 +80,8 @@ def refine(
     The same command goes on where an interrupted run stopped. For several
     GPUs: torchrun --nproc-per-node 8 -m pipeline.cli refine …
     """
+    from pipeline.chain.steps import refine_teacher
     from pipeline.config import make_config
-    from pipeline.run.steps import refine_teacher
 
     config = make_config(
         dataset, teacher, conditions=conditions,

@@ -6,8 +6,7 @@ from typing import Annotated, cast
 
 import typer
 
-from pipeline.datasets import dataset_names
-from pipeline.options import (
+from pipeline.commands.options import (
     AnnotationsOption,
     CompileOption,
     ConditionsOption,
@@ -28,6 +27,7 @@ from pipeline.options import (
     TrainRatioOption,
     parse_classes,
 )
+from pipeline.datasets import dataset_names
 from pipeline.presets import run_folder
 
 
@@ -113,17 +113,17 @@ def run(
     if print_config:
         typer.echo(render_config(config))
         return
-    from pipeline.run import chain
+    from pipeline.chain import run as chain
 
     if step is not None:
-        from pipeline.run.process import end_with_standard_input
+        from pipeline.chain.process import end_with_standard_input
 
         end_with_standard_input()
         chain.do_step(config, folder, cast(Step, step), repair=repair)
         return
+    from pipeline.chain.forecast import Rates, forecast
+    from pipeline.chain.text import forecast_text
     from pipeline.opening import open_data
-    from pipeline.run.forecast import Rates, forecast
-    from pipeline.run.text import forecast_text
 
     opened = open_data(config.data, log=lambda _: None)
     rates = Rates(images_per_second, refine_steps_per_second, annotate_images_per_second)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cache_schema.errors import DitDistillError
-from cache_schema.files import flush_directory, storage_errors, sweep_aside_files
+from cache_schema.storage.files import flush_directory, storage_errors, sweep_aside_files
 
 FOLDER = "checkpoint"
 # What runs that began before there was a choice did not write down.

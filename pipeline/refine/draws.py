@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache_schema.sampler import StreamSampler
+from cache_schema.loading.sampler import StreamSampler
 from pipeline.curriculum import keyed_generator
 
 

@@ -15,10 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cache_schema.errors import DitDistillError
-from cache_schema.files import write_file
-from pipeline.condition_store import ConditionStore, default_store
+from cache_schema.storage.files import write_file
 from pipeline.datasets.base import Dataset, Sample
-from pipeline.passes import memory_errors
+from pipeline.inputs.condition_store import ConditionStore, default_store
 from pipeline.refine.card import render_card
 from pipeline.refine.checkpoint import (
     Progress,
@@ -34,6 +33,7 @@ from pipeline.refine.metrics import MetricsLog
 from pipeline.refine.pictures import draw_reconstructions, save_picture
 from pipeline.teachers.base import Teacher
 from pipeline.teachers.lora import RECORD_NAME, add_lora
+from pipeline.teachers.passes import memory_errors
 from pipeline.teachers.weights import file_digest
 
 # Settings that may change between two halves of one run without changing what it computes.

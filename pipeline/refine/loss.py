@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cache_schema.errors import DitDistillError
-from pipeline.condition_store import ConditionStore
-from pipeline.conditions import Conditions
 from pipeline.curriculum import add_noise, sample_noise
 from pipeline.datasets.base import Sample
+from pipeline.inputs.condition_store import ConditionStore
+from pipeline.inputs.conditions import Conditions
 from pipeline.teachers.base import Teacher
 
 _VALIDATION_BATCH = 8

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.conditions import Conditions
 from pipeline.curriculum import add_noise, sample_noise
 from pipeline.datasets.base import Sample
+from pipeline.inputs.conditions import Conditions
 from pipeline.teachers.base import Teacher
 
 _CELL = 160

@@ -14,6 +14,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from torch.nn import Module
 
+from pipeline.inputs.views import from_signed, to_signed
 from pipeline.teachers.architecture import Architecture, read_architecture
 from pipeline.teachers.base import ContextMode, Part, TapShape, TeacherError, TextEmbedding
 from pipeline.teachers.capture import capture
@@ -22,7 +23,6 @@ from pipeline.teachers.lora import attach_lora, check_made_for, save_lora
 from pipeline.teachers.packing import pack_latents, unpack_latents
 from pipeline.teachers.quantization import pipeline_config
 from pipeline.teachers.weights import check_weights, component_digest
-from pipeline.views import from_signed, to_signed
 
 
 def blocks_of(transformer: Any) -> list[Module]:

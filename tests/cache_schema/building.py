@@ -28,9 +28,9 @@ from cache_schema import (
     make_samples,
     plan_manifest,
 )
-from cache_schema.files import digest
-from cache_schema.journal import file_record, read_record, write_record
-from cache_schema.reduction import teacher_shape
+from cache_schema.encoding.reduction import teacher_shape
+from cache_schema.format.journal import file_record, read_record, write_record
+from cache_schema.storage.files import digest
 
 # For property tests; `tests/conftest.py` says how the variable is used.
 _EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "60"))

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_schema import journal
-from cache_schema.files import digest_file
-from cache_schema.identity import compute_cache_id
-from cache_schema.manifest_file import manifest_checksum, render_document
+from cache_schema.format import journal
+from cache_schema.format.identity import compute_cache_id
+from cache_schema.format.manifest_file import manifest_checksum, render_document
+from cache_schema.storage.files import digest_file
 
 READING = ("open", "samples", "read", "images", "verify", "describe")
 COMMANDS = ("dit-cache info", "dit-cache verify", "dit-cache convert", "dit-cache preview")

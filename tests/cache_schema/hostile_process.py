@@ -20,15 +20,15 @@ import torch  # noqa: F401 -- so that the memory it takes counts as the baseline
 import pipeline.cli
 import pipeline.commands.convert
 import pipeline.commands.inspect
-import pipeline.preview
+import pipeline.preview.run
 from cache_schema import CacheError, create_cache, open_cache
 from cache_schema import cli as command_line
-from cache_schema.convert import convert
-from cache_schema.describe import describe, describe_text
-from cache_schema.manifest_file import load_manifest
-from cache_schema.repair import repair
-from cache_schema.samples import load_samples
-from cache_schema.verify import verify
+from cache_schema.care.convert import convert
+from cache_schema.care.describe import describe, describe_text
+from cache_schema.care.repair import repair
+from cache_schema.care.verify import verify
+from cache_schema.format.manifest_file import load_manifest
+from cache_schema.format.samples import load_samples
 
 # What one cache may take beyond the imports, and how long, before it counts as an attack that succeeded.
 ADDRESS_SPACE = 2 << 30

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-import pipeline.build
+import pipeline.build.run
+import pipeline.chain.forecast
 import pipeline.datasets.demo
-import pipeline.probe_picture
+import pipeline.probe.picture
 import pipeline.refine.loop
-import pipeline.run.forecast
 import pipeline.teachers.flux  # noqa: F401 - imported here so that no forked process has to
 from cache_schema.cli import run
 from pipeline.cli import app

@@ -16,8 +16,8 @@ from pipeline.annotate.config import AnnotateConfig
 from pipeline.annotate.run import annotate
 from pipeline.datasets.demo import DemoConfig, DemoDataset
 from pipeline.datasets.folder import FolderDataset
+from pipeline.refine.pretrain_demo import build_text_encoders
 from pipeline.teachers.flux import FluxTeacher
-from pipeline.teachers.pretrain_demo import build_text_encoders
 
 # Test folders are no packages, so what several modules share is loaded by its path.
 _SHARED = {

@@ -16,7 +16,7 @@ import torch
 from build_process import BuildProcess, BuildProcesses, Ended, Moment, Watch
 from tiny_annotators import photograph
 
-import pipeline.run.process
+import pipeline.chain.process
 from cache_schema.cli import run
 from pipeline.cli import app
 
@@ -79,7 +79,7 @@ def _run(arguments: list[str], log: str, moment: Moment | None, in_step: bool, h
         finally:
             watch.active = before
 
-    pipeline.run.process.start = start  # type: ignore[assignment]
+    pipeline.chain.process.start = start  # type: ignore[assignment]
     try:
         run(app, ["run", *arguments], name="dit-cache")
     finally:

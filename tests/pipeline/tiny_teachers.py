@@ -14,10 +14,10 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from pipeline.conditions import Conditions, captions_of, read_pixels
-from pipeline.features import teacher_features
+from pipeline.build.features import teacher_features
+from pipeline.inputs.conditions import Conditions, captions_of, read_pixels
+from pipeline.refine.pretrain_demo import TEXT_TOKENS, build_text_encoders, byte_level_clip_tokenizer
 from pipeline.teachers.base import TextEmbedding
-from pipeline.teachers.pretrain_demo import TEXT_TOKENS, build_text_encoders, byte_level_clip_tokenizer
 
 # As Qwen3's own template behaves with enable_thinking=False: an empty thought opens the answer.
 CHAT_TEMPLATE = (

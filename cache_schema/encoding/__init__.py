@@ -1,0 +1,1 @@
+"""Features as numbers of few bytes, and back: formats, reduction, calibration, fidelity."""

@@ -1,0 +1,1 @@
+"""What a cache's files say: manifest, identity, journal, samples, layout."""

@@ -1,0 +1,85 @@
+"""What a cache is called: the SHA-256 of everything that determines its numbers."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cache_schema.format.manifest import Manifest
+
+# The fields of each part of a manifest that determine the numbers in the cache. Left out on purpose: where things came
+# from (paths, repositories, revisions: the digests of the weights say more), how the bytes are laid out (compression,
+# shard sizes) and everything about one particular build (provenance, fidelity, sizes, sealed).
+_DETERMINING: dict[str, tuple[str, ...]] = {
+    "dataset": ("name", "protocol", "fingerprint", "superclass", "feature_splits", "feature_rows"),
+    "teacher": (
+        "family",
+        "pipeline_class",
+        "digests",
+        "lora_digest",
+        "dtype",
+        "resolution",
+        "text",
+        "guidance",
+        "quantization",
+        "context",
+    ),
+    "curriculum": ("num_steps", "timesteps", "sigmas", "seed"),
+    "encoding": ("kind", "pool", "pca"),
+    "images": ("size", "format", "quality"),
+}
+_DETERMINING_WHOLE = ("taps", "views")
+# Fields that came with a later schema version are left out where they say what was always so: ids do not change.
+_SINCE_VERSION_2: dict[str, dict[str, Any]] = {
+    "encoding": {"pool": 1, "pca": None},
+    "taps": {"teacher_channels": None},
+    "teacher": {"quantization": None, "context": "joint"},
+}
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one JSON text of a value: sorted keys, no spaces, ASCII, floats as Python's `repr` writes them.
+
+    Raises ValueError for NaN and infinities, which JSON cannot say.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def determining_fields(manifest: "Manifest") -> dict[str, Any]:
+    """Return the part of a manifest that determines the numbers in the cache, as plain JSON values."""
+    document = manifest.model_dump(mode="json")
+    fields: dict[str, Any] = {name: document[name] for name in _DETERMINING_WHOLE}
+    for part, names in _DETERMINING.items():
+        value = document[part]
+        fields[part] = None if value is None else {name: value[name] for name in names}
+    for part in ("encoding", "teacher"):
+        fields[part] = _without_defaults(part, fields[part])
+    fields["taps"] = [_without_defaults("taps", tap) for tap in fields["taps"]]
+    return fields
+
+
+def _without_defaults(part: str, value: dict[str, Any]) -> dict[str, Any]:
+    defaults = _SINCE_VERSION_2[part]
+    return {name: item for name, item in value.items() if name not in defaults or item != defaults[name]}
+
+
+def compute_cache_id(manifest: "Manifest") -> str:
+    """Return the cache id, 64 hexadecimal digits, equal for equal inputs on any machine."""
+    return hashlib.sha256(canonical_json(determining_fields(manifest)).encode("ascii")).hexdigest()
+
+
+def differing_fields(ours: "Manifest", theirs: "Manifest") -> list[str]:
+    """Return the dotted names of the determining fields in which two manifests differ, sorted."""
+    mine, other = _flatten(determining_fields(ours)), _flatten(determining_fields(theirs))
+    return sorted(name for name in mine.keys() | other.keys() if mine.get(name) != other.get(name))
+
+
+def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = canonical_json(value)
+    return flat

@@ -1,0 +1,182 @@
+"""The samples table: one row per image of every split, in the order that features and images are stored in."""
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cache_schema.errors import CacheCorrupt, CacheError
+from cache_schema.format.identity import canonical_json
+from cache_schema.format.manifest import Manifest
+from cache_schema.storage.files import read_bounded
+from cache_schema.storage.parquet import read_trusting_nothing
+
+SPLITS = ("train", "test", "unlabeled")
+STATES = ("ok", "quarantined")
+# Some million images with captions of their own.
+MAX_SAMPLES_BYTES = 1 << 30
+
+SAMPLES_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("label", pa.int32(), nullable=False),
+        pa.field("class_name", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("box", pa.list_(pa.float32(), 4)),  # xyxy in pixels; null where there is none
+        pa.field("box_source", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("state", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+    ]
+)
+_DEFAULTS = {
+    "label": -1,
+    "class_name": "",
+    "box": None,
+    "box_source": "",
+    "caption": "",
+    "state": "ok",
+    "reason": "",
+}
+# Where an image came from and why it was set aside do not change what is computed from it.
+_FINGERPRINTED = [name for name in SAMPLES_SCHEMA.names if name not in ("source", "box_source", "reason")]
+
+
+def row_rank(split: str, state: str, feature_splits: Collection[str]) -> int:
+    """Return where a row stands in a cache: 0 with features, 1 usable without them, 2 quarantined."""
+    if state != "ok":
+        return 2
+    return 0 if split in feature_splits else 1
+
+
+def make_samples(rows: Iterable[Mapping[str, Any]], feature_splits: Iterable[str]) -> tuple[pa.Table, int]:
+    """Make the samples table from one mapping per image; return it with the number of rows that have features.
+
+    Rows are put in the order a cache needs, otherwise keeping the given one: first those of the `feature_splits`,
+    then the other usable ones, then the quarantined. Missing `label`, `class_name`, `box`, `box_source`, `caption`,
+    `state` and `reason` get their empty values. Raises CacheError for rows that are not valid.
+    """
+    wanted = set(feature_splits)
+
+    def rank(row: Mapping[str, Any]) -> int:
+        return row_rank(row.get("split", ""), row.get("state", "ok"), wanted)
+
+    ordered = sorted(rows, key=rank)
+    return samples_table(ordered), sum(rank(row) == 0 for row in ordered)
+
+
+def samples_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Make the samples table from one mapping per image, in the given order, which must be one a cache can have.
+
+    Missing fields get their empty values as in `make_samples`. Raises CacheError for rows that are not valid.
+    """
+    try:
+        table = pa.Table.from_pylist([{**_DEFAULTS, **row} for row in rows], schema=SAMPLES_SCHEMA)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise CacheError(f"these samples do not fit the samples table: {error}") from error
+    check_samples(table)
+    return table
+
+
+def fingerprint_samples(table: pa.Table) -> str:
+    """Return the SHA-256 of what the table says about the images' contents, split, labels, boxes and captions."""
+    digest = hashlib.sha256()
+    for batch in table.select(_FINGERPRINTED).to_batches(max_chunksize=4096):
+        for row in batch.to_pylist():
+            digest.update(canonical_json(row).encode("ascii") + b"\n")
+    return digest.hexdigest()
+
+
+def check_samples(table: pa.Table) -> None:
+    """Raise CacheError, saying which column or row, unless this is a valid samples table."""
+    if not table.schema.equals(SAMPLES_SCHEMA):
+        wrong = [
+            field.name
+            for field in SAMPLES_SCHEMA
+            if field.name not in table.schema.names or table.schema.field(field.name).type != field.type
+        ]
+        raise CacheError(f"the samples table does not have the columns of the schema: {', '.join(wrong) or 'order'}")
+    try:
+        table.validate(full=True)
+    except pa.ArrowException as error:
+        raise CacheError(f"the samples table is not valid: {error}") from error
+    for field in SAMPLES_SCHEMA:
+        if not field.nullable and table[field.name].null_count:
+            raise CacheError(f"the samples table has an empty {field.name}")
+    if pc.count_distinct(table["id"]).as_py() != table.num_rows:
+        repeated = pc.value_counts(table["id"]).to_pylist()
+        name = next(item["values"] for item in repeated if item["counts"] > 1)
+        raise CacheError(f"the samples table has the id {name!r} more than once")
+    if not pc.all(pc.is_finite(pc.list_flatten(table["box"]))).as_py() and table["box"].null_count < table.num_rows:
+        raise CacheError("the samples table has a box that is not made of finite numbers")
+    for column, allowed in (("split", SPLITS), ("state", STATES)):
+        unknown = set(pc.unique(table[column]).to_pylist()) - set(allowed)
+        if unknown:
+            raise CacheError(
+                f"the samples table has the {column} {sorted(unknown)[0]!r}; allowed: {', '.join(allowed)}"
+            )
+    usable = count_usable(table)
+    if usable != count_usable(table.slice(0, usable)):
+        raise CacheError("quarantined samples must come last in the samples table")
+
+
+def count_usable(table: pa.Table) -> int:
+    """Return the number of rows that are not quarantined; they come first."""
+    return pc.sum(pc.equal(table["state"], "ok")).as_py() or 0
+
+
+def check_against_manifest(table: pa.Table, manifest: Manifest) -> None:
+    """Raise CacheError unless the table has the rows that the manifest counts, in the order features need."""
+    usable, rows = count_usable(table), manifest.dataset.feature_rows
+    if rows > usable:
+        raise CacheError(f"the manifest says {rows} samples have features, the table has {usable} usable rows")
+    splits = set(pc.unique(table["split"].slice(0, rows)).to_pylist())
+    if not splits <= set(manifest.dataset.feature_splits):
+        raise CacheError(
+            f"rows that have features must come first in the samples table, but the first {rows} rows are of splits "
+            f"{', '.join(sorted(splits))} and features are of {', '.join(manifest.dataset.feature_splits)}"
+        )
+    per_shard, shards = manifest.store.images_per_shard, manifest.store.image_shards
+    if manifest.images is not None and -(-usable // per_shard) != shards:
+        raise CacheError(f"{usable} images by {per_shard} are not {shards} image shards")
+
+
+def render_samples(table: pa.Table) -> bytes:
+    """Return the bytes of `samples.parquet`, the same for equal tables; CacheError for one that is too large."""
+    buffer = BytesIO()
+    # How a table is cut into pieces in memory must not show in the file, nor that it was read from one: the inner
+    # field of the boxes then has another name.
+    canonical = pa.Table.from_arrays(table.combine_chunks().columns, schema=SAMPLES_SCHEMA)
+    pq.write_table(canonical, buffer, compression="zstd", row_group_size=65536, version="2.6")
+    if buffer.tell() > MAX_SAMPLES_BYTES:
+        raise CacheError(f"the samples table takes {buffer.tell()} bytes, a cache may have {MAX_SAMPLES_BYTES}")
+    return buffer.getvalue()
+
+
+def load_samples(path: Path) -> pa.Table:
+    """Read a samples table; raises CacheCorrupt unless it is a valid one."""
+    try:
+        data = read_bounded(path, MAX_SAMPLES_BYTES)
+    except OSError as error:
+        raise CacheCorrupt(f"{path} is not a samples table: {error.strerror}") from error
+    return parse_samples(data, str(path))
+
+
+def parse_samples(data: bytes, where: str) -> pa.Table:
+    """Turn the bytes of `samples.parquet` into a table; `where` names them. Raises CacheCorrupt unless it is valid."""
+    try:
+        table = read_trusting_nothing(data, SAMPLES_SCHEMA)
+        check_samples(table)
+    except (OSError, UnicodeDecodeError, pa.ArrowException, CacheError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CacheCorrupt(f"{where} is not a samples table: {first[:300]}") from error
+    return table

@@ -1,0 +1,1 @@
+"""Batches for training: order, workers, memory that is used again."""

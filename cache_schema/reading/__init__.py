@@ -1,0 +1,1 @@
+"""Opening a cache and reading batches of features and images."""

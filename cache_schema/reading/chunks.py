@@ -1,0 +1,257 @@
+"""The chunks of one array that a batch asks for: located first, then read, and checked while they are in a CPU cache.
+
+The loops over rows are plain Python on purpose: a batch has tens of rows, for which NumPy's fixed costs are the larger.
+"""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cache_schema.encoding.number_formats import Array
+from cache_schema.errors import CacheCorrupt
+from cache_schema.format import layout
+from cache_schema.format.damage import damaged, view_and_timestep
+from cache_schema.format.journal import Kind, Record, read_record, record_name
+from cache_schema.format.layout import ArrayLayout
+from cache_schema.format.manifest import Manifest
+from cache_schema.reading.open_shards import Checksums, ChunkPlaces, OpenFile, OpenShard, OpenShards
+from cache_schema.storage.checksum import combine_crc32c, crc32c
+from cache_schema.stores.base import store_of
+from cache_schema.stores.compression import decompress
+from cache_schema.stores.shard import chunk_bytes
+
+# What is read before it is checked: small enough to stay in a core's own cache, large enough for few system calls.
+_BLOCK = 1 << 20
+
+# Chunks that follow each other in one shard file and in the output: the shard, the number there of the first one,
+# how many, where their bytes are, and the number of the first one in the output.
+_Run = tuple[OpenShard, int, int, int, int, int]
+
+
+class ChunkRequest:
+    """The chunks (row, view, step) of an array, for every row with its view and for it every step, in that order.
+
+    Making one locates all chunks, so that an index that lies costs no memory. Raises CacheCorrupt, naming the file, the
+    shard and the sample, for damage in what is asked for.
+    """
+
+    def __init__(
+        self,
+        source: "ChunkSource",
+        array: ArrayLayout,
+        rows: Sequence[int],
+        views: Sequence[int],
+        steps: Sequence[int],
+    ) -> None:
+        self._source, self._array = source, array
+        self._rows, self._views, self._steps = rows, views, steps
+        self._runs = self._locate()
+
+    def read_into(self, target: Array) -> None:
+        """Read and check the chunks into `target`, uint8, as long as all of them."""
+        if self._array.compression != "none":
+            for run in self._runs:
+                self._decompress_run(run, target)
+            return
+        each, view = chunk_bytes(self._array), target.data
+        for shard, first, count, offset, size, out in self._runs:
+            at, checksums = out * each, shard.checksums
+            if checksums is not None and (size > _BLOCK or shard.piece != 1):
+                self._read_blocks((shard, first, count, offset, size, out), target)
+                continue
+            self._read(shard.file, view[at : at + size], offset, out)
+            if checksums is None or self._is_intact(shard, first, count, view[at : at + size]):
+                continue
+            for chunk in range(count):
+                if crc32c(view[at : at + each]) != checksums[first + chunk]:
+                    raise self._mismatch(shard, out + chunk)
+                at += each
+
+    def _is_intact(self, shard: OpenShard, first: int, count: int, data: memoryview) -> bool:
+        """Say whether these are all timesteps of a row and view, and what was written: one checksum instead of many."""
+        joint, T = shard.joint_checksums, self._array.outer[2]
+        return joint is not None and count == T and first % T == 0 and crc32c(data) == joint[first // T]
+
+    def _locate(self) -> list[_Run]:
+        per_shard, (_, V, T) = self._array.samples_per_shard, self._array.outer
+        segments = _consecutive(self._steps)
+        opened: dict[int, OpenShard] = {}
+        runs: list[_Run] = []
+        out = 0
+        for row, view in zip(self._rows, self._views, strict=True):
+            number, local = divmod(row, per_shard)
+            shard = opened.get(number)
+            if shard is None:
+                shard = opened[number] = self._open(number, out)
+            places, chunk = shard.places, (local * V + view) * T
+            for step, count in segments:
+                if places.offsets is None:
+                    if local >= places.rows:
+                        raise self._damage(f"{shard.file.path} lacks the features", out)
+                    start = places.start + local * places.row + (view * T + step) * places.chunk
+                    runs.append((shard, chunk + step, count, start, count * places.chunk, out))
+                else:
+                    runs += self._listed(shard, chunk + step, count, out)
+                out += count
+        return _joined(runs)
+
+    def _listed(self, shard: OpenShard, first: int, count: int, out: int) -> list[_Run]:
+        """Locate chunks one by one in the tables of their shard."""
+        offsets, lengths = shard.places.offsets, shard.places.lengths
+        assert offsets is not None
+        assert lengths is not None
+        for chunk in range(first, first + count):
+            if offsets[chunk] < 0:
+                raise self._damage(f"{shard.file.path} lacks the features", out + chunk - first)
+        return [(shard, first + i, 1, offsets[first + i], lengths[first + i], out + i) for i in range(count)]
+
+    def _open(self, number: int, out: int) -> OpenShard:
+        try:
+            return self._source.open_shard(self._array, number)
+        except CacheCorrupt as error:
+            raise self._damage(error, out) from error
+
+    def _read_blocks(self, run: _Run, target: Array) -> None:
+        """Read a run in blocks that end where pieces do, and check each block while it is in a CPU cache."""
+        shard, first, count, offset, size, out = run
+        each, piece = size // count, shard.piece
+        block = max(1, _BLOCK // (each * piece)) * piece
+        while count:
+            taken = min(count, block - first % piece)
+            at = out * each
+            self._read(shard.file, target[at : at + taken * each].data, offset, out)
+            for start in range(-first % piece, taken - piece + 1, piece):
+                begin = at + start * each
+                self._check(shard, first + start, target[begin : begin + piece * each], out + start)
+            first, count, out, offset = first + taken, count - taken, out + taken, offset + taken * each
+
+    def _decompress_run(self, run: _Run, target: Array) -> None:
+        shard, first, count, offset, size, out = run
+        lengths, each = shard.places.lengths, chunk_bytes(self._array)
+        assert lengths is not None
+        data = np.empty(size, dtype=np.uint8)
+        self._read(shard.file, data.data, offset, out)
+        edges = [0, *itertools.accumulate(lengths[chunk] for chunk in range(first, first + count))]
+        for start in range(-first % shard.piece, count - shard.piece + 1, shard.piece):
+            self._check(shard, first + start, data[edges[start] : edges[start + shard.piece]], out + start)
+        for i in range(count):
+            try:
+                frame = data[edges[i] : edges[i + 1]].tobytes()
+                place = target[(out + i) * each : (out + i + 1) * each]
+                decompress(frame, place, self._array.compression, shard.file.path)
+            except CacheCorrupt as error:
+                raise self._damage(error, out + i) from error
+
+    def _read(self, file: OpenFile, view: memoryview, offset: int, out: int) -> None:
+        try:
+            file.read_into(view, offset)
+        except CacheCorrupt as error:
+            raise self._damage(error, out) from error
+
+    def _check(self, shard: OpenShard, first: int, data: Array, out: int) -> None:
+        if shard.checksums is not None and crc32c(data) != shard.checksums[first // shard.piece]:
+            raise self._mismatch(shard, out)
+
+    def _mismatch(self, shard: OpenShard, out: int) -> CacheCorrupt:
+        return self._damage(f"{shard.file.path} is damaged: it does not match its checksum", out)
+
+    def _damage(self, reason: object, out: int) -> CacheCorrupt:
+        """Return the error for what a chunk, given by its place in the output, should have come from."""
+        index, step = divmod(out, len(self._steps))
+        row = self._rows[index]
+        more = view_and_timestep(self._source.manifest, self._views[index], self._steps[step])
+        return damaged(self._source.root, reason, row // self._array.samples_per_shard, row, more)
+
+
+def _consecutive(steps: Sequence[int]) -> list[tuple[int, int]]:
+    """Group steps that follow each other: (first, how many)."""
+    segments: list[tuple[int, int]] = []
+    for step in steps:
+        if segments and step == sum(segments[-1]):
+            segments[-1] = (segments[-1][0], segments[-1][1] + 1)
+        else:
+            segments.append((step, 1))
+    return segments
+
+
+def _joined(runs: list[_Run]) -> list[_Run]:
+    """Join runs that follow each other in their file."""
+    joined: list[_Run] = []
+    for run in runs:
+        if joined:
+            shard, first, count, offset, size, out = joined[-1]
+            if run[3] == offset + size and run[0] is shard and run[1] == first + count:
+                joined[-1] = (shard, first, count + run[2], offset, size + run[4], out)
+                continue
+        joined.append(run)
+    return joined
+
+
+def _joint_checksums(checksums: memoryview, count: int, size: int) -> memoryview:
+    """Return the CRC-32C of every `count` chunks of `size` bytes together, from those of the chunks."""
+    joint = checksums[::count].tolist()
+    for i in range(1, count):
+        joint = [combine_crc32c(*pair, size) for pair in zip(joint, checksums[i::count], strict=True)]
+    return np.array(joint, dtype=np.uint32).data
+
+
+class ChunkSource:
+    """The shards of one cache, opened with their checksums if what is read shall be checked."""
+
+    def __init__(self, root: Path, manifest: Manifest, verify: bool, opened: OpenShards) -> None:
+        self.root, self.manifest, self.verify, self.opened = root, manifest, verify, opened
+        self._store = store_of(manifest)
+
+    def open_shard(self, array: ArrayLayout, number: int) -> OpenShard:
+        """Return a shard of an array, open; raises CacheCorrupt."""
+        known = self.opened.shards.get((array.name, number))
+        if known is not None:
+            return known
+        file = self.opened.file(f"{self.root}/{self._store.array_file(array, number)}")
+        places = self.opened.places(file, array.name, lambda opened: self._read_places(opened, array, number))
+        checksums, piece = None, 1
+        if self.verify:
+            checksums = self.checksums("features", number, array.name)
+            per_row = array.outer[1] * array.outer[2]
+            rows = layout.rows_of_shard(number, array.samples_per_shard, array.outer[0])
+            # Caches that schema version 1 wrote have one checksum for every row.
+            piece = 1 if len(checksums) == len(rows) * per_row else per_row
+        joint, T, size = None, array.outer[2], chunk_bytes(array)
+        if checksums is not None and piece == 1 and T > 1 and T * size <= _BLOCK and array.compression == "none":
+            joint = _joint_checksums(checksums, T, size)
+        shard = OpenShard(file, places, checksums, piece, joint)
+        return self.opened.shards.put((array.name, number), shard, places.nbytes + (joint.nbytes if joint else 0))
+
+    def checksums(self, kind: Kind, shard: int, name: str) -> memoryview:
+        """Return the CRC-32C of every piece of an array's shard, or of an image tar, as the journal has them."""
+        load = self._read_feature_checksums if kind == "features" else self._read_image_checksums
+        known = self.opened.checksums(kind, shard, lambda: load(self._record(kind, shard)))
+        if name not in known:
+            raise CacheCorrupt(f"{self.root / record_name(kind, shard)} has no checksums of {name}")
+        return known[name]
+
+    def _record(self, kind: Kind, shard: int) -> Record:
+        record = read_record(self.root, kind, shard)
+        if record is None:
+            raise CacheCorrupt(f"{self.root / record_name(kind, shard)} is missing")
+        return record
+
+    def _read_feature_checksums(self, record: Record) -> Checksums:
+        tables = {}
+        for array in layout.all_layouts(self.manifest):
+            table = self._store.chunk_checksums(record, array)
+            if table is None:
+                table = record.files[self._store.array_file(array, record.shard)].piece_checksums()
+                assert table is not None
+            tables[array.name] = np.ascontiguousarray(table, dtype=np.uint32).reshape(-1).data
+        return tables
+
+    def _read_image_checksums(self, record: Record) -> Checksums:
+        pieces = {name: file.piece_checksums() for name, file in record.files.items()}
+        return {name: values.data for name, values in pieces.items() if values is not None}
+
+    def _read_places(self, file: OpenFile, array: ArrayLayout, shard: int) -> ChunkPlaces:
+        index = self._store.read_index(file, array, shard)
+        return ChunkPlaces(index, chunk_bytes(array) if array.compression == "none" else None)

@@ -1,0 +1,62 @@
+"""Student images out of their tar files: each by one read of just its bytes, checked if that is asked for."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from cache_schema.encoding.number_formats import Array
+from cache_schema.errors import CacheCorrupt, CacheUnsealed
+from cache_schema.format import layout
+from cache_schema.format.damage import damaged
+from cache_schema.format.journal import read_committed, read_record, record_name
+from cache_schema.reading.chunks import ChunkSource
+from cache_schema.storage.checksum import crc32c
+from cache_schema.stores.images import check_places, index_size, parse_index
+
+
+class ImageReader:
+    """Reads the images of one cache; `count` says how many rows have one, without which no index is believed."""
+
+    def __init__(self, source: ChunkSource, count: Callable[[], int]) -> None:
+        self._source, self._count = source, count
+        self._offsets: dict[int, Array] = {}
+
+    def read(self, row: int) -> bytes:
+        """Return the encoded image of a row; raises CacheCorrupt, naming the sample, or CacheUnsealed."""
+        source = self._source
+        shard, local = divmod(row, source.manifest.store.images_per_shard)
+        name = layout.image_file(shard)
+        try:
+            offset, size = (int(value) for value in self._places(shard)[local])
+            file = source.opened.file(f"{source.root}/{name}")
+            if offset < 0 or size < 0 or offset + size > file.size:
+                raise CacheCorrupt(f"{file.path} is truncated: an image is not inside it")
+            image = file.read(offset, size)
+            if source.verify and crc32c(image) != source.checksums("images", shard, name)[local]:
+                raise CacheCorrupt(f"{file.path} does not match its checksum")
+        except CacheCorrupt as error:
+            raise damaged(source.root, error, shard, row) from error
+        except IndexError:
+            raise damaged(source.root, f"the journal does not know all images of {name}", shard, row) from None
+        return image
+
+    def _places(self, shard: int) -> Array:
+        """Return where the images of a shard are, int64 (rows, 2)."""
+        if shard not in self._offsets:
+            root, store = self._source.root, self._source.manifest.store
+            if self._source.manifest.sealed:
+                name = layout.IMAGE_INDEX_NAME
+                data = read_committed(root, "seal", name, index_size(self._count()))
+                if data is None:
+                    raise CacheCorrupt(f"the journal of {root} has no record of its sealing")
+                table = parse_index(data, self._count(), f"{root}/{name}")
+                for number in range(store.image_shards):
+                    start = number * store.images_per_shard
+                    self._offsets[number] = check_places(table[start : start + store.images_per_shard], name)
+            else:
+                record = read_record(root, "images", shard)
+                if record is None:
+                    raise CacheUnsealed(f"image shard {shard} of {root} is not built yet")
+                places = np.array(record.offsets, dtype=np.int64).reshape(-1, 2)
+                self._offsets[shard] = check_places(places, record_name("images", shard))
+        return self._offsets[shard]

@@ -1,0 +1,211 @@
+"""Files kept open for reading, with what is known about them: bounded numbers of files and of bytes of memory."""
+
+import os
+import resource
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from cache_schema.encoding.number_formats import Array
+from cache_schema.errors import CacheCorrupt
+from cache_schema.stores.shard import ShardIndex
+
+# An eighth of what this process may have open, at most 4096: opening a shard again costs more than reading a small
+# sample. Features and images count apart, and a file lives a little longer where a batch still reads from it.
+_FILE_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+MAX_OPEN_FILES = 4096 if _FILE_LIMIT == resource.RLIM_INFINITY else min(4096, max(32, _FILE_LIMIT // 8))
+MAX_INDEX_BYTES = 32 << 20
+MAX_CHECKSUM_BYTES = 32 << 20
+
+K = TypeVar("K")
+V = TypeVar("V")
+Signature = tuple[int, int, int]
+
+
+class OpenFile:
+    """A plain file open for reading at given places; closed when the last one that uses it lets go."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._fd = -1
+        try:
+            # Without O_NONBLOCK, opening a named pipe that someone put here would wait for ever.
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            raise CacheCorrupt(f"{path} is missing") from None
+        except OSError as error:
+            raise CacheCorrupt(f"{path} cannot be opened ({error.strerror})") from error
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise CacheCorrupt(f"{path} is not a plain file")
+        self.size = status.st_size
+        self.signature: Signature = (status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes from `offset`; raises CacheCorrupt where the file does not have them."""
+        if offset < 0 or size < 0 or offset + size > self.size:
+            raise CacheCorrupt(f"{self.path} is truncated: it has no bytes {offset} to {offset + size}")
+        buffer = bytearray(size)
+        self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill `view` with the bytes from `offset`; raises CacheCorrupt where the file does not have them."""
+        try:
+            got = os.preadv(self._fd, [view], offset)
+            while got < view.nbytes:
+                # Linux reads at most 2 GB at once, and fewer where a signal interrupts.
+                more = os.preadv(self._fd, [view[got:]], offset + got)
+                if more == 0:
+                    raise CacheCorrupt(f"{self.path} is truncated")
+                got += more
+        except OSError as error:
+            raise CacheCorrupt(f"{self.path} cannot be read ({error.strerror})") from error
+
+
+class ChunkPlaces:
+    """Where the chunks of a shard are, for quick look-ups by chunk number (C order over sample, view, timestep).
+
+    Shards as they are written here have every row at the same distance from the one before: three numbers say it all.
+    For others the tables of the index are kept.
+    """
+
+    __slots__ = ("chunk", "lengths", "nbytes", "offsets", "row", "rows", "start")
+
+    def __init__(self, index: ShardIndex, chunk_bytes: int | None) -> None:
+        """`chunk_bytes` is the size of every chunk, None where they are compressed."""
+        self.start = self.row = self.rows = self.nbytes = 0
+        self.chunk = chunk_bytes or 0
+        self.offsets: memoryview | None = None
+        self.lengths: memoryview | None = None
+        if chunk_bytes is None or not self._is_even(index, chunk_bytes):
+            self.offsets, self.lengths = _values(index.offsets), _values(index.lengths)
+            self.nbytes = self.offsets.nbytes + self.lengths.nbytes
+
+    def _is_even(self, index: ShardIndex, chunk_bytes: int) -> bool:
+        per_row = index.offsets[0].size
+        offsets = index.offsets.reshape(-1)
+        present = int((offsets >= 0).sum())
+        rows = present // per_row
+        if rows * per_row != present:
+            return False
+        # Rows that are missing at the end, as in the last shard, do no harm.
+        if (offsets[:present] < 0).any():
+            return False
+        table = offsets[:present].reshape(rows, per_row)
+        start = int(table[0, 0]) if rows else 0
+        row = int(table[1, 0]) - start if rows > 1 else per_row * chunk_bytes
+        if not np.array_equal(table, start + row * np.arange(rows)[:, None] + chunk_bytes * np.arange(per_row)):
+            return False
+        self.start, self.row, self.rows = start, row, rows
+        return True
+
+
+def _values(table: Array) -> memoryview:
+    # Single values come out of a memoryview in a third of the time that NumPy takes.
+    return np.ascontiguousarray(table.reshape(-1), dtype=np.int64).data
+
+
+@dataclass(frozen=True)
+class OpenShard:
+    """An open shard file of an array, where its chunks are and, if they are checked, the CRC-32C of its pieces.
+
+    A piece is `piece` chunks: one, or those of a whole row in caches that schema version 1 wrote. `joint_checksums`, if
+    there are any, are those of all timesteps of a row and view together, for chunks that are read at once.
+    """
+
+    file: OpenFile
+    places: ChunkPlaces
+    checksums: memoryview | None
+    piece: int
+    joint_checksums: memoryview | None = None
+
+
+class RecentlyUsed(Generic[K, V]):
+    """The most recently used values: at most `max_items` of them, of at most `max_weight` together."""
+
+    def __init__(self, max_items: int, max_weight: int) -> None:
+        self._lock = threading.Lock()
+        self._items: OrderedDict[K, tuple[V, int]] = OrderedDict()
+        self._weight = 0
+        self._max_items, self._max_weight = max_items, max_weight
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def weight(self) -> int:
+        """What the values weigh together."""
+        return self._weight
+
+    def get(self, key: K) -> V | None:
+        """Return a value and mark it as used."""
+        with self._lock:
+            item = self._items.get(key)
+            if item is None:
+                return None
+            self._items.move_to_end(key)
+            return item[0]
+
+    def put(self, key: K, value: V, weight: int = 0) -> V:
+        """Remember a value in place of the longest unused ones; returns it."""
+        with self._lock:
+            replaced = self._items.pop(key, None)
+            self._items[key] = (value, weight)
+            self._weight += weight - (replaced[1] if replaced else 0)
+            while len(self._items) > 1 and (len(self._items) > self._max_items or self._weight > self._max_weight):
+                self._weight -= self._items.popitem(last=False)[1][1]
+        return value
+
+
+class OpenShards:
+    """The most recently used files, chunk indexes and checksums. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        max_files: int = MAX_OPEN_FILES,
+        max_index_bytes: int = MAX_INDEX_BYTES,
+        max_checksum_bytes: int = MAX_CHECKSUM_BYTES,
+    ) -> None:
+        self.shards: RecentlyUsed[tuple[str, int], OpenShard] = RecentlyUsed(max_files, max_index_bytes)
+        self.files: RecentlyUsed[str, OpenFile] = RecentlyUsed(max_files, 0)
+        # Both outlive the files they are about: reading them again costs far more than opening a file.
+        self._places: RecentlyUsed[tuple[str, str], tuple[Signature, ChunkPlaces]] = RecentlyUsed(
+            1 << 20, max_index_bytes
+        )
+        self._checksums: RecentlyUsed[tuple[str, int], Checksums] = RecentlyUsed(1 << 20, max_checksum_bytes)
+
+    def file(self, path: str) -> OpenFile:
+        """Return the file, open. It stays open while the caller keeps it, even when it is forgotten here."""
+        return self.files.get(path) or self.files.put(path, OpenFile(path))
+
+    def places(self, file: OpenFile, array: str, parse: Callable[[OpenFile], ChunkPlaces]) -> ChunkPlaces:
+        """Return where the chunks of an array in an open file are, parsed at most once while it is remembered."""
+        known = self._places.get((file.path, array))
+        if known is not None and known[0] == file.signature:
+            return known[1]
+        places = parse(file)
+        # Even places that need no table take some memory to remember.
+        self._places.put((file.path, array), (file.signature, places), places.nbytes + 512)
+        return places
+
+    def checksums(self, kind: str, shard: int, load: Callable[[], "Checksums"]) -> "Checksums":
+        """Return all checksums of a shard, loaded at most once while they are remembered."""
+        known = self._checksums.get((kind, shard))
+        if known is None:
+            known = load()
+            self._checksums.put((kind, shard), known, 512 + sum(table.nbytes for table in known.values()))
+        return known
+
+
+# The CRC-32C of every piece: of the arrays of a feature shard, by their names, or of the images of a tar, by its name.
+Checksums = dict[str, memoryview]

@@ -1,0 +1,333 @@
+"""Reading a cache: whole batches of features in as few system calls as the request allows."""
+
+import os
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cache_schema.encoding.codec import load_channel, load_components
+from cache_schema.encoding.number_formats import Array
+from cache_schema.errors import CacheCorrupt, CacheError, CacheRequestError, CacheUnsealed
+from cache_schema.format import layout
+from cache_schema.format.damage import damaged
+from cache_schema.format.journal import committed_shards, read_committed, read_record, record_name
+from cache_schema.format.layout import ArrayLayout
+from cache_schema.format.manifest import Manifest, TapInfo
+from cache_schema.format.manifest_file import load_manifest
+from cache_schema.format.samples import MAX_SAMPLES_BYTES, check_against_manifest, count_usable, parse_samples
+from cache_schema.reading.batch import EncodedBatch
+from cache_schema.reading.chunks import ChunkRequest, ChunkSource
+from cache_schema.reading.image_reader import ImageReader
+from cache_schema.reading.open_shards import OpenShards
+from cache_schema.storage.buffers import empty
+
+Buffer = torch.Tensor | np.ndarray[Any, np.dtype[Any]]
+
+_TORCH_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "float8_e4m3": torch.float8_e4m3fn,
+}
+# NumPy has neither bfloat16 nor float8: their bits travel as unsigned integers.
+_NUMPY_BITS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
+
+
+def open_cache(path: str | os.PathLike[str], allow_partial: bool = False, verify: bool = True) -> "Cache":
+    """Open the cache at `path` (a directory or a file:// URL) for reading.
+
+    With `verify`, every chunk and image is checked against its checksum in the journal as it is read: damage on a disk
+    that is shared for months is then an error and not a slightly wrong feature. Reading from the page cache, the
+    fastest there is, takes about a third longer with it; from a disk or a network it costs next to nothing. In
+    caches that schema version 1 wrote, checksums are of whole rows: there, what is read of a part of a row (some of the
+    timesteps, one of several views) is not checked.
+
+    Raises CacheNotFound, CacheUnsealed (an unfinished cache, unless `allow_partial`), CacheCorrupt, UnsupportedSchema.
+    """
+    root = local_path(path)
+    try:
+        manifest = load_manifest(root)
+    except CacheCorrupt as error:
+        raise CacheCorrupt(f"{error}; copy the cache here again, or build it anew in an empty directory") from error
+    cache = Cache(root, manifest, verify)
+    if not manifest.sealed and not allow_partial:
+        raise CacheUnsealed(
+            f"cache {root} is not sealed: {cache.missing_samples} of {manifest.dataset.feature_rows} samples have no "
+            "features yet; run the build again, it resumes, or read what is there with --allow-partial "
+            "(in Python: allow_partial=True)"
+        )
+    return cache
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """Return the local directory that a path or a file:// URL names; other URLs raise CacheError."""
+    text = os.fspath(path)
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    elif "://" in text:
+        raise CacheError(f"{text} is not a local directory; copy the cache here and open the copy")
+    return Path(text)
+
+
+class Cache:
+    """An open cache. It may be shared by threads, forked, and pickled; a copy opens its own files when first used.
+
+    A partial cache is read as it was when it was opened: open it again to see what was built since.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, verify: bool = True) -> None:
+        self.root = root
+        self.manifest = manifest
+        self.verify = verify
+        self._calibrations: dict[str, torch.Tensor] = {}  # by tap, of all timesteps
+        self._channels: dict[str, tuple[list[int], torch.Tensor]] = {}  # by tap, of the timesteps last asked for
+        self._components: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._layouts: dict[str, list[ArrayLayout]] = {}
+        self._open_nothing()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open_cache, (str(self.root.absolute()), True, self.verify))
+
+    def __repr__(self) -> str:
+        state = "sealed" if self.manifest.sealed else "partial"
+        return f"<Cache {self.manifest.label} at {self.root}: {len(self)} samples with features, {state}>"
+
+    def __len__(self) -> int:
+        """The number of samples that have features."""
+        return len(self.feature_rows)
+
+    @cached_property
+    def samples(self) -> pa.Table:
+        """The samples table: row i of it is row i of the features, if it has any, and of the images."""
+        path = self.root / layout.SAMPLES_NAME
+        try:
+            data = read_committed(self.root, "layout", layout.SAMPLES_NAME, MAX_SAMPLES_BYTES)
+            if data is None:
+                if not self.manifest.sealed:
+                    raise CacheUnsealed(f"cache {self.root} has no samples table yet; run the build again, it resumes")
+                raise CacheCorrupt(f"the journal of {self.root} has no record of {layout.SAMPLES_NAME}")
+            table = parse_samples(data, str(path))
+            check_against_manifest(table, self.manifest)
+        except CacheCorrupt as error:
+            raise damaged(self.root, error) from error
+        except CacheUnsealed:
+            raise
+        except CacheError as error:
+            raise damaged(self.root, f"{path} is not that of this cache: {error}") from error
+        return table
+
+    @cached_property
+    def feature_rows(self) -> Sequence[int]:
+        """The rows that have features, ascending: those that a partial cache lacks or the teacher failed on are not."""
+        rows, per_shard = self.manifest.dataset.feature_rows, self.manifest.store.samples_per_shard
+        built: Iterable[int] = range(rows)
+        if self._built is not None:
+            built = (row for shard in sorted(self._built) for row in layout.rows_of_shard(shard, per_shard, rows))
+        elif not self._failed:
+            return range(rows)
+        # Rows are about to be listed, so the manifest's word for their number must be borne out.
+        _ = self.samples
+        return [row for row in built if row not in self._failed]
+
+    @property
+    def missing_samples(self) -> int:
+        """The number of samples whose features are still to be built: none in a sealed cache."""
+        rows, per_shard = self.manifest.dataset.feature_rows, self.manifest.store.samples_per_shard
+        built = () if self._built is None else self._built
+        return 0 if self._built is None else rows - sum(len(layout.rows_of_shard(k, per_shard, rows)) for k in built)
+
+    def has_features(self, row: int) -> bool:
+        """Say whether a row of the samples table has features in this cache."""
+        if not 0 <= row < self.manifest.dataset.feature_rows or row in self._failed:
+            return False
+        return self._built is None or row // self.manifest.store.samples_per_shard in self._built
+
+    def read(
+        self,
+        rows: Sequence[int] | Array,
+        tap: str = "hidden",
+        timesteps: Sequence[int] | None = None,
+        view: int | str | Sequence[int] | Array = 0,
+        out: Buffer | None = None,
+    ) -> EncodedBatch:
+        """Read the features of B samples at T timesteps (all of the cache's by default), still encoded.
+
+        `view` is a view's number or name, or one number per row. `out`, a contiguous CPU tensor or NumPy array
+        (B, T, L, C) of the stored type, receives the payload. Raises CacheRequestError for what the cache does not
+        hold, CacheUnsealed for rows a partial cache lacks, CacheCorrupt, naming file, shard and sample, for damage.
+        """
+        info = self._tap(tap)
+        steps = self._timestep_indices(timesteps)
+        samples = self._row_indices(rows, self.manifest.dataset.feature_rows, "features")
+        views = self._view_indices(view, len(samples))
+        self._check_built(samples)
+        if tap not in self._layouts:
+            self._layouts[tap] = layout.feature_layouts(self.manifest, info)
+        parts: dict[str, torch.Tensor] = {}
+        for array in self._layouts[tap]:
+            request = ChunkRequest(self._opened, array, samples, views, steps)
+            shape = (len(samples), len(steps), *array.inner)
+            payload = array.part == "payload"
+            tensor = self._output(out, shape) if payload else torch.empty(shape, dtype=torch.float32)
+            request.read_into(tensor.reshape(-1).view(torch.uint8).numpy())
+            parts[array.part] = tensor
+        channel = self._channel(info, steps) if "scale" in parts else None
+        return EncodedBatch(parts["payload"], parts.get("scale"), channel, self.manifest.encoding.kind)
+
+    def restore(self, tap: str, features: torch.Tensor) -> torch.Tensor:
+        """Return decoded features (..., C) of a tap in the teacher's channels (..., C_teacher), on the same device.
+
+        Without PCA they are there already. What PCA left out is lost, and pooled tokens stay pooled. Raises
+        CacheRequestError for a tap the cache lacks or another number of channels, CacheCorrupt.
+        """
+        info = self._tap(tap)
+        if features.shape[-1:] != (info.channels,):
+            raise CacheRequestError(f"features are {tuple(features.shape)}, tap {tap} has {info.channels} channels")
+        if self.manifest.encoding.pca is None:
+            return features
+        if tap not in self._components:
+            try:
+                stored = load_components(self.root, self.manifest, info)
+            except CacheCorrupt as error:
+                raise damaged(self.root, f"the components of tap {tap} cannot be used: {error}") from error
+            parts = (torch.from_numpy(array) for array in (stored.amplitude, stored.mean, stored.basis))
+            self._components[tap] = (next(parts), next(parts), next(parts))
+        amplitude, mean, basis = (array.to(features) for array in self._components[tap])
+        return (features @ basis + mean) * amplitude
+
+    def images(self, rows: Sequence[int] | Array) -> list[bytes]:
+        """Return the encoded student images of the given rows, each by one read of just its bytes."""
+        if self.manifest.images is None:
+            raise CacheRequestError(f"cache {self.manifest.label} was built without images")
+        wanted = self._row_indices(rows, self._image_count, "an image")
+        self._leave_parents_files()
+        return [self._image_reader.read(row) for row in wanted]
+
+    @cached_property
+    def _built(self) -> set[int] | None:
+        """The feature shards that a partial cache had when this was first asked; None if the cache is sealed."""
+        return None if self.manifest.sealed else committed_shards(self.root, "features")
+
+    @cached_property
+    def _failed(self) -> frozenset[int]:
+        """The rows that the teacher failed on."""
+        if self._built is None:
+            return frozenset(self.manifest.failed_rows)
+        records = (read_record(self.root, "features", shard) for shard in self._built)
+        return frozenset(item.row for record in records if record is not None for item in record.failed)
+
+    @cached_property
+    def _image_count(self) -> int:
+        return count_usable(self.samples)
+
+    @property
+    def _opened(self) -> ChunkSource:
+        self._leave_parents_files()
+        return self._source
+
+    def _leave_parents_files(self) -> None:
+        if self._pid != os.getpid():
+            # Another thread may have held a lock at the moment of the fork.
+            self._open_nothing()
+
+    def _open_nothing(self) -> None:
+        self._pid = os.getpid()
+        self._source = ChunkSource(self.root, self.manifest, self.verify, OpenShards())
+        self._image_reader = ImageReader(self._source, lambda: self._image_count)
+
+    def _tap(self, name: str) -> TapInfo:
+        info = self.manifest.tap(name)
+        if info is None:
+            names = ", ".join(tap.name for tap in self.manifest.taps)
+            raise CacheRequestError(f"cache {self.manifest.label} lacks tap {name} (has {names}); rebuild with it")
+        return info
+
+    def _timestep_indices(self, timesteps: Sequence[int] | None) -> list[int]:
+        have = self.manifest.curriculum.timesteps
+        if timesteps is None:
+            return list(range(len(have)))
+        lacking = [step for step in timesteps if step not in have]
+        if lacking:
+            wanted = ",".join(str(step) for step in sorted({*have, *lacking}))
+            raise CacheRequestError(
+                f"cache {self.manifest.label} lacks timestep {lacking[0]} (has {', '.join(map(str, have))}); "
+                f"rebuild with --timesteps {wanted}"
+            )
+        return [have.index(step) for step in timesteps]
+
+    def _view_indices(self, view: int | str | Sequence[int] | Array, count: int) -> list[int]:
+        names = self.manifest.views
+        if isinstance(view, int) and 0 <= view < len(names):
+            return [view] * count
+        if isinstance(view, str):
+            if view not in names:
+                raise CacheRequestError(f"cache {self.manifest.label} lacks view {view} (has {', '.join(names)})")
+            view = names.index(view)
+        indices = np.asarray(view, dtype=np.int64)
+        if indices.shape not in ((), (count,)):
+            raise CacheRequestError(f"{count} rows need one view or {count}, not {indices.shape}")
+        if indices.size and (indices.min() < 0 or indices.max() >= len(names)):
+            raise CacheRequestError(f"cache {self.manifest.label} has the views 0 to {len(names) - 1}")
+        return [int(indices)] * count if indices.ndim == 0 else indices.tolist()
+
+    def _row_indices(self, rows: Sequence[int] | Array, limit: int, what: str) -> list[int]:
+        indices = np.asarray(rows)
+        if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
+            raise CacheRequestError("rows must be a sequence of row numbers")
+        listed: list[int] = indices.tolist()
+        if listed and (min(listed) < 0 or max(listed) >= limit):
+            row = next(row for row in listed if not 0 <= row < limit)
+            raise CacheRequestError(
+                f"row {row} of cache {self.manifest.label} does not have {what}: rows 0 to {limit - 1} do"
+            )
+        return listed
+
+    def _check_built(self, rows: list[int]) -> None:
+        if self._built is None and not self._failed:
+            return
+        for row in rows:
+            if row in self._failed:
+                record = record_name("features", row // self.manifest.store.samples_per_shard)
+                raise CacheRequestError(
+                    f"sample {self.samples['id'][row].as_py()!r} (row {row}) of cache {self.manifest.label} has no "
+                    f"features: the teacher failed on it, {record} says how; leave it out (Cache.has_features)"
+                )
+            if not self.has_features(row):
+                raise CacheUnsealed(f"row {row} of {self.root} has no features yet; run the build again, it resumes")
+
+    def _output(self, out: Buffer | None, shape: tuple[int, ...]) -> torch.Tensor:
+        dtype = _TORCH_DTYPES[self.manifest.encoding.kind]
+        if out is None:
+            return empty(shape, dtype)
+        if isinstance(out, np.ndarray):
+            if not out.flags.writeable:
+                raise CacheRequestError("out is read-only")
+            tensor = torch.from_numpy(out)
+            tensor = tensor.view(dtype) if tensor.dtype == _NUMPY_BITS.get(dtype) else tensor
+        else:
+            tensor = out
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise CacheRequestError(f"out is {tuple(tensor.shape)} {tensor.dtype}, the batch is {shape} {dtype}")
+        if not tensor.is_contiguous() or tensor.device.type != "cpu":
+            raise CacheRequestError("out must be contiguous and in CPU memory")
+        return tensor
+
+    def _channel(self, tap: TapInfo, steps: list[int]) -> torch.Tensor:
+        """Return a tap's calibration at some timesteps; batches that ask for the same ones get the same tensor."""
+        before, channel = self._channels.get(tap.name, (None, None))
+        if channel is None or before != steps:
+            if tap.name not in self._calibrations:
+                try:
+                    stored = torch.from_numpy(load_channel(self.root, self.manifest, tap))
+                except CacheCorrupt as error:
+                    raise damaged(self.root, f"the calibration of tap {tap.name} cannot be used: {error}") from error
+                self._calibrations[tap.name] = stored
+            channel = self._calibrations[tap.name][steps]
+            self._channels[tap.name] = steps, channel
+        return channel

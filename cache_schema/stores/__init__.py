@@ -1,0 +1,1 @@
+"""How chunks lie in files: Zarr shards, WebDataset tars, image tars, compression."""

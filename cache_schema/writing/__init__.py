@@ -1,0 +1,1 @@
+"""Making a cache: the plan, claims of shards, the writer."""

@@ -1,0 +1,1 @@
+"""The build of a cache: `dit-cache build`."""

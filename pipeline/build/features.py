@@ -1,0 +1,258 @@
+"""The heavy part of a build: the teacher's features, computed shard by shard while the shard before is written."""
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cache_schema.storage.buffers import empty
+from cache_schema.writing.claims import Claims
+from cache_schema.writing.writer import CacheWriter
+from pipeline.build.config import BuildConfig
+from pipeline.curriculum import add_noise, sample_noise
+from pipeline.datasets.base import Sample
+from pipeline.inputs.condition_store import ConditionStore
+from pipeline.inputs.conditions import Conditions
+from pipeline.inputs.scan import ScannedSample
+from pipeline.inputs.tolerance import BadSamples, TooManyBadSamples
+from pipeline.teachers.base import Teacher
+from pipeline.teachers.passes import Passes
+
+_CALIBRATION_IMAGES = 64
+
+Rows = TypeVar("Rows", bound=Sequence[int])
+
+
+@torch.no_grad()
+def teacher_features(
+    teacher: Teacher,
+    samples: Sequence[Sample],
+    conditions: Mapping[str, Conditions],
+    config: BuildConfig,
+    sigmas: Sequence[float],
+    passes: Passes | None = None,
+) -> dict[str, Tensor]:
+    """E_{O,t} of a batch of samples: {tap: (B, V, T, L, C)}.
+
+    conditions: of the samples, for each view. passes: how the batch is cut; None takes it as one. Raises OutOfMemory
+    where that is too much for the device.
+    """
+    passes = passes or Passes(len(samples), len(sigmas))
+    per_view: dict[str, list[Tensor]] = {tap: [] for tap in config.taps}
+    for view in config.views:
+
+        def forward(images: slice, timesteps: slice, view: str = view) -> dict[str, Tensor]:
+            given = conditions[view].rows(images).to(teacher.device)
+            levels = list(sigmas[timesteps])
+            B, T = len(given.object), len(levels)
+            shape = tuple(given.object.shape[1:])
+            noise = torch.stack([sample_noise(s.id, view, config.seed, shape) for s in samples[images]])
+            sigma = torch.tensor(levels).repeat(B).to(given.object.device)  # B·T, timesteps fastest
+            clean, noise = (x.to(given.object).repeat_interleave(T, 0) for x in (given.object, noise))
+            return teacher.features(add_noise(clean, noise, sigma), given.context, sigma, given.text, config.taps)
+
+        for tap, tokens in passes.run(len(samples), forward).items():
+            per_view[tap].append(tokens)  # B, T, L, C
+    # One view is stacked without a copy.
+    return {tap: torch.stack(p, dim=1) if len(p) > 1 else p[0].unsqueeze(1) for tap, p in per_view.items()}
+
+
+def find_failures(features: Mapping[str, Tensor], config: BuildConfig) -> dict[int, str]:
+    """Index in the batch → where {tap: (B, V, T, L, C)} has NaN or infinities, for the samples of which it has any."""
+    failures: dict[int, str] = {}
+    for tap, tokens in features.items():
+        # NaN and infinities show in the extremes, which take a fraction of the time that looking at every value does.
+        flat = tokens.flatten(3)
+        finite = torch.isfinite(flat.amax(3)) & torch.isfinite(flat.amin(3))  # B, V, T
+        for i, v, t in (~finite).nonzero().tolist():
+            place = f"tap {tap} at timestep {config.timesteps[t]}, view {config.views[v]}"
+            failures.setdefault(i, f"the teacher's features are NaN or infinite: {place}")
+    return failures
+
+
+@dataclass
+class _OpenShard:
+    """A shard that is being computed; features: {tap: (rows, V, T, L, C)} in memory that is used again afterwards."""
+
+    rows: range
+    features: dict[str, Tensor] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+
+    def add(self, rows: range, computed: Mapping[str, Tensor], failures: Mapping[int, str]) -> None:
+        start = rows.start - self.rows.start
+        for tap, tokens in computed.items():
+            self.features[tap][start : start + len(rows)].copy_(tokens)
+        self.failed |= {rows[i]: reason for i, reason in failures.items()}
+
+
+class FeatureBuilder:
+    """Computes and commits what a cache lacks of features.
+
+    usable: the samples that are not quarantined, in cache row order. bad: counts the samples that the teacher fails on.
+    check: called before every batch; may raise to end the build.
+    Memory does not depend on the data set: one shard is computed while the one before is encoded and written, and a
+    store that is slower than the teacher makes the teacher wait.
+    """
+
+    def __init__(
+        self,
+        writer: CacheWriter,
+        claims: Claims,
+        teacher: Teacher,
+        conditions: ConditionStore,
+        config: BuildConfig,
+        usable: Sequence[ScannedSample],
+        bad: BadSamples,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._writer, self._claims, self._teacher, self._conditions = writer, claims, teacher, conditions
+        self._config, self._usable, self._bad, self._check = config, usable, bad, check
+        self._sigmas = writer.manifest.curriculum.sigmas
+        adaptive = config.batch == "auto"
+        self._passes = Passes(config.batch_images, len(self._sigmas), adaptive=adaptive, log=bad.log)
+        self._buffers: list[dict[str, Tensor]] = [{}, {}]
+
+    def run(self) -> None:
+        """Compute and commit every missing shard that no other builder computes; then those that others gave up."""
+        self._encode()
+        self._calibrate()
+        if not self._writer.missing_shards():
+            return
+        self._bad.check()
+        with ThreadPoolExecutor(1) as pool, tqdm(desc="teacher", unit="image", total=self._missing_rows()) as bar:
+            self._build(self._claims.missing("features", self._writer.missing_shards()), pool, bar)
+            others = self._writer.missing_shards()
+            if others:
+                self._bad.log(f"waiting for the other builder of this cache, which has {len(others)} shards left")
+            # Nothing is claimed while waiting for the next, so that two builders cannot wait for each other.
+            for shard in self._claims.missing("features", others, wait=True):
+                self._build([shard], pool, bar)
+
+    def _missing_rows(self) -> int:
+        return sum(len(self._writer.shard_rows(k)) for k in self._writer.missing_shards())
+
+    def _encode(self) -> None:
+        """Encode all that will be needed, before the DiT is in memory."""
+        rows = {row for k in self._writer.missing_shards() for row in self._writer.shard_rows(k)}
+        if self._writer.needs_calibration():
+            rows.update(self._calibration_rows())
+        needed = [self._usable[row] for row in sorted(rows)]
+        digests = {entry.sample.id: entry.sha256 for entry in needed}
+        self._conditions.prepare(
+            [entry.sample for entry in needed], self._config.views, digests, self._check, self._bad.log
+        )
+
+    def _calibration_rows(self) -> list[int]:
+        rows = self._writer.manifest.dataset.feature_rows
+        return sorted({round(i * (rows - 1) / (_CALIBRATION_IMAGES - 1)) for i in range(_CALIBRATION_IMAGES)})
+
+    def _calibrate(self) -> None:
+        """Measure the statistics an encoding needs, on images spread evenly over the rows with features."""
+        if not self._writer.needs_calibration():
+            return
+        if not self._claims.take("calibration"):
+            self._bad.log("waiting for the other builder of this cache, which is calibrating it")
+            self._claims.take("calibration", wait=True)
+        spread = self._calibration_rows()
+        batches = [spread[i : i + self._config.batch_images] for i in range(0, len(spread), self._config.batch_images)]
+
+        with tqdm(total=len(spread), desc="calibrate", unit="image") as bar, closing(self._ahead(batches)) as ahead:
+            self._writer.calibrate(self._calibration_features(ahead, bar))
+        self._claims.drop("calibration")
+
+    def _calibration_features(
+        self, batches: Iterable[tuple[Sequence[int], dict[str, Conditions]]], bar: tqdm
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield the features of calibration batches; samples that the teacher fails on count where they are stored."""
+        nothing = True
+        failures: dict[int, str] = {}
+        for rows, conditions in batches:
+            computed, failures = self._compute(rows, conditions)
+            if failures and self._bad.tolerance.strict:
+                self._bad.add(self._usable[rows[min(failures)]].sample.source, failures[min(failures)])
+            good = [i for i in range(len(rows)) if i not in failures]
+            if good:
+                yield {tap: tokens[good] for tap, tokens in computed.items()}
+                nothing = False
+            bar.update(len(rows))
+        if nothing:
+            raise TooManyBadSamples(f"no image is left to calibrate the encoding on: {failures[0]}")
+
+    def _build(self, shards: Iterable[int], pool: ThreadPoolExecutor, bar: tqdm) -> None:
+        """Compute shards and hand each to the writing thread, where never more than one waits."""
+        pending: Future[None] | None = None
+        shard: _OpenShard | None = None
+        turn = 0
+        with closing(self._ahead(self._batches(shards))) as ahead:
+            for rows, conditions in ahead:
+                computed, failures = self._compute(rows, conditions)
+                number = rows.start // self._writer.manifest.store.samples_per_shard
+                if shard is None:
+                    shard = _OpenShard(self._writer.shard_rows(number))
+                    shard.features = self._room(turn % 2, len(shard.rows), computed)
+                shard.add(rows, computed, failures)
+                for i, reason in failures.items():
+                    self._bad.add(self._usable[rows[i]].sample.source, reason)
+                self._bad.check()
+                bar.update(len(rows))
+                if rows.stop == shard.rows.stop:
+                    if pending:
+                        pending.result()
+                    pending = pool.submit(self._write, number, shard)
+                    shard, turn = None, turn + 1
+        if pending:
+            pending.result()
+
+    def _batches(self, shards: Iterable[int]) -> Iterator[range]:
+        # Batches start at the shard's first row, so what a shard holds never depends on where an earlier run stopped.
+        for shard in shards:
+            rows = self._writer.shard_rows(shard)
+            for start in range(0, len(rows), self._config.batch_images):
+                yield rows[start : start + self._config.batch_images]
+
+    def _ahead(self, batches: Iterable[Rows]) -> Generator[tuple[Rows, dict[str, Conditions]], None, None]:
+        """Yield batches of rows with their conditions, read while the teacher computes the batch before."""
+
+        def read(rows: Sequence[int]) -> dict[str, Conditions]:
+            samples = [self._usable[row].sample for row in rows]
+            return {view: self._conditions.read(samples, view) for view in self._config.views}
+
+        with ThreadPoolExecutor(1) as reader:
+            waiting: tuple[Rows, Future[dict[str, Conditions]]] | None = None
+            for rows in batches:
+                coming = rows, reader.submit(read, rows)
+                if waiting:
+                    yield waiting[0], waiting[1].result()
+                waiting = coming
+            if waiting:
+                yield waiting[0], waiting[1].result()
+
+    def _compute(
+        self, rows: Sequence[int], conditions: Mapping[str, Conditions]
+    ) -> tuple[dict[str, Tensor], dict[int, str]]:
+        self._check()
+        samples = [self._usable[row].sample for row in rows]
+        features = teacher_features(self._teacher, samples, conditions, self._config, self._sigmas, self._passes)
+        return features, find_failures(features, self._config)
+
+    def _room(self, turn: int, rows: int, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Memory for a shard; two shards take turns, so that one is written while the other is computed."""
+        buffer = self._buffers[turn]
+        for tap, tokens in like.items():
+            if tap not in buffer or len(buffer[tap]) < rows:
+                buffer[tap] = empty((rows, *tokens.shape[1:]), tokens.dtype)
+        return {tap: values[:rows] for tap, values in buffer.items()}
+
+    def _write(self, number: int, shard: _OpenShard) -> None:
+        try:
+            self._writer.write_shard(number, shard.features, shard.failed)
+            if self._config.min_cosine is not None:
+                # Rather now than after the last of a hundred hours.
+                self._writer.check_fidelity(self._config.min_cosine)
+        finally:
+            self._claims.drop("features", number)

@@ -1,0 +1,214 @@
+"""The cache build: run the frozen, refined DiT once per image, view and timestep, and write what it saw."""
+
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from threading import Event
+
+import pyarrow as pa
+import torch
+from tqdm import tqdm
+
+from cache_schema import create_cache
+from cache_schema.care.repair import repair as mend
+from cache_schema.errors import DitDistillError
+from cache_schema.format.journal import committed_shards, read_record
+from cache_schema.format.manifest import (
+    Curriculum,
+    DatasetInfo,
+    Encoding,
+    ImagesInfo,
+    Manifest,
+    Provenance,
+    TapInfo,
+    TeacherInfo,
+)
+from cache_schema.format.manifest_file import load_manifest
+from cache_schema.format.samples import count_usable, fingerprint_samples, samples_table
+from cache_schema.writing.claims import Claims
+from cache_schema.writing.plan import plan_manifest
+from cache_schema.writing.writer import CacheWriter
+from pipeline.build.config import BuildConfig
+from pipeline.build.features import FeatureBuilder
+from pipeline.build.student_images import write_student_images
+from pipeline.datasets.base import SPLITS, Dataset
+from pipeline.inputs.condition_store import ConditionStore, default_store
+from pipeline.inputs.scan import ScannedSample, scan
+from pipeline.inputs.tolerance import BadSamples, Tolerance
+from pipeline.teachers.base import Teacher
+from pipeline.teachers.lora import lora_file
+from pipeline.teachers.weights import file_digest
+
+_VERSIONED = ("dit-distill", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
+DEFAULT_TOLERANCE = Tolerance()
+
+
+def scan_for(
+    dataset: Dataset, config: BuildConfig, tolerance: Tolerance, log: Callable[[str], None] = tqdm.write
+) -> list[ScannedSample]:
+    """Scan a data set for a build, which needs no teacher; raises TooManyBadSamples where it would stop."""
+    bad = BadSamples(tolerance, len(dataset.samples), log)
+    return scan(dataset, config.feature_splits, use_captions=config.text == "caption", bad=bad)
+
+
+def build(
+    teacher: Teacher,
+    dataset: Dataset,
+    config: BuildConfig,
+    output: Path,
+    *,
+    tolerance: Tolerance = DEFAULT_TOLERANCE,
+    scanned: Sequence[ScannedSample] | None = None,
+    repair: bool = False,
+    conditions: Path | None = None,
+    log: Callable[[str], None] = tqdm.write,
+) -> Manifest:
+    """Build, or resume, the cache of a data set at `output` and seal it.
+
+    A shard that is already there is not computed again, nor one that another builder of the same cache is computing.
+    scanned: what `scan_for` returned, if it was called before. repair: take out what is damaged first, so that exactly
+    that is built again. Raises CacheMismatch if another cache is at `output`, TooManyBadSamples if the scan or the
+    teacher finds more bad samples than `tolerance` allows, LowFidelity if the encoding loses more than
+    `config.min_cosine` permits.
+    """
+    started = time.monotonic()
+    for tap in config.taps:
+        teacher.tap_shape(tap)
+    if scanned is None:
+        scanned = scan_for(dataset, config, tolerance, log)
+    quarantined = sum(not s.ok for s in scanned)
+    if quarantined:
+        log(f"{quarantined} of {len(scanned)} images are quarantined; `dit-cache info` names each and why")
+    table = samples_table([s.row() for s in scanned])
+    manifest = describe_cache(teacher, dataset, config, table)
+    # Another cache is not touched; create_cache refuses it.
+    if repair and load_manifest(output).cache_id == manifest.cache_id:
+        for found in mend(output):
+            log(str(found))
+    writer = create_cache(output, manifest, table)
+    missing = len(writer.missing_shards())
+    log(f"cache {manifest.cache_id[:12]} at {output}: {missing} feature shards to compute")
+    if missing or writer.missing_image_shards() or writer.needs_calibration():
+        store = ConditionStore(
+            conditions or default_store(output), teacher, dataset, use_captions=config.text == "caption"
+        )
+        _fill(writer, teacher, dataset, store, config, scanned, BadSamples(tolerance, len(scanned), log))
+    sealed = writer.seal(_provenance(teacher, time.monotonic() - started), min_cosine=config.min_cosine)
+    log(f"sealed {output}: {sealed.dataset.feature_rows} images with features, {_megabytes(sealed)}")
+    return sealed
+
+
+def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samples: pa.Table) -> Manifest:
+    """The manifest of a build that is about to start; the cache id follows from it. samples: in cache row order."""
+    splits = samples.slice(0, count_usable(samples))["split"].to_pylist()
+    counts = {split: splits.count(split) for split in SPLITS if split in splits}
+    with_features = [s for s in counts if s in config.feature_splits]
+    if not with_features:
+        raise DitDistillError(f"no usable image in the splits {', '.join(config.feature_splits)} of {dataset.name}")
+    shapes = [teacher.tap_shape(tap) for tap in config.taps]
+    sigmas = teacher.sigmas(config.num_steps)
+    quality = config.image_quality if config.image_format == "jpeg" else None
+    images = ImagesInfo(size=config.image_size, format=config.image_format, quality=quality)
+    plan = partial(
+        plan_manifest,
+        dataset=DatasetInfo(
+            name=dataset.name,
+            protocol=dataset.protocol,
+            fingerprint=fingerprint_samples(samples),
+            superclass=dataset.superclass,
+            counts=counts,
+            feature_splits=with_features,
+            feature_rows=sum(counts[s] for s in with_features),
+            quarantined=samples.num_rows - len(splits),
+        ),
+        teacher=TeacherInfo(
+            family=teacher.family,
+            source=teacher.source,
+            revision=teacher.revision,
+            pipeline_class=teacher.pipeline_class,
+            digests=teacher.digests(),
+            lora_digest=file_digest(lora_file(teacher.lora)) if teacher.lora else None,
+            dtype=str(teacher.dtype).removeprefix("torch."),
+            resolution=teacher.resolution,
+            text=config.text,
+            guidance=teacher.guidance,
+            context=teacher.context,
+            quantization=teacher.quantization,
+        ),
+        curriculum=Curriculum(
+            num_steps=config.num_steps,
+            timesteps=list(config.timesteps),
+            sigmas=[sigmas[p - 1] for p in config.timesteps],
+            seed=config.seed,
+        ),
+        taps=[TapInfo(name=s.name, tokens=s.tokens, channels=s.channels, grid=s.grid) for s in shapes],
+        encoding=Encoding(kind=config.encoding, pool=config.pool, pca=config.pca, compression=config.compression),
+        views=list(config.views),
+        images=images if config.with_images else None,
+        image_rows=len(splits),
+        store=config.store,
+    )
+    if config.samples_per_shard:
+        return plan(samples_per_shard=config.samples_per_shard)
+    return plan(samples_per_shard=config.whole_batches(plan().store.samples_per_shard))
+
+
+def _fill(
+    writer: CacheWriter,
+    teacher: Teacher,
+    dataset: Dataset,
+    conditions: ConditionStore,
+    config: BuildConfig,
+    scanned: Sequence[ScannedSample],
+    bad: BadSamples,
+) -> None:
+    """Write all that is missing: student images beside the teacher's work, which they would otherwise delay."""
+    usable = [s for s in scanned if s.ok]
+    quarantined = len(scanned) - len(usable)
+    bad.recount(quarantined + _count_failed(writer))
+    stop = Event()
+    with Claims(writer.root) as claims, ThreadPoolExecutor(1) as pool:
+        images = pool.submit(write_student_images, writer, claims, dataset, config, usable, stop=stop)
+
+        def check() -> None:
+            if images.done():
+                images.result()
+
+        try:
+            FeatureBuilder(writer, claims, teacher, conditions, config, usable, bad, check).run()
+            images.result()
+            write_student_images(writer, claims, dataset, config, usable, stop=stop, wait=True)
+        finally:
+            stop.set()
+    bad.recount(quarantined + _count_failed(writer))
+    bad.check()
+
+
+def _count_failed(writer: CacheWriter) -> int:
+    """The number of rows that the journal says the teacher failed on."""
+    records = (read_record(writer.root, "features", k) for k in committed_shards(writer.root, "features"))
+    return sum(len(record.failed) for record in records if record)
+
+
+def _provenance(teacher: Teacher, seconds: float) -> Provenance:
+    device = (
+        torch.cuda.get_device_name(teacher.device) if teacher.device.type == "cuda" else platform.processor() or "cpu"
+    )
+    return Provenance(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions={name: metadata.version(name) for name in _VERSIONED} | {"python": platform.python_version()},
+        device=device,
+        seconds=round(seconds, 1),
+        command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    )
+
+
+def _megabytes(manifest: Manifest) -> str:
+    features, images = manifest.bytes_features or 0, manifest.bytes_images or 0
+    return f"{features / 1e6:.1f} MB of features, {images / 1e6:.1f} MB of student images"

@@ -1,0 +1,55 @@
+"""The student's images: every usable image, small and encoded, so that a trainer needs nothing but the cache."""
+
+import io
+from collections.abc import Sequence
+from threading import Event
+
+from PIL import Image
+from tqdm import tqdm
+
+from cache_schema.writing.claims import Claims
+from cache_schema.writing.writer import CacheWriter
+from pipeline.build.config import BuildConfig
+from pipeline.datasets.base import Dataset
+from pipeline.inputs.conditions import read_image
+from pipeline.inputs.scan import ScannedSample
+from pipeline.inputs.views import resize_square
+
+
+def student_image(image: Image.Image, config: BuildConfig) -> bytes:
+    """The whole image at the student's resolution, encoded."""
+    buffer = io.BytesIO()
+    options = {"quality": config.image_quality, "subsampling": 0} if config.image_format == "jpeg" else {}
+    resize_square(image, config.image_size).save(buffer, format=config.image_format, **options)
+    return buffer.getvalue()
+
+
+def write_student_images(
+    writer: CacheWriter,
+    claims: Claims,
+    dataset: Dataset,
+    config: BuildConfig,
+    usable: Sequence[ScannedSample],
+    *,
+    stop: Event,
+    wait: bool = False,
+) -> None:
+    """Write the image shards that nobody has committed or claimed; give up, between two images, once `stop` is set.
+
+    usable: the samples that are not quarantined, in cache row order. With `wait` see `Claims.missing`.
+    """
+    missing = writer.missing_image_shards()
+    if not missing:
+        return
+    total = sum(len(writer.image_rows(k)) for k in missing)
+    # Below the teacher's bar, where there is a terminal to show two.
+    with tqdm(total=total, desc="student images", unit="image", position=1, leave=False, disable=None) as bar:
+        for k in claims.missing("images", missing, wait=wait):
+            encoded = []
+            for row in writer.image_rows(k):
+                if stop.is_set():
+                    return
+                encoded.append(student_image(read_image(dataset, usable[row].sample)[0], config))
+                bar.update()
+            writer.write_images(k, encoded)
+            claims.drop("images", k)

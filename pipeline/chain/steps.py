@@ -1,0 +1,74 @@
+"""The steps from a data set to its cache, one function each: it opens what the configuration names and does the work.
+
+Every step goes on where it was interrupted, leaves a finished result as it is, and refuses one that other settings
+made. The data set is opened first and scanned, where it needs to be, before a teacher is loaded: a wrong path or a
+broken image should not wait for 24 GB of weights. Model libraries are imported by the step that needs them.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from cache_schema.errors import DitDistillError
+from pipeline.config import RunConfig
+from pipeline.opening import open_data, open_teacher
+
+
+def annotate_images(config: RunConfig, output: Path, *, sheet: Path | None = None, sheet_images: int = 24) -> None:
+    """Boxes and captions of every image into the Parquet file `output`; sheet: a picture of some of them."""
+    from pipeline.annotate.run import annotate
+    from pipeline.annotate.sheet import draw_sheet
+    from pipeline.device import choose_device
+
+    opened = open_data(config.data)
+    choose_device(config.annotate.device)
+    rows = annotate(opened, config.annotate, output)
+    if sheet is not None:
+        draw_sheet(opened, rows, sheet_images, sheet)
+        print(f"wrote {sheet}")
+
+
+def refine_teacher(config: RunConfig, output: Path) -> None:
+    """Stage I: a LoRA into the folder `output`. Raises for a way to hold the teacher in which it cannot be trained."""
+    if config.teacher.compile and config.teacher.quantize != "none":
+        raise DitDistillError(
+            "--compile: PyTorch cannot compile gradients through weights of 8 bits; leave out --compile or --quantize"
+        )
+    opened = open_data(config.data)
+    loaded = open_teacher(replace(config.teacher, offload=False), lora=None)
+    from pipeline.refine import refine
+
+    refine(loaded, opened, config.refine, output, conditions=config.conditions)
+
+
+def probe_teacher(config: RunConfig, lora: Path | None, output: Path) -> None:
+    """Which taps and timesteps tell most: table and heat map into the folder `output`."""
+    opened = open_data(config.data)
+    loaded = open_teacher(config.teacher, lora)
+    from pipeline.probe.run import probe
+
+    probe(loaded, opened, config.probe, output, conditions=config.conditions)
+
+
+def build_cache(config: RunConfig, lora: Path | None, output: Path, *, repair: bool = False) -> None:
+    """The cache into the folder `output`. repair: look for damage first, and build again exactly what is damaged."""
+    from pipeline.build.run import build, scan_for
+
+    opened = open_data(config.data)
+    scanned = scan_for(opened, config.build, config.tolerance)
+    loaded = open_teacher(config.teacher, lora)
+    build(
+        loaded, opened, config.build, output,
+        tolerance=config.tolerance, scanned=scanned, repair=repair, conditions=config.conditions,
+    )  # fmt: skip
+
+
+def verify_cache(cache: Path) -> None:
+    """Hold every file of a cache against the checksums in its journal; raises DitDistillError if anything is wrong."""
+    from cache_schema.care.verify import advice, verify
+
+    problems = verify(cache)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise DitDistillError(advice(problems, cache))
+    print(f"{cache}: every file is as it was written")

@@ -1,0 +1,1 @@
+"""From samples to what a teacher sees: decoding, views, captions and their encodings."""

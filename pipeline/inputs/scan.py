@@ -1,0 +1,113 @@
+"""The first pass over a data set: every image is read, decoded and digested once, and bad ones are set aside."""
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from PIL import UnidentifiedImageError
+from tqdm import tqdm
+
+from cache_schema.format.samples import row_rank
+from pipeline.datasets.base import Dataset, Sample
+from pipeline.inputs.conditions import UNREADABLE, caption_of, decode_with_box
+from pipeline.inputs.tolerance import BadSamples
+from pipeline.inputs.views import object_view
+
+# Images in flight: enough to keep the threads busy, few enough for the memory not to depend on the data set.
+_CHUNK = 64
+_NO_BOX = (0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class ScannedSample:
+    """A sample with what its file turned out to be, upright. reason is empty unless the sample is quarantined."""
+
+    sample: Sample
+    sha256: str
+    width: int
+    height: int
+    box: tuple[float, float, float, float]
+    caption: str
+    reason: str
+
+    @property
+    def ok(self) -> bool:
+        return not self.reason
+
+    @property
+    def state(self) -> str:
+        return "ok" if self.ok else "quarantined"
+
+    def row(self) -> dict:
+        """This sample as a row of samples.parquet."""
+        s = self.sample
+        return {
+            "id": s.id, "split": s.split, "label": s.label, "class_name": s.class_name, "source": s.source,
+            "sha256": self.sha256, "width": self.width, "height": self.height, "box": list(self.box),
+            "box_source": s.box_source if s.box else "full", "caption": self.caption,
+            "state": self.state, "reason": self.reason,
+        }  # fmt: skip
+
+
+def has_captions(dataset: Dataset) -> bool:
+    """Say whether a data set comes with captions, so that an image without one is an accident."""
+    return any(s.caption.strip() for s in dataset.samples)
+
+
+def scan_sample(dataset: Dataset, sample: Sample, needs_caption: bool = False) -> ScannedSample:
+    """Read and decode one image. Whatever is wrong with it becomes the reason of its quarantine, never an exception."""
+    caption = caption_of(sample, dataset.superclass)
+    try:
+        data = dataset.read(sample)
+    except OSError as error:
+        return ScannedSample(sample, "0" * 64, 0, 0, _NO_BOX, caption, f"cannot be read: {error.strerror or error}")
+    digest = hashlib.sha256(data).hexdigest()
+    if not data:
+        return ScannedSample(sample, digest, 0, 0, _NO_BOX, caption, "the file is empty")
+    try:
+        image, box = decode_with_box(data, sample.box)
+    except UnidentifiedImageError:
+        # Its message has an address in memory: another one in every run, and reasons are compared when one resumes.
+        return ScannedSample(sample, digest, 0, 0, _NO_BOX, caption, "not an image of a known format")
+    except UNREADABLE as error:
+        reason = f"not a complete image: {error}".splitlines()[0]
+        return ScannedSample(sample, digest, 0, 0, _NO_BOX, caption, reason)
+    reason = ""
+    try:
+        object_view(image, box, 1)
+    except ValueError as error:
+        reason = str(error)
+    if needs_caption and not sample.caption.strip():
+        reason, caption = reason or "its caption is empty", sample.caption
+    kept_box = box if all(map(math.isfinite, box)) else _NO_BOX
+    return ScannedSample(sample, digest, image.width, image.height, kept_box, caption, reason)
+
+
+def scan(
+    dataset: Dataset, feature_splits: Sequence[str], *, use_captions: bool = True, bad: BadSamples | None = None
+) -> list[ScannedSample]:
+    """Scan a whole data set into cache row order: rows with features first, then the others, quarantined rows last.
+
+    With use_captions an image without a caption is set aside if others have one. Bad samples are added to `bad`, which
+    may raise TooManyBadSamples, and checked at the end.
+    """
+    needs_caption = use_captions and has_captions(dataset)
+    scanned = []
+    for entry in tqdm(_scan_all(dataset, needs_caption), total=len(dataset.samples), desc="scan", unit="image"):
+        scanned.append(entry)
+        if bad and not entry.ok:
+            bad.add(entry.sample.source, entry.reason)
+    if bad:
+        bad.check()
+    return sorted(scanned, key=lambda entry: row_rank(entry.sample.split, entry.state, feature_splits))
+
+
+def _scan_all(dataset: Dataset, needs_caption: bool) -> Iterator[ScannedSample]:
+    """Scan with as many threads as there are processors (decoding and hashing let them run), in the given order."""
+    samples = dataset.samples
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for start in range(0, len(samples), _CHUNK):
+            yield from threads.map(lambda s: scan_sample(dataset, s, needs_caption), samples[start : start + _CHUNK])

@@ -1,0 +1,1 @@
+"""Which taps and timesteps tell most: `dit-cache probe`."""

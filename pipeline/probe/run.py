@@ -1,0 +1,243 @@
+"""Which taps and timesteps are worth caching: every tap at every timestep, judged without training anything."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cache_schema.errors import DitDistillError
+from cache_schema.storage.files import write_file
+from pipeline.curriculum import DEFAULT_STEPS, DEFAULT_TIMESTEPS, add_noise, check_timesteps, sample_noise
+from pipeline.datasets.base import SPLITS, Dataset, Sample
+from pipeline.inputs.condition_store import ConditionStore, default_store
+from pipeline.inputs.conditions import Conditions
+from pipeline.probe.scores import high_frequency_ratio, linear_accuracy, pool_cells, recall_at_1, standardise
+from pipeline.teachers.base import Teacher
+from pipeline.teachers.passes import memory_errors
+
+DEFAULT_TAP = "hidden"
+# Farther below the best than this many standard errors, the default is worth a warning.
+_CLEAR = 2.0
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """What is probed. Images are `per_class` of as many classes of `split` as make up about `images`.
+
+    The default split is `train`: nothing here is fitted to labels of other classes, and a choice made on the test
+    classes would be a choice made on the test set. cells: features are averaged over cells × cells places, flattened.
+    """
+
+    taps: tuple[str, ...] = ()
+    timesteps: tuple[int, ...] = (4, 7, 10, 13, 16, 19, 22, 25, 28)
+    num_steps: int = DEFAULT_STEPS
+    images: int = 300
+    per_class: int = 10
+    split: str = "train"
+    cells: int = 4
+    recommend: int = 4
+    seed: int = 0
+    batch: int = 4
+
+    def __post_init__(self) -> None:
+        check_timesteps(list(self.timesteps), self.num_steps)
+        for name, least in (("images", 4), ("per_class", 2), ("cells", 1), ("recommend", 1), ("batch", 1)):
+            if getattr(self, name) < least:
+                option = name.replace("_", "-")
+                raise DitDistillError(f"--{option} must be at least {least}, not {getattr(self, name)}")
+        if self.split not in SPLITS:
+            raise DitDistillError(f"--split {self.split}: name one of {', '.join(SPLITS)}")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One tap at one timestep. recall_at_1, linear: shares of images; high_frequency: share of energy."""
+
+    tap: str
+    timestep: int
+    recall_at_1: float
+    linear: float
+    high_frequency: float
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to cache. default_recall and recall: mean R@1 over the timesteps of the default and of the advice."""
+
+    tap: str
+    timesteps: tuple[int, ...]
+    recall: float
+    default_recall: float | None
+    warning: str | None
+
+
+def probe(
+    teacher: Teacher,
+    dataset: Dataset,
+    config: ProbeConfig,
+    output: Path,
+    *,
+    conditions: Path | None = None,
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Score every tap at every timestep, print a table, write probe.json and probe.png to `output`.
+
+    Returns what is written to probe.json. conditions: folder of the `ConditionStore`, by default beside `output`.
+    Raises DitDistillError where the data set has too few labelled images.
+    """
+    taps = config.taps or tuple(teacher.taps())
+    for tap in taps:
+        teacher.tap_shape(tap)
+    samples = choose_samples(dataset, config)
+    store = ConditionStore(conditions or default_store(output), teacher, dataset)
+    store.prepare(samples, log=log)
+    scores = score_all(teacher, store, samples, taps, config)
+    advice = advise(scores, config, len(samples))
+    classes = len({s.label for s in samples})
+    record: dict[str, Any] = {
+        "dataset": dataset.name,
+        "teacher": teacher.source,
+        "refined": teacher.lora is not None,
+        "context": teacher.context,
+        "quantization": teacher.quantization,
+        "config": asdict(config),
+        "images": len(samples),
+        "classes": classes,
+        "scores": [asdict(score) for score in scores],
+        "advice": asdict(advice),
+    }
+    from pipeline.probe.picture import draw_heat_maps
+
+    write_file(output / "probe.json", (json.dumps(record, indent=2) + "\n").encode())
+    draw_heat_maps(scores).save(output / "probe.png")
+    log(render_table(scores))
+    log(
+        f"{len(samples)} images of {classes} classes of the split {config.split}; chance: {100 / classes:.1f} %, "
+        f"one standard error {100 * standard_error(advice.recall, len(samples)):.1f} points"
+    )
+    log(f"recommended: --taps {advice.tap} --timesteps {','.join(map(str, advice.timesteps))}")
+    if advice.warning:
+        log(f"warning: {advice.warning}")
+    log(f"wrote {output / 'probe.json'} and {output / 'probe.png'}")
+    return record
+
+
+def choose_samples(dataset: Dataset, config: ProbeConfig) -> list[Sample]:
+    """`per_class` images of evenly spread classes, in the data set's order. Raises if there are too few."""
+    by_class: dict[int, list[Sample]] = {}
+    for sample in dataset.samples:
+        if sample.split == config.split and sample.label >= 0:
+            by_class.setdefault(sample.label, []).append(sample)
+    full = [members for _, members in sorted(by_class.items()) if len(members) >= config.per_class]
+    wanted = min(len(full), max(2, config.images // config.per_class))
+    if wanted < 2:
+        raise DitDistillError(
+            f"probing needs 2 classes with {config.per_class} images each; the split {config.split} of {dataset.name} "
+            f"has {len(full)}; choose a smaller --per-class or another --split"
+        )
+    chosen = [full[round(i * (len(full) - 1) / (wanted - 1))] for i in range(wanted)]
+    return [members[round(i * (len(members) - 1) / (config.per_class - 1))] for members in chosen
+            for i in range(config.per_class)]  # fmt: skip
+
+
+@torch.no_grad()
+def score_all(
+    teacher: Teacher, store: ConditionStore, samples: Sequence[Sample], taps: Sequence[str], config: ProbeConfig
+) -> list[Score]:
+    """Score timestep after timestep, so that the features of only one are in memory, taps × images × cells² × C.
+
+    samples: prepared in `store`.
+    """
+    sigmas = teacher.sigmas(config.num_steps)
+    labels = np.array([s.label for s in samples])
+    batches = [samples[i : i + config.batch] for i in range(0, len(samples), config.batch)]
+    scores = []
+    with tqdm(total=len(samples) * len(config.timesteps), desc="probe", unit="image") as bar:
+        for p in config.timesteps:
+            pooled: dict[str, list[Tensor]] = {tap: [] for tap in taps}
+            energy: dict[str, list[float]] = {tap: [] for tap in taps}
+            for batch in batches:
+                found = _features(teacher, batch, store.read(batch, "canonical"), sigmas[p - 1], taps, config.seed)
+                for tap, tokens in found.items():
+                    grid = teacher.tap_shape(tap).grid
+                    pooled[tap].append(pool_cells(tokens.float(), grid, config.cells).half().cpu())
+                    energy[tap] += high_frequency_ratio(tokens.float(), grid).tolist()
+                bar.update(len(batch))
+            for tap in taps:
+                features = standardise(torch.cat(pooled[tap]).numpy().astype(np.float32))
+                scores.append(
+                    Score(
+                        tap=tap,
+                        timestep=p,
+                        recall_at_1=recall_at_1(features, labels),
+                        linear=linear_accuracy(features, labels),
+                        high_frequency=float(np.mean(energy[tap])),
+                    )
+                )
+    return scores
+
+
+def _features(
+    teacher: Teacher, batch: Sequence[Sample], conditions: Conditions, sigma: float, taps: Sequence[str], seed: int
+) -> dict[str, Tensor]:
+    given = conditions.to(teacher.device)
+    noise = torch.stack([sample_noise(s.id, "canonical", seed, tuple(given.object.shape[1:])) for s in batch])
+    level = torch.full((len(batch),), sigma).to(given.object.device)
+    noisy = add_noise(given.object, noise.to(given.object), level)
+    with memory_errors(f"in a forward pass of {len(batch)} images", "use a smaller --batch"):
+        return teacher.features(noisy, given.context, level, given.text, taps)
+
+
+def standard_error(share: float, count: int) -> float:
+    """The standard error of a share of `count` images; never 0, for a share of 0 or 1 is not certain either."""
+    inside = min(max(share, 1 / count), 1 - 1 / count)
+    return math.sqrt(inside * (1 - inside) / count)
+
+
+def advise(scores: Sequence[Score], config: ProbeConfig, images: int) -> Advice:
+    """The tap whose best timesteps retrieve best on average, and these timesteps, from coarse to fine."""
+    table = {(s.tap, s.timestep): s.recall_at_1 for s in scores}
+    taps = list(dict.fromkeys(s.tap for s in scores))
+    count = min(config.recommend, len(config.timesteps))
+
+    def best_steps(tap: str) -> list[int]:
+        return sorted(sorted(config.timesteps, key=lambda p: (-table[tap, p], p))[:count])
+
+    def mean(tap: str, steps: Sequence[int]) -> float:
+        return sum(table[tap, p] for p in steps) / len(steps)
+
+    tap = max(taps, key=lambda t: mean(t, best_steps(t)))
+    steps = best_steps(tap)
+    default = [p for p in DEFAULT_TIMESTEPS if p in config.timesteps]
+    default_recall = mean(DEFAULT_TAP, default) if DEFAULT_TAP in taps and default else None
+    warning = None
+    recall = mean(tap, steps)
+    if default_recall is not None and recall - default_recall > _CLEAR * standard_error(recall, images):
+        warning = (
+            f"the default --taps {DEFAULT_TAP} --timesteps {','.join(map(str, default))} has a mean R@1 of "
+            f"{100 * default_recall:.1f} %, the recommended choice {100 * recall:.1f} %"
+        )
+    return Advice(tap, tuple(steps), recall, default_recall, warning)
+
+
+def render_table(scores: Sequence[Score]) -> str:
+    """R@1 / linear accuracy in % and the high-frequency ratio: a line per tap, a column per timestep."""
+    taps, steps = list(dict.fromkeys(s.tap for s in scores)), sorted({s.timestep for s in scores})
+    table = {(s.tap, s.timestep): s for s in scores}
+    blocks = []
+    for title, show in (
+        ("R@1 %, k-NN", lambda s: f"{100 * s.recall_at_1:6.1f}"),
+        ("linear accuracy %, leave-one-out ridge", lambda s: f"{100 * s.linear:6.1f}"),
+        ("high-frequency ratio", lambda s: f"{s.high_frequency:6.3f}"),
+    ):
+        head = f"{'tap':<12}" + "".join(f"  p={p:<4}" for p in steps)
+        lines = [f"{tap:<12}" + "".join(f" {show(table[tap, p])}" for p in steps) for tap in taps]
+        blocks.append("\n".join([title, head, *lines]))
+    return "\n\n".join(blocks)

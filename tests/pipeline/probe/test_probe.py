@@ -1,0 +1,132 @@
+"""A probe measures what it says, and recommends what measured best."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_teachers import direct_features
+
+from cache_schema.errors import DitDistillError
+from pipeline.build.config import BuildConfig
+from pipeline.curriculum import DEFAULT_TIMESTEPS
+from pipeline.inputs.condition_store import ConditionStore
+from pipeline.probe.run import ProbeConfig, Score, advise, choose_samples, probe, score_all
+from pipeline.probe.scores import high_frequency_ratio, linear_accuracy, pool_cells, recall_at_1, standardise
+from pipeline.teachers.base import TeacherError
+
+TINY = ProbeConfig(timesteps=(10, 28), images=12, per_class=3, batch=5)
+
+
+def test_recall_counts_images_whose_nearest_other_image_is_of_their_class():
+    features = np.array([[1, 0], [0.9, 0.1], [0, 1], [0.1, 0.9], [0.95, 0.05]], dtype=np.float32)
+    assert recall_at_1(features, np.array([0, 0, 1, 1, 0])) == 1.0
+    assert recall_at_1(features, np.array([0, 0, 1, 1, 1])) == pytest.approx(2 / 5)
+
+
+def test_the_left_out_predictions_are_those_of_models_fitted_without_the_image():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], 6)
+    features = standardise(rng.normal(size=(18, 40)).astype(np.float32) + labels[:, None] * 0.4)
+    targets = np.eye(3)[labels] - 1 / 3
+    right = 0
+    for left in range(18):
+        kept = np.arange(18) != left
+        X, Y = features[kept].astype(np.float64) / np.sqrt(40), targets[kept]
+        weights = np.linalg.solve(X.T @ X + np.eye(40), X.T @ Y)
+        right += (features[left] / np.sqrt(40) @ weights).argmax() == labels[left]
+    assert linear_accuracy(features, labels) == pytest.approx(right / 18)
+
+
+def test_a_few_huge_channels_do_not_decide():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(5), 4)
+    features = (np.eye(5)[labels] + rng.normal(size=(20, 5)) / 10).astype(np.float32)
+    huge = np.concatenate([features, 1000 * rng.normal(size=(20, 2))], axis=1).astype(np.float32)
+    assert recall_at_1(huge, labels) < 0.6
+    assert recall_at_1(standardise(huge), labels) == 1.0
+
+
+def test_a_chequerboard_is_high_frequency_and_a_slope_is_not():
+    rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    board = ((rows + columns) % 2).float().reshape(1, 64, 1)
+    wave = torch.cos(2 * torch.pi * rows / 8).reshape(1, 64, 1)
+    flat = torch.ones(1, 64, 1)
+    ratios = [high_frequency_ratio(t, (8, 8)).item() for t in (board, wave, flat, 1000 * board)]
+    assert ratios == pytest.approx([1.0, 0.0, 0.0, 1.0], abs=1e-6)
+
+
+def test_pooling_averages_over_cells_and_never_invents_any():
+    tokens = torch.arange(16.0).reshape(1, 16, 1)
+    assert pool_cells(tokens, (4, 4), 2).tolist() == [[2.5, 4.5, 10.5, 12.5]]
+    assert pool_cells(tokens, (4, 4), 8).tolist() == [tokens.flatten().tolist()]
+
+
+def test_what_is_probed_is_what_a_build_would_cache(teacher, tiny_dataset, tmp_path):
+    samples = choose_samples(tiny_dataset, TINY)
+    store = ConditionStore(tmp_path, teacher, tiny_dataset)
+    store.prepare(samples)
+    (score,) = score_all(teacher, store, samples, ["single.0"], ProbeConfig(timesteps=(22,), cells=2, batch=4))
+    config = BuildConfig(taps=("single.0",), timesteps=(22,))
+    sigmas = [teacher.sigmas(28)[21]]
+    built = direct_features(teacher, tiny_dataset, samples, config, sigmas)["single.0"][:, 0, 0]
+    pooled = standardise(pool_cells(built, teacher.grid, 2).half().numpy().astype(np.float32))
+    labels = np.array([s.label for s in samples])
+    assert score.recall_at_1 == recall_at_1(pooled, labels)
+    assert score.high_frequency == pytest.approx(high_frequency_ratio(built, teacher.grid).mean().item(), rel=1e-4)
+
+
+def test_every_tap_at_every_timestep_is_scored_and_written(teacher, tiny_dataset, tmp_path):
+    said = []
+    record = probe(teacher, tiny_dataset, TINY, tmp_path, log=said.append)
+    taps = ["double.0", "double.1", "single.0", "hidden", "velocity"]
+    assert [(s["tap"], s["timestep"]) for s in record["scores"]] == [(t, p) for p in (10, 28) for t in taps]
+    assert json.loads((tmp_path / "probe.json").read_text()) == json.loads(json.dumps(record))
+    assert Image.open(tmp_path / "probe.png").width > 400
+    assert any(line.startswith("recommended: --taps ") for line in said)
+
+
+def test_images_are_evenly_chosen_from_classes_that_have_enough(tiny_dataset):
+    chosen = choose_samples(tiny_dataset, TINY)
+    labels = [s.label for s in chosen]
+    assert len({s.id for s in chosen}) == 12
+    assert all(labels.count(label) == 3 for label in set(labels))
+    assert {s.split for s in chosen} == {"train"}
+    with pytest.raises(DitDistillError, match="choose a smaller --per-class"):
+        choose_samples(tiny_dataset, ProbeConfig(per_class=6))
+
+
+def scores(**recalls: dict[int, float]) -> list[Score]:
+    return [Score(tap, p, value, 0.0, 0.0) for tap, row in recalls.items() for p, value in row.items()]
+
+
+def test_the_best_tap_and_its_best_timesteps_are_recommended_from_coarse_to_fine():
+    config = ProbeConfig(timesteps=DEFAULT_TIMESTEPS, recommend=2)
+    table = scores(hidden={10: 0.2, 16: 0.3, 22: 0.5, 28: 0.5}, velocity={10: 0.1, 16: 0.9, 22: 0.1, 28: 0.8})
+    advice = advise(table, config, images=100)
+    assert (advice.tap, advice.timesteps) == ("velocity", (16, 28))
+    assert advice.warning is not None
+    assert "hidden" in advice.warning
+    assert "37.5 %" in advice.warning
+
+
+def test_a_difference_within_the_error_of_sampling_is_no_reason_to_warn():
+    config = ProbeConfig(timesteps=DEFAULT_TIMESTEPS, recommend=4)
+    table = scores(hidden=dict.fromkeys(DEFAULT_TIMESTEPS, 0.50), velocity=dict.fromkeys(DEFAULT_TIMESTEPS, 0.52))
+    advice = advise(table, config, images=100)
+    assert advice.tap == "velocity"
+    assert advice.warning is None
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"), [({"images": 1}, "--images"), ({"split": "x"}, "--split x"), ({"cells": 0}, "--cells")]
+)
+def test_a_setting_that_makes_no_sense_is_named(bad, said):
+    with pytest.raises(DitDistillError, match=said):
+        ProbeConfig(**bad)
+
+
+def test_an_unknown_tap_is_refused_before_any_image_is_read(teacher, tiny_dataset, tmp_path):
+    with pytest.raises(TeacherError, match="has no tap"):
+        probe(teacher, tiny_dataset, ProbeConfig(taps=("double.9",)), tmp_path, log=str)

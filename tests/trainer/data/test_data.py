@@ -1,0 +1,148 @@
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+
+from cache_schema.errors import DitDistillError
+from trainer.data.batches import (
+    Batch,
+    TrainingBatches,
+    choose_timesteps,
+    choose_views,
+    iterate,
+    jitter_color,
+    select_split,
+    token_shape,
+)
+from trainer.data.images import ImageStore
+from trainer.errors import TrainError
+
+SIZE, ROW, VIEW, TIMESTEP = 24, 0, 1, 2  # the synthetic features say their row, view and timestep in channels 0 to 2
+
+
+def batches_of(cache, config) -> TrainingBatches:
+    return TrainingBatches(cache, config, SIZE)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    a, b = a.to(torch.device("cpu")), b.to(torch.device("cpu"))
+    assert a.tokens is not None
+    assert b.tokens is not None
+    return all(torch.equal(x, y) for x, y in ((a.images, b.images), (a.labels, b.labels), (a.tokens, b.tokens)))
+
+
+def test_images_and_features_of_a_batch_are_of_the_same_rows_in_the_same_view(cache, tiny_config):
+    batches = batches_of(cache, tiny_config())
+    canonical = ImageStore(cache, SIZE, range(len(cache)))
+    seen = set()
+    for update in range(batches.per_epoch * 3):
+        batch = batches[update].to(torch.device("cpu"))
+        for image, label, tokens in zip(batch.images, batch.labels, batch.tokens, strict=True):
+            row, view = int(tokens[0, 0, ROW]), int(tokens[0, 0, VIEW])
+            stored = canonical.load([row])[0]
+            assert torch.equal(image, stored.flip(-1) if view else stored)
+            assert int(label) == batches.label_of[row]
+            seen.add(view)
+    assert seen == {0, 1}
+
+
+def test_only_the_timesteps_asked_for_are_read(cache, tiny_config):
+    tokens = batches_of(cache, tiny_config("timesteps=22"))[0].to(torch.device("cpu")).tokens
+    assert tokens.shape == (6, 1, 4, 6)
+    assert tokens[..., TIMESTEP].unique().tolist() == [22]
+
+
+def test_the_baseline_sees_the_very_images_of_the_distilled_run_and_no_features(cache, tiny_config):
+    for extra in ((), ("unlabeled_per_batch=2",)):
+        baseline = batches_of(cache, tiny_config(*extra, mode="baseline"))
+        distill = batches_of(cache, tiny_config(*extra, mode="distill"))
+        for update in range(4):
+            a, b = baseline[update], distill[update]
+            assert a.features is None
+            assert torch.equal(a.images, b.images[:6])
+            assert torch.equal(a.labels, b.labels[:6])
+
+
+def test_unlabelled_rows_come_after_the_labelled_ones_with_features_and_no_label(cache, tiny_config):
+    batch = batches_of(cache, tiny_config("unlabeled_per_batch=2"))[0].to(torch.device("cpu"))
+    assert batch.images.shape[0] == batch.tokens.shape[0] == 8
+    assert (batch.labels[:6] >= 0).all()
+    assert batch.labels[6:].tolist() == [-1, -1]
+    splits = cache.samples["split"].to_pylist()
+    assert {splits[int(row)] for row in batch.tokens[6:, 0, 0, ROW]} == {"unlabeled"}
+
+
+def test_labels_of_the_train_split_become_0_to_m_minus_1(cache):
+    test = select_split(cache, "test", need_features=False)
+    assert (len(test.rows), test.classes, sorted(set(test.labels.tolist()))) == (10, 2, [0, 1])
+
+
+def test_any_part_of_a_run_can_be_loaded_alone_by_a_thread_or_by_worker_processes(cache, tiny_config):
+    batches = batches_of(cache, tiny_config("augment=color"))
+    expected = [batches[update] for update in range(5)]
+    for workers in (0, 2):
+        for start in (0, 3):
+            loaded = list(iterate(batches, start, 5, workers))
+            assert len(loaded) == 5 - start
+            assert all(same(a, b) for a, b in zip(loaded, expected[start:], strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_cache_reaches_the_caller_as_it_is(make_cache, tiny_config, workers):
+    cache = make_cache()
+    batches = batches_of(cache, tiny_config())
+    for file in (cache.root / "features" / "hidden" / "c").rglob("0"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(DitDistillError) as caught:
+        list(iterate(batches, 0, 2, workers))
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_killed_loader_process_is_an_error_in_one_line(cache, tiny_config):
+    stream = iterate(batches_of(cache, tiny_config()), 0, 10_000, workers=2)
+    next(stream)
+    multiprocessing.active_children()[0].kill()
+    with pytest.raises(DitDistillError, match="a worker process of the loader was killed"):
+        list(stream)
+    assert not multiprocessing.active_children()
+
+
+def test_images_are_the_same_whether_they_are_kept_in_memory_or_not(cache):
+    kept, fresh = ImageStore(cache, SIZE, range(len(cache))), ImageStore(cache, SIZE, range(len(cache)), memory_gb=0)
+    assert kept.decoded is not None
+    assert fresh.decoded is None
+    for _ in range(2):
+        assert torch.equal(kept.load([7, 3, 7]), fresh.load([7, 3, 7]))
+
+
+def test_images_are_resized_to_what_the_student_takes(cache):
+    assert ImageStore(cache, 32, [0]).load([0]).shape == (1, 3, 32, 32)
+
+
+def test_color_jitter_changes_each_image_in_its_own_way_and_keeps_its_type():
+    images = torch.full((2, 3, 4, 4), 100, dtype=torch.uint8)
+    changed = jitter_color(images, np.random.default_rng(0))
+    assert changed.dtype == torch.uint8
+    assert changed.shape == images.shape
+    assert not torch.equal(changed[0], changed[1])
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda cache: choose_timesteps(cache, (10, 16)), r"cache tiny-\w{8} lacks timestep 16 \(has 10, 22\)"),
+        (lambda cache: choose_views(cache, ("crop.0",)), r"lacks view crop.0 \(has canonical, hflip\)"),
+        (lambda cache: token_shape(cache, "velocity", (10,)), r"lacks tap velocity \(has hidden\)"),
+    ],
+)
+def test_what_a_cache_lacks_is_said_with_what_it_has(cache, ask, message):
+    with pytest.raises(TrainError, match=message):
+        ask(cache)
+
+
+def test_a_cache_without_unlabelled_features_says_so(make_cache, tiny_config):
+    cache = make_cache(feature_splits=("train",))
+    with pytest.raises(TrainError, match="no unlabeled rows with features"):
+        batches_of(cache, tiny_config("unlabeled_per_batch=2"))

@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.evaluation.metrics import map_at_r, ranked_neighbours, recall_at_k, retrieval_scores
+
+
+def brute_force_ranking(embeddings: torch.Tensor) -> list[list[int]]:
+    """Cosine similarity pair by pair; ties to the lower index."""
+    points = embeddings.double().numpy()
+    units = [point / max(np.linalg.norm(point), 1e-12) for point in points]
+    ranking = []
+    for i, query in enumerate(units):
+        others = [j for j in range(len(units)) if j != i]
+        ranking.append(sorted(others, key=lambda j: (-round(np.dot(query, units[j]) * 2**30), j)))
+    return ranking
+
+
+def brute_force_recall(ranking: list[list[int]], labels: list[int], k: int) -> float:
+    return sum(any(labels[j] == labels[i] for j in order[:k]) for i, order in enumerate(ranking)) / len(labels)
+
+
+def brute_force_map_at_r(ranking: list[list[int]], labels: list[int]) -> float:
+    scores = []
+    for i, order in enumerate(ranking):
+        r = labels.count(labels[i]) - 1
+        if r == 0:
+            continue
+        relevant = [labels[j] == labels[i] for j in order[:r]]
+        precision = [sum(relevant[: n + 1]) / (n + 1) for n in range(r)]
+        scores.append(sum(p for p, hit in zip(precision, relevant, strict=True) if hit) / r)
+    return sum(scores) / len(scores) if scores else 0.0
+
+
+# Small integers give many exact ties, duplicates and zero vectors.
+problems = st.integers(2, 14).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.lists(st.integers(-2, 2), min_size=3, max_size=3), min_size=n, max_size=n),
+        st.lists(st.integers(0, 3), min_size=n, max_size=n),
+        st.integers(1, n + 2),
+    )
+)
+
+
+@settings(max_examples=max(150, settings.default.max_examples))
+@given(problems)
+def test_metrics_equal_their_brute_force_definitions_whatever_the_chunk(problem):
+    points, labels, chunk = problem
+    embeddings = torch.tensor(points, dtype=torch.float32)
+    ranking = brute_force_ranking(embeddings)
+    found = torch.cat([at for _, at in ranked_neighbours(embeddings, len(labels) - 1, chunk)])
+    assert found.tolist() == ranking
+    recalls = recall_at_k(embeddings, torch.tensor(labels), (1, 2, 4, 8), chunk)
+    for k, value in recalls.items():
+        assert value == pytest.approx(brute_force_recall(ranking, labels, k))
+    assert map_at_r(embeddings, torch.tensor(labels), chunk) == pytest.approx(brute_force_map_at_r(ranking, labels))
+
+
+def test_a_hand_made_ranking_gives_the_numbers_worked_out_by_hand():
+    # Angles on the circle: the order of the others is known at a glance.
+    angles = torch.tensor([0.0, 10.0, 30.0, 31.0]).deg2rad()
+    embeddings = torch.stack([angles.cos(), angles.sin()], dim=1) * torch.tensor([[1.0], [9.0], [2.0], [5.0]])
+    labels = torch.tensor([0, 1, 0, 1])
+    # Nearest first: 0 -> 1 2 3, 1 -> 0 2 3, 2 -> 3 1 0, 3 -> 2 1 0.
+    assert recall_at_k(embeddings, labels, (1, 2, 3)) == {1: 0.0, 2: 0.5, 3: 1.0}
+    assert map_at_r(embeddings, labels) == 0.0
+
+
+def test_a_lone_image_is_a_miss_for_recall_and_left_out_of_map_at_r():
+    embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
+    labels = torch.tensor([0, 0, 1])
+    assert recall_at_k(embeddings, labels, (1,)) == {1: pytest.approx(2 / 3)}
+    assert map_at_r(embeddings, labels) == 1.0
+    assert map_at_r(embeddings, torch.tensor([0, 1, 2])) == 0.0
+
+
+def test_a_query_never_finds_itself_even_among_duplicates():
+    for start, neighbours in ranked_neighbours(torch.ones(5, 3), depth=4, chunk=2):
+        assert all(start + i not in found for i, found in enumerate(neighbours.tolist()))
+
+
+def test_scores_carry_the_names_of_the_result_files():
+    scores = retrieval_scores(torch.eye(4), torch.tensor([0, 0, 1, 1]))
+    assert list(scores) == ["recall_at_1", "recall_at_2", "recall_at_4", "recall_at_8", "map_at_r"]

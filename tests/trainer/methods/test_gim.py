@@ -1,0 +1,127 @@
+import pytest
+import torch
+
+from trainer.config import GimConfig
+from trainer.errors import TrainError
+from trainer.methods.gim import GenerativeInjectionModule
+
+B, P, L, CT, C = 3, 2, 5, 7, 16
+
+
+def make_gim(**options) -> GenerativeInjectionModule:
+    torch.manual_seed(0)
+    return GenerativeInjectionModule(L, CT, C, P, GimConfig(queries=4, bridge_layers=2, heads=2, **options)).eval()
+
+
+@pytest.fixture
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(B, C, generator=generator), torch.randn(B, P, L, CT, generator=generator)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"infuse_layers": 2}, {"timestep_embedding": False, "position_embedding": False}, {"final_norm": False},
+     {"token_norm": "standardize"}],
+)  # fmt: skip
+def test_every_image_and_timestep_gets_one_embedding_of_the_students_width(inputs, options):
+    assert make_gim(**options)(*inputs).shape == (B, P, C)
+
+
+def test_without_bridging_layers_the_tokens_themselves_are_infused(inputs):
+    gim = GenerativeInjectionModule(L, CT, C, P, GimConfig(bridge_layers=0, heads=2))
+    assert gim.bridge(inputs[1]).shape == (B, P, L, C)
+    assert gim(*inputs).shape == (B, P, C)
+
+
+def test_one_batched_call_gives_what_image_by_image_calls_give(inputs):
+    student, tokens = inputs
+    gim = make_gim(infuse_layers=2)
+    alone = torch.cat([gim(student[i : i + 1], tokens[i : i + 1]) for i in range(B)])
+    torch.testing.assert_close(gim(student, tokens), alone)
+
+
+def test_one_timesteps_embedding_depends_on_that_timesteps_tokens_alone(inputs):
+    student, tokens = inputs
+    gim = make_gim()
+    changed = tokens.clone()
+    changed[:, 1] = changed[:, 1].flip(-1)
+    before, after = gim(student, tokens), gim(student, changed)
+    assert torch.equal(before[:, 0], after[:, 0])
+    assert not torch.allclose(before[:, 1], after[:, 1])
+
+
+def test_the_last_infusion_layers_shortcut_equals_computing_all_tokens(inputs):
+    layer = make_gim().infuse_layers[0]
+    sequence = torch.randn(2, 5, C)
+    torch.testing.assert_close(layer(sequence, outputs=1), layer(sequence)[:, :1])
+
+
+def test_the_same_tokens_at_another_timestep_or_place_are_told_apart(inputs):
+    student, tokens = inputs
+    same = tokens[:, :1].expand(B, P, L, CT)
+    told_apart, blind = make_gim()(student, same), make_gim(timestep_embedding=False)(student, same)
+    assert not torch.allclose(told_apart[:, 0], told_apart[:, 1])
+    torch.testing.assert_close(blind[:, 0], blind[:, 1])
+    moved = tokens.roll(1, dims=2)
+    torch.testing.assert_close(
+        make_gim(position_embedding=False)(student, tokens), make_gim(position_embedding=False)(student, moved)
+    )
+    assert not torch.allclose(make_gim()(student, tokens), make_gim()(student, moved))
+
+
+def test_a_masked_student_leaves_no_trace_in_the_result(inputs):
+    student, tokens = inputs
+    gim = make_gim()
+    assert torch.equal(gim(student, tokens, masked=True), gim(student.flip(-1), tokens, masked=True))
+    assert not torch.allclose(gim(student, tokens, masked=False), gim(student.flip(-1), tokens, masked=False))
+
+
+def test_a_mask_per_image_and_timestep_mixes_both(inputs):
+    student, tokens = inputs
+    gim = make_gim()
+    mask = torch.tensor([[True, False], [False, True], [False, False]])
+    mixed = gim(student, tokens, masked=mask)
+    torch.testing.assert_close(mixed[mask], gim(student, tokens, masked=True)[mask])
+    torch.testing.assert_close(mixed[~mask], gim(student, tokens, masked=False)[~mask])
+
+
+def test_masks_are_drawn_in_training_only(inputs):
+    gim = make_gim(mask_student=1.0)
+    assert torch.equal(gim(*inputs), gim(*inputs, masked=False))
+    assert torch.equal(gim.train()(*inputs), gim(*inputs, masked=True))
+
+
+def test_masks_are_drawn_as_often_as_asked():
+    mask = make_gim(mask_student=0.3).draw_mask(torch.empty(2000, 4))
+    assert mask.shape == (2000, 4)
+    assert mask.float().mean().item() == pytest.approx(0.3, abs=0.03)
+
+
+def test_gradients_reach_the_student_unless_it_is_detached(inputs):
+    student, tokens = inputs
+    student.requires_grad_()
+    make_gim()(student, tokens).sum().backward()
+    assert student.grad is not None
+    detached = student.detach().clone().requires_grad_()
+    make_gim(detach_student=True)(detached, tokens).sum().backward()
+    assert detached.grad is None
+
+
+def test_standardizing_takes_each_channel_of_each_timestep_to_zero_mean_and_unit_scale(inputs):
+    tokens = inputs[1] * torch.arange(1, CT + 1) ** 3 + 50
+    gim = make_gim(token_norm="standardize")
+    gim.tokens.fit(tokens)
+    scaled = (tokens - gim.tokens.shift) * gim.tokens.scale
+    torch.testing.assert_close(scaled.mean((0, 2)), torch.zeros(P, CT), atol=1e-4, rtol=0)
+    torch.testing.assert_close(scaled.transpose(0, 1).flatten(1, 2).std(1), torch.ones(P, CT))
+
+
+def test_tokens_of_another_shape_are_refused_in_words(inputs):
+    with pytest.raises(TrainError, match=r"\(2, 5, 7\), got \(2, 4, 7\)"):
+        make_gim().bridge(inputs[1][:, :, :4])
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(TrainError, match="3 heads do not divide"):
+        GenerativeInjectionModule(L, CT, C, P, GimConfig(heads=3))

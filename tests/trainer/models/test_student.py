@@ -1,0 +1,80 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from trainer.config import StudentConfig
+from trainer.errors import TrainError
+from trainer.models.student import build_student, load_student, save_student
+
+TINY = StudentConfig(name="vit_tiny_patch16_224", img_size=24, patch_size=12, depth=1, embed_dim=32, num_heads=2)
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (3, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    student = build_student(TINY).eval()
+    save_student(student, tmp_path)
+    return student, tmp_path
+
+
+def test_a_saved_student_embeds_as_before_from_its_folder_or_its_file(saved, images):
+    student, folder = saved
+    expected = student(images)
+    assert expected.shape == (3, 32)
+    for path in (folder, folder / "student.safetensors"):
+        assert torch.equal(load_student(path).eval()(images), expected)
+
+
+def test_the_normalisation_of_the_pixels_is_part_of_the_student(saved, images):
+    student, folder = saved
+    about = json.loads((folder / "student.json").read_text())
+    assert about["input"] == {"size": 24, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+    assert torch.equal(student(images), student.network((images / 255 - 0.5) / 0.5))
+
+
+def test_training_can_start_from_a_students_weights(saved, images):
+    student, folder = saved
+    torch.manual_seed(1)
+    again = build_student(TINY.model_copy(update={"weights": str(folder / "student.safetensors")})).eval()
+    assert torch.equal(again(images), student(images))
+
+
+def test_weights_that_would_leave_parts_at_random_are_refused(saved):
+    folder = saved[1]
+    weights = load_file(folder / "student.safetensors")
+    weights.pop("norm.weight")
+    save_file(weights, folder / "partial.safetensors")
+    with pytest.raises(TrainError, match=r"lack 1 of the .* for example norm.weight"):
+        build_student(TINY.model_copy(update={"weights": str(folder / "partial.safetensors")}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "vit_of_nowhere"}, "cannot build student vit_of_nowhere"),
+        ({"extra": {"no_such": 1}}, "no_such"),
+        ({"weights": "absent.safetensors"}, "absent.safetensors: no such file"),
+    ],
+)
+def test_a_student_that_cannot_be_built_is_reported_in_one_line(change, message):
+    with pytest.raises(TrainError, match=message) as caught:
+        build_student(TINY.model_copy(update=change))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_convolutional_student_takes_no_vit_arguments():
+    student = build_student(StudentConfig(name="resnet10t"))
+    assert student.dim == 512
+    assert student.eval()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 512)
+
+
+def test_a_folder_without_a_student_is_reported(tmp_path):
+    with pytest.raises(TrainError, match=r"student\.safetensors is missing"):
+        load_student(tmp_path)

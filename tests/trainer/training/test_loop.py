@@ -1,0 +1,187 @@
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cache_schema import open_cache
+from cache_schema.care.convert import convert
+from trainer.config import OptimConfig
+from trainer.errors import TrainError
+from trainer.training import loop
+from trainer.training.checkpoint import latest_checkpoint, load_checkpoint
+from trainer.training.logs import read_metrics
+from trainer.training.loop import train
+from trainer.training.optim import learning_rate
+from trainer.training.run_folder import load_result, prepare_run
+
+# Everything that draws random numbers while training is switched on.
+RANDOM = (
+    "augment=color",
+    "gim.mask_student=0.5",
+    "student.drop_path_rate=0.2",
+    "unlabeled_per_batch=1",
+    "optim.warmup=0.2",
+)
+
+
+def weights(run):
+    return {file.name: file.read_bytes() for file in sorted(run.glob("*.safetensors"))}
+
+
+def log_without_speed(run):
+    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in read_metrics(run / "metrics.jsonl")]
+
+
+@pytest.fixture
+def run_of(cache, tmp_path):
+    def make(config, name):
+        train(config, cache, tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.mark.parametrize("mode", ["baseline", "distill"])
+def test_a_run_leaves_a_student_a_log_and_a_result_and_no_checkpoints(run_of, tiny_config, cache, mode):
+    run = run_of(tiny_config(mode=mode), "run")
+    result = json.loads((run / "result.json").read_text())
+    assert (result["mode"], result["student_updates"], result["images_seen"]) == (mode, 6, 36)
+    assert result["cache_id"] == cache.manifest.cache_id
+    assert set(result["final_losses"]) == {"loss", "drc_student"} if mode == "baseline" else {"loss", "drc", "cal"}
+    assert (run / "gim.safetensors").is_file() == (mode == "distill")
+    assert [record["update"] for record in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("mode", ["baseline", "distill"])
+def test_training_lowers_the_loss(run_of, tiny_config, mode):
+    log = read_metrics(run_of(tiny_config(mode=mode, updates=40), "run") / "metrics.jsonl")
+    assert sum(r["losses"]["loss"] for r in log[-5:]) < 0.7 * sum(r["losses"]["loss"] for r in log[:5])
+
+
+def test_one_seed_gives_one_student_and_another_seed_another(run_of, tiny_config):
+    a, b, c = (run_of(tiny_config(seed=seed), name) for seed, name in ((0, "a"), (0, "b"), (1, "c")))
+    assert weights(a) == weights(b)
+    assert weights(a) != weights(c)
+
+
+@pytest.mark.parametrize("mode", ["baseline", "distill"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_resumes_to_the_very_same_end(
+    run_of, tiny_config, cache, tmp_path, monkeypatch, mode, number
+):
+    config = tiny_config(*RANDOM, mode=mode)
+    whole = run_of(config, "whole")
+    step = loop.train_step
+
+    def step_and_signal(objective, optimizer, batch, rate, config, update, ramp):
+        if update == 2:  # in the middle of an epoch, in the middle of an update
+            os.kill(os.getpid(), number)
+        return step(objective, optimizer, batch, rate, config, update, ramp)
+
+    monkeypatch.setattr(loop, "train_step", step_and_signal)
+    run = tmp_path / "interrupted"
+    with pytest.raises(KeyboardInterrupt):
+        train(config, cache, run)
+    assert latest_checkpoint(run).name == "update-00000003"
+    assert not (run / "result.json").exists()
+    monkeypatch.setattr(loop, "train_step", step)
+    train(config, cache, run, resume=True)
+    assert weights(run) == weights(whole)
+    assert log_without_speed(run) == log_without_speed(whole)
+
+
+def test_a_run_that_died_resumes_from_its_last_epoch_to_the_very_same_end(
+    run_of, tiny_config, cache, tmp_path, monkeypatch
+):
+    config = tiny_config(*RANDOM)
+    whole = run_of(config, "whole")
+    step = loop.train_step
+
+    def step_and_die(objective, optimizer, batch, rate, config, update, ramp):
+        if update == 5:
+            raise MemoryError
+        return step(objective, optimizer, batch, rate, config, update, ramp)
+
+    monkeypatch.setattr(loop, "train_step", step_and_die)
+    run = tmp_path / "died"
+    with pytest.raises(MemoryError):
+        train(config, cache, run)
+    assert latest_checkpoint(run).name == "update-00000004"
+    monkeypatch.setattr(loop, "train_step", step)
+    train(config, cache, run, resume=True)
+    assert weights(run) == weights(whole)
+    assert log_without_speed(run) == log_without_speed(whole)
+
+
+def test_evaluating_during_training_changes_nothing_but_the_log(run_of, tiny_config):
+    plain, watched = run_of(tiny_config(*RANDOM), "plain"), run_of(tiny_config(*RANDOM, "eval_every=1"), "watched")
+    assert weights(plain) == weights(watched)
+    measured = [record for record in read_metrics(watched / "metrics.jsonl") if "eval" in record]
+    assert [record["epoch"] for record in measured] == [1, 2]
+    assert set(measured[0]["eval"]) == {"student", "auxiliary"}
+
+
+def test_worker_processes_do_not_change_the_result(run_of, tiny_config):
+    assert weights(run_of(tiny_config(*RANDOM), "a")) == weights(run_of(tiny_config(*RANDOM, "workers=2"), "b"))
+
+
+def test_a_copy_of_the_cache_in_tars_gives_the_very_same_student(run_of, tiny_config, cache, tmp_path):
+    convert(cache.root, tmp_path / "tars", "webdataset")
+    config = tiny_config(*RANDOM)
+    train(config.model_copy(update={"cache": str(tmp_path / "tars")}), open_cache(tmp_path / "tars"), tmp_path / "b")
+    assert weights(run_of(config, "a")) == weights(tmp_path / "b")
+
+
+def test_standardized_tokens_take_their_scale_from_the_cache(run_of, tiny_config):
+    gim = load_file(run_of(tiny_config("gim.token_norm=standardize", updates=1), "run") / "gim.safetensors")
+    assert gim["tokens.scale"].shape == (2, 1, 6)
+    assert gim["tokens.shift"][:, 0, 2].tolist() == pytest.approx([10, 22])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tiny_config, cache, tmp_path):
+    config = tiny_config(optim__lr=1e30)
+    with pytest.raises(TrainError, match=r"not finite at update \d+ .*lower --lr"):
+        train(config, cache, tmp_path / "run")
+
+
+def test_a_run_is_not_continued_on_another_cache(tiny_config, cache, make_cache, tmp_path, monkeypatch):
+    config = tiny_config()
+    run = tmp_path / "run"
+    monkeypatch.setattr(loop, "finish_run", lambda *_: None)
+    train(config, cache, run)
+    with pytest.raises(TrainError, match=r"was trained on cache \w{8}, not on tiny-\w{8}"):
+        train(config, make_cache(per_class=6), run, resume=True)
+
+
+def test_a_damaged_checkpoint_is_reported_with_its_place(tmp_path):
+    module = torch.nn.Linear(2, 2)
+    with pytest.raises(TrainError, match=r"cannot resume from .*update-1"):
+        load_checkpoint(tmp_path / "update-1", module, torch.optim.Adam(module.parameters()), torch.device("cpu"))
+
+
+def test_a_directory_holds_one_run_until_overwrite_is_asked_for(run_of, tiny_config, tmp_path):
+    run = run_of(tiny_config(), "run")
+    other = tiny_config("loss.tau=0.1")
+    (run / "notes.txt").write_text("kept")
+    with pytest.raises(TrainError, match=r"holds a finished run.*--overwrite"):
+        prepare_run(run, other)
+    with pytest.raises(TrainError, match=r"started with another loss\.tau"):
+        prepare_run(run, other, resume=True)
+    prepare_run(run, other, overwrite=True)
+    assert sorted(file.name for file in run.iterdir()) == ["config.json", "notes.txt"]
+    with pytest.raises(TrainError, match="not finished: continue it with --resume"):
+        load_result(run)
+
+
+def test_the_learning_rate_warms_up_and_anneals_along_a_cosine():
+    config = OptimConfig(lr=1.0, warmup=0.1, final_lr_ratio=0.1)
+    rates = [learning_rate(update, 100, config) for update in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.55)
+    assert rates[99] == pytest.approx(0.1, abs=1e-3)
+    assert rates[10:] == sorted(rates[10:], reverse=True)

@@ -1,0 +1,1 @@
+"""Retrieval on classes never trained on."""

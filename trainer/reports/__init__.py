@@ -1,0 +1,1 @@
+"""`dit-train report`: a page for people, a file for programs."""

@@ -1,0 +1,112 @@
+"""The figures of a report, as SVG data URIs."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from trainer.evaluation.metrics import COLUMNS
+
+COLOURS = ("#7a8794", "#1f6feb", "#d97706", "#0f9d6c", "#a855f7", "#dc2626")
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.edgecolor": "#c3cad2", "axes.labelcolor": "#46505a", "axes.titlesize": 11, "axes.titlelocation": "left",
+    "axes.titleweight": "bold", "text.color": "#1d2329", "xtick.color": "#46505a", "ytick.color": "#46505a",
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e8ebee", "legend.frameon": False,
+    "svg.hashsalt": "dit-distill",
+}  # fmt: skip
+LOSSES = {
+    "DRC (task loss)": {"drc_student": "on E_R", "drc": "on E_D"},
+    "CAL (alignment of E_R with E_D)": {"cal": ""},
+}
+
+
+def recall_figure(scores: dict[str, dict[str, float]]) -> str:
+    """Grouped bars of R@1, 2, 4, 8 and mAP@R, percent; `scores` by run name."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 3.2), layout="constrained")
+        axes = figure.subplots()
+        width = 0.8 / len(scores)
+        for i, (name, values) in enumerate(scores.items()):
+            heights = [100 * values[metric] for metric in COLUMNS]
+            places = np.arange(len(COLUMNS)) + (i - (len(scores) - 1) / 2) * width
+            bars = axes.bar(places, heights, width * 0.92, label=name, color=_colour(i))
+            axes.bar_label(bars, fmt="%.1f", fontsize=8 if len(scores) <= 4 else 6, padding=2)
+        axes.set_xticks(np.arange(len(COLUMNS)), list(COLUMNS.values()))
+        axes.grid(axis="x", visible=False)
+        axes.set_ylim(0, 108)
+        axes.set_ylabel("percent")
+        axes.legend(loc="upper left", ncols=min(4, len(scores)), bbox_to_anchor=(0, 1.14), borderaxespad=0)
+        return _data_uri(figure)
+
+
+def loss_figure(logs: dict[str, list[dict[str, Any]]]) -> str:
+    """Loss curves of each run by name, smoothed, over the raw values; recall during training where it was logged."""
+    measured = {name: [record for record in log if "eval" in record] for name, log in logs.items()}
+    followed = any(len(records) > 1 for records in measured.values())
+    panels = [title for title, parts in LOSSES.items() if any(_has(log, parts) for log in logs.values())]
+    with matplotlib.rc_context(STYLE):
+        count = len(panels) + followed
+        figure = Figure(figsize=(10, 3.2), layout="constrained")
+        every = figure.subplots(1, count, squeeze=False)[0]
+        for axes, title in zip(every, panels, strict=False):
+            _plot_losses(axes, title, logs)
+        if followed:
+            _plot_recall(every[-1], measured)
+        for axes in every:
+            axes.set_xlabel("student updates")
+            axes.legend(fontsize=8)
+        return _data_uri(figure)
+
+
+def _plot_losses(axes: Axes, title: str, logs: dict[str, list[dict[str, Any]]]) -> None:
+    axes.set_title(title)
+    for i, (name, log) in enumerate(logs.items()):
+        for part, where in LOSSES[title].items():
+            points = [(record["update"], record["losses"][part]) for record in log if part in record.get("losses", {})]
+            if not points:
+                continue
+            updates, values = np.array(points).T
+            style = "--" if part == "drc" else "-"
+            axes.plot(updates, values, color=_colour(i), alpha=0.15, linewidth=0.8)
+            label = f"{name} {where}".strip()
+            axes.plot(updates, _smooth(values), style, color=_colour(i), linewidth=1.6, label=label)
+    axes.set_ylim(bottom=0)
+
+
+def _plot_recall(axes: Axes, measured: dict[str, list[dict[str, Any]]]) -> None:
+    axes.set_title("R@1 on unseen classes, percent")
+    for i, (name, records) in enumerate(measured.items()):
+        updates = [record["update"] for record in records]
+        recalls = [100 * record["eval"]["student"]["recall_at_1"] for record in records]
+        axes.plot(updates, recalls, "o-", color=_colour(i), markersize=3, label=name)
+    axes.set_ylim(bottom=0)
+
+
+def _has(log: list[dict[str, Any]], parts: dict[str, str]) -> bool:
+    return any(part in record.get("losses", {}) for record in log for part in parts)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving average over 5 % of the run, shorter at the ends."""
+    half = max(1, len(values) // 40)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    start = np.clip(np.arange(len(values)) - half, 0, None)
+    stop = np.clip(np.arange(len(values)) + half + 1, None, len(values))
+    return (sums[stop] - sums[start]) / (stop - start)
+
+
+def _colour(i: int) -> str:
+    return COLOURS[i % len(COLOURS)]
+
+
+def _data_uri(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,155 @@
+"""`dit-train report`: what a set of runs came to, as one page for people and one JSON file for programs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainer.config import TrainConfig, flatten, load_config
+from trainer.errors import TrainError
+from trainer.evaluation.evaluate import embed_students, evaluate_run, format_table, open_test_split
+from trainer.evaluation.metrics import COLUMNS
+from trainer.models.student import load_student
+from trainer.reports.figures import loss_figure, recall_figure
+from trainer.reports.gallery import make_gallery, thumbnails
+from trainer.reports.page import Page, RunView, render_page
+from trainer.training.logs import read_metrics
+from trainer.training.run_folder import load_result, write_json
+
+if TYPE_CHECKING:
+    from cache_schema import Cache
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished, evaluated run."""
+
+    path: Path
+    name: str
+    config: TrainConfig
+    result: dict[str, Any]
+    scores: dict[str, Any]
+
+
+def load_runs(paths: Sequence[Path], cache: Cache, device: torch.device) -> list[FinishedRun]:
+    """Load finished runs of one cache, evaluating those that were not; raises TrainError for any other."""
+    runs = []
+    for path, name in zip(paths, _names(paths), strict=True):
+        result = load_result(path)
+        if result["cache_id"] != cache.manifest.cache_id:
+            raise TrainError(f"{path} was trained on cache {result['cache_id'][:8]}, not on {cache.manifest.label}")
+        scores = _stored_scores(path, cache)
+        if scores is None:
+            scores = evaluate_run(path, cache, device)[0]
+            write_json(path / "eval.json", scores)
+        runs.append(FinishedRun(path, name, load_config(path / "config.json"), result, scores))
+    return runs
+
+
+def write_report(
+    runs: Sequence[FinishedRun], cache: Cache, folder: Path, device: torch.device, started: float | None = None
+) -> dict[str, Any]:
+    """Write `report.html` and `summary.json` into `folder`; returns the summary.
+
+    `started` (seconds since the epoch) makes the summary's `seconds` the wall clock of the whole job; without it
+    they are the training time of the runs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    page = render_page(_make_page(runs, cache, device))
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    seconds = sum(run.result["seconds"] for run in runs) if started is None else time.time() - started
+    summary = summarise(runs, cache.manifest.cache_id, seconds)
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def summarise(runs: Sequence[FinishedRun], cache_id: str, seconds: float) -> dict[str, Any]:
+    """The summary: for each mode its recalls, MAP@R and updates, as means where several runs have that mode."""
+    summary: dict[str, Any] = {"seconds": round(seconds, 1), "cache_id": cache_id}
+    for mode in dict.fromkeys(run.result["mode"] for run in runs):
+        same = [run for run in runs if run.result["mode"] == mode]
+        summary[mode] = {
+            **{metric: fmean(run.scores["student"][metric] for run in same) for metric in COLUMNS},
+            "student_updates": same[0].result["student_updates"],
+            "seeds": [run.result["seed"] for run in same],
+            "seconds": round(fmean(run.result["seconds"] for run in same), 1),
+        }
+        if len(same) > 1:
+            spread = {metric: stdev(run.scores["student"][metric] for run in same) for metric in COLUMNS}
+            summary[mode]["standard_deviation"] = spread
+        auxiliary = [run.scores["auxiliary"] for run in same if run.scores["auxiliary"]]
+        if auxiliary:
+            summary[mode]["auxiliary"] = {
+                mask: {metric: fmean(scores[mask]["mean"][metric] for scores in auxiliary) for metric in COLUMNS}
+                for mask in auxiliary[0]
+            }
+    return summary
+
+
+def format_runs(runs: Sequence[FinishedRun]) -> str:
+    """The table a person reads: a line per run, percent, and E_D's where it was measured."""
+    lines = {}
+    for run in runs:
+        lines[run.name] = run.scores["student"]
+        for mask, by_timestep in (run.scores["auxiliary"] or {}).items():
+            lines[f"  with the teacher at test time, E_R {mask}"] = by_timestep["mean"]
+    return format_table(lines)
+
+
+def _make_page(runs: Sequence[FinishedRun], cache: Cache, device: torch.device) -> Page:
+    embeddings = {}
+    for run in runs:
+        student = load_student(run.path).to(device)
+        test = open_test_split(cache, student.input_size, run.config.image_memory_gb)
+        embeddings[run.name] = embed_students(student, test, device)
+    gallery = make_gallery(embeddings, test.split.rows, test.labels)
+    shown = [e.row for group in gallery for e in group.examples]
+    shown += [hit.row for g in gallery for e in g.examples for hits in e.found.values() for hit in hits]
+    names = cache.samples["class_name"]
+    dataset = cache.manifest.dataset
+    return Page(
+        title=f"DiT-Distill on {dataset.name}",
+        subtitle=(
+            f"{len(test.split.rows):,} test images of {test.split.classes} unseen classes of {dataset.superclass}; "
+            f"cache {cache.manifest.cache_id[:12]}, {len(cache):,} rows of teacher features"
+        ),
+        runs=[RunView(run.name, run.result, run.scores, flatten(run.config.model_dump())) for run in runs],
+        recall_figure=recall_figure({run.name: run.scores["student"] for run in runs}),
+        loss_figure=loss_figure({run.name: _log(run) for run in runs}),
+        gallery=gallery,
+        images=thumbnails(cache, shown),
+        classes={row: names[row].as_py() for row in shown},
+    )
+
+
+def _log(run: FinishedRun) -> list[dict[str, Any]]:
+    """The run's log with its final scores as the last evaluation."""
+    final = {"update": run.result["student_updates"], "eval": run.scores}
+    return [*read_metrics(run.path / "metrics.jsonl"), final]
+
+
+def _stored_scores(path: Path, cache: Cache) -> dict[str, Any] | None:
+    """The run's eval.json, if it is of this cache."""
+    file = path / "eval.json"
+    if not file.is_file():
+        return None
+    scores = json.loads(file.read_text())
+    return scores if scores["cache_id"] == cache.manifest.cache_id else None
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Directory names, with as many parents as it takes to tell the runs apart."""
+    resolved = [path.resolve() for path in paths]
+    if len(set(resolved)) < len(resolved):
+        raise TrainError("the same run is given twice")
+    depth = 1
+    while len({path.parts[-depth:] for path in resolved}) < len(resolved):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in resolved]
