@@ -22,9 +22,10 @@ from cache_schema.encoding.calibration import Moments
 from cache_schema.encoding.number_formats import encode
 from cache_schema.stores.compression import compress, decompress
 from pipeline.build.config import BuildConfig
-from pipeline.build.features import teacher_features
+from pipeline.build.source import wanted_of
 from pipeline.datasets import open_dataset
 from pipeline.inputs.condition_store import ConditionStore
+from pipeline.inputs.feature_source import teacher_features
 from pipeline.teachers import load_teacher
 
 RESULTS = Path(__file__).parent / "results"
@@ -39,6 +40,7 @@ def demo_features(resolution: int | None, images: int) -> np.ndarray:
     teacher = load_teacher("demo", resolution=resolution, dtype=torch.float32, device="cpu")
     config = BuildConfig(timesteps=TIMESTEPS)
     sigmas = teacher.sigmas(config.num_steps)
+    wanted = wanted_of(config, [sigmas[p - 1] for p in TIMESTEPS])
     chosen = [sample for sample in dataset.samples if sample.split == "train"][:images]
     parts = []
     with TemporaryDirectory() as folder:
@@ -46,7 +48,7 @@ def demo_features(resolution: int | None, images: int) -> np.ndarray:
         store.prepare(chosen)
         for i in range(0, len(chosen), 4):
             conditions = {"canonical": store.read(chosen[i : i + 4], "canonical")}
-            found = teacher_features(teacher, chosen[i : i + 4], conditions, config, [sigmas[p - 1] for p in TIMESTEPS])
+            found = teacher_features(teacher, chosen[i : i + 4], conditions, wanted)
             parts.append(found["hidden"])
     return torch.cat(parts).float().numpy()
 

@@ -24,13 +24,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from benchmarks.measure import save, table
 from cache_schema import open_cache
 from pipeline.build.config import BuildConfig
-from pipeline.build.features import teacher_features
 from pipeline.build.run import build
+from pipeline.build.source import wanted_of
 from pipeline.curriculum import add_noise, sample_noise
 from pipeline.datasets import open_dataset
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.inputs.condition_store import ConditionStore
 from pipeline.inputs.conditions import caption_of, decode_with_box
+from pipeline.inputs.feature_source import teacher_features
 from pipeline.inputs.views import object_view, resize_square, to_signed
 from pipeline.refine.pretrain_demo import build_text_encoders
 from pipeline.teachers import quiet_libraries
@@ -119,7 +120,7 @@ def forward_seconds(
     conditions = [{"canonical": store.read(batch, "canonical")} for batch in batches]
     started = time.perf_counter()
     for batch, given in zip(batches, conditions, strict=True):
-        teacher_features(teacher, batch, given, config, sigmas)
+        teacher_features(teacher, batch, given, wanted_of(config, sigmas))
     return time.perf_counter() - started
 
 

@@ -25,7 +25,7 @@ from pipeline.inputs.tolerance import Tolerance
 from pipeline.presets import preset_values
 from pipeline.probe.run import ProbeConfig
 from pipeline.refine.config import RefineConfig
-from pipeline.teachers.base import ContextMode
+from pipeline.teachers.base import ContextMode, EncoderInput
 
 Step: TypeAlias = Literal["annotate", "refine", "probe", "build", "verify"]
 STEPS: tuple[Step, ...] = get_args(Step)
@@ -61,8 +61,9 @@ class TeacherOptions:
     """Which teacher (preset, diffusers folder or hub repository), and how it runs.
 
     resolution: side of its views in pixels, None the preset's. guidance: for teachers whose configuration embeds it.
-    context: how the clean context enters, None as the teacher was trained. quantize, offload, compile: see
-    `pipeline.teachers.loading.Loading`; Stage I does not offload, because its gradients need the whole transformer.
+    context: how the clean context enters, None as the teacher was trained. input: what an image encoder is shown.
+    quantize, offload, compile: see `pipeline.teachers.loading.Loading`; Stage I does not offload, because its gradients
+    need the whole transformer.
     """
 
     name: str
@@ -70,6 +71,7 @@ class TeacherOptions:
     resolution: int | None = None
     guidance: float = 3.5
     context: ContextMode | None = None
+    input: EncoderInput = "object"
     quantize: Literal["none", "int8", "fp8"] = "none"
     offload: bool = False
     compile: bool = False

@@ -9,7 +9,7 @@ from pipeline.datasets import Dataset, open_dataset
 from pipeline.device import choose_device, choose_dtype
 
 if TYPE_CHECKING:
-    from pipeline.teachers.base import Quantization, Teacher
+    from pipeline.teachers.base import AnyTeacher, Quantization
 
 
 def open_data(options: DataOptions, log: Callable[[str], None] = print) -> Dataset:
@@ -34,7 +34,7 @@ def open_data(options: DataOptions, log: Callable[[str], None] = print) -> Datas
     return annotated
 
 
-def open_teacher(options: TeacherOptions, lora: Path | None) -> "Teacher":
+def open_teacher(options: TeacherOptions, lora: Path | None) -> "AnyTeacher":
     """Load a teacher, with the LoRA of Stage I if one is given; raises TeacherError."""
     from pipeline.teachers import load_teacher
     from pipeline.teachers.loading import Loading
@@ -49,6 +49,7 @@ def open_teacher(options: TeacherOptions, lora: Path | None) -> "Teacher":
         device=str(target),
         guidance=options.guidance,
         context=options.context,
+        input=options.input,
         loading=Loading(quantization_of(options), options.offload, options.compile),
     )
 

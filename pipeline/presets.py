@@ -50,6 +50,24 @@ TEACHERS: dict[str, tuple[Values, ...]] = {
     "sd35-large": (),
 }
 
+# A teacher that is an image encoder of timm: `timm:NAME` or `timm:NAME:weights.safetensors`.
+TIMM_PREFIX = "timm:"
+# An image encoder sees no noise and reads no text, so there is one timestep and no Stage I. It costs so little that
+# mirrored images are cached as well.
+_ENCODER: Values = {
+    "steps": ["build", "verify"],
+    "annotate": {"boxes": "dataset", "captions": "dataset"},
+    "probe": {"timesteps": [1], "num_steps": 1, "batch": 32},
+    "build": {
+        "taps": ["tokens"],
+        "timesteps": [1],
+        "num_steps": 1,
+        "text": "none",
+        "views": ["canonical", "hflip"],
+        "batch": 32,
+    },
+}
+
 
 def preset_values(dataset: str, teacher: str | None = None) -> Values:
     """What the presets of a data set and of a teacher set, as nested plain values; the teacher's have the last word.
@@ -60,9 +78,13 @@ def preset_values(dataset: str, teacher: str | None = None) -> Values:
     for layer in (_BASE, *DATASETS.get(dataset, ())):
         _merge(values, layer)
     name = teacher or values["teacher"]["name"]
-    for layer in (*TEACHERS.get(name, ()), {"data": {"name": dataset}, "teacher": {"name": name}}):
+    for layer in (*_teacher_layers(name), {"data": {"name": dataset}, "teacher": {"name": name}}):
         _merge(values, layer)
     return values
+
+
+def _teacher_layers(name: str) -> tuple[Values, ...]:
+    return (_ENCODER,) if name.startswith(TIMM_PREFIX) else TEACHERS.get(name, ())
 
 
 def _merge(values: Values, layer: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ _DETERMINING: dict[str, tuple[str, ...]] = {
         "guidance",
         "quantization",
         "context",
+        "input",
     ),
     "curriculum": ("num_steps", "timesteps", "sigmas", "seed"),
     "encoding": ("kind", "pool", "pca"),
@@ -34,7 +35,7 @@ _DETERMINING_WHOLE = ("taps", "views")
 _SINCE_VERSION_2: dict[str, dict[str, Any]] = {
     "encoding": {"pool": 1, "pca": None},
     "taps": {"teacher_channels": None},
-    "teacher": {"quantization": None, "context": "joint"},
+    "teacher": {"quantization": None, "context": "joint", "input": "object"},
 }
 
 

@@ -68,6 +68,7 @@ class TeacherInfo(Part):
 
     quantization: number format of the transformer's weights in memory, None as they were saved. context: whether the
     context tokens see the noisy tokens (joint), or not, so that they are computed once for all timesteps (reused).
+    input: what the features are of: the object's crop, or the whole image (image encoders alone).
     """
 
     family: str
@@ -82,6 +83,7 @@ class TeacherInfo(Part):
     guidance: FiniteFloat | None = None
     quantization: Literal["int8", "fp8"] | None = None
     context: Literal["joint", "reused"] = "joint"
+    input: Literal["object", "image"] = "object"
 
 
 class Curriculum(Part):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,52 +14,13 @@ from cache_schema.storage.buffers import empty
 from cache_schema.writing.claims import Claims
 from cache_schema.writing.writer import CacheWriter
 from pipeline.build.config import BuildConfig
-from pipeline.curriculum import add_noise, sample_noise
-from pipeline.datasets.base import Sample
-from pipeline.inputs.condition_store import ConditionStore
-from pipeline.inputs.conditions import Conditions
+from pipeline.inputs.feature_source import FeatureSource
 from pipeline.inputs.scan import ScannedSample
 from pipeline.inputs.tolerance import BadSamples, TooManyBadSamples
-from pipeline.teachers.base import Teacher
-from pipeline.teachers.passes import Passes
 
 _CALIBRATION_IMAGES = 64
 
 Rows = TypeVar("Rows", bound=Sequence[int])
-
-
-@torch.no_grad()
-def teacher_features(
-    teacher: Teacher,
-    samples: Sequence[Sample],
-    conditions: Mapping[str, Conditions],
-    config: BuildConfig,
-    sigmas: Sequence[float],
-    passes: Passes | None = None,
-) -> dict[str, Tensor]:
-    """E_{O,t} of a batch of samples: {tap: (B, V, T, L, C)}.
-
-    conditions: of the samples, for each view. passes: how the batch is cut; None takes it as one. Raises OutOfMemory
-    where that is too much for the device.
-    """
-    passes = passes or Passes(len(samples), len(sigmas))
-    per_view: dict[str, list[Tensor]] = {tap: [] for tap in config.taps}
-    for view in config.views:
-
-        def forward(images: slice, timesteps: slice, view: str = view) -> dict[str, Tensor]:
-            given = conditions[view].rows(images).to(teacher.device)
-            levels = list(sigmas[timesteps])
-            B, T = len(given.object), len(levels)
-            shape = tuple(given.object.shape[1:])
-            noise = torch.stack([sample_noise(s.id, view, config.seed, shape) for s in samples[images]])
-            sigma = torch.tensor(levels).repeat(B).to(given.object.device)  # B·T, timesteps fastest
-            clean, noise = (x.to(given.object).repeat_interleave(T, 0) for x in (given.object, noise))
-            return teacher.features(add_noise(clean, noise, sigma), given.context, sigma, given.text, config.taps)
-
-        for tap, tokens in passes.run(len(samples), forward).items():
-            per_view[tap].append(tokens)  # B, T, L, C
-    # One view is stacked without a copy.
-    return {tap: torch.stack(p, dim=1) if len(p) > 1 else p[0].unsqueeze(1) for tap, p in per_view.items()}
 
 
 def find_failures(features: Mapping[str, Tensor], config: BuildConfig) -> dict[int, str]:
@@ -103,18 +64,14 @@ class FeatureBuilder:
         self,
         writer: CacheWriter,
         claims: Claims,
-        teacher: Teacher,
-        conditions: ConditionStore,
+        source: FeatureSource,
         config: BuildConfig,
         usable: Sequence[ScannedSample],
         bad: BadSamples,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._writer, self._claims, self._teacher, self._conditions = writer, claims, teacher, conditions
+        self._writer, self._claims, self._source = writer, claims, source
         self._config, self._usable, self._bad, self._check = config, usable, bad, check
-        self._sigmas = writer.manifest.curriculum.sigmas
-        adaptive = config.batch == "auto"
-        self._passes = Passes(config.batch_images, len(self._sigmas), adaptive=adaptive, log=bad.log)
         self._buffers: list[dict[str, Tensor]] = [{}, {}]
 
     def run(self) -> None:
@@ -137,15 +94,13 @@ class FeatureBuilder:
         return sum(len(self._writer.shard_rows(k)) for k in self._writer.missing_shards())
 
     def _encode(self) -> None:
-        """Encode all that will be needed, before the DiT is in memory."""
+        """Prepare all that will be needed: a DiT's captions and latents are encoded before it is in memory."""
         rows = {row for k in self._writer.missing_shards() for row in self._writer.shard_rows(k)}
         if self._writer.needs_calibration():
             rows.update(self._calibration_rows())
         needed = [self._usable[row] for row in sorted(rows)]
         digests = {entry.sample.id: entry.sha256 for entry in needed}
-        self._conditions.prepare(
-            [entry.sample for entry in needed], self._config.views, digests, self._check, self._bad.log
-        )
+        self._source.prepare([entry.sample for entry in needed], digests, self._check, self._bad.log)
 
     def _calibration_rows(self) -> list[int]:
         rows = self._writer.manifest.dataset.feature_rows
@@ -166,13 +121,13 @@ class FeatureBuilder:
         self._claims.drop("calibration")
 
     def _calibration_features(
-        self, batches: Iterable[tuple[Sequence[int], dict[str, Conditions]]], bar: tqdm
+        self, batches: Iterable[tuple[Sequence[int], Any]], bar: tqdm
     ) -> Iterator[dict[str, Tensor]]:
         """Yield the features of calibration batches; samples that the teacher fails on count where they are stored."""
         nothing = True
         failures: dict[int, str] = {}
-        for rows, conditions in batches:
-            computed, failures = self._compute(rows, conditions)
+        for rows, given in batches:
+            computed, failures = self._compute(rows, given)
             if failures and self._bad.tolerance.strict:
                 self._bad.add(self._usable[rows[min(failures)]].sample.source, failures[min(failures)])
             good = [i for i in range(len(rows)) if i not in failures]
@@ -189,8 +144,8 @@ class FeatureBuilder:
         shard: _OpenShard | None = None
         turn = 0
         with closing(self._ahead(self._batches(shards))) as ahead:
-            for rows, conditions in ahead:
-                computed, failures = self._compute(rows, conditions)
+            for rows, given in ahead:
+                computed, failures = self._compute(rows, given)
                 number = rows.start // self._writer.manifest.store.samples_per_shard
                 if shard is None:
                     shard = _OpenShard(self._writer.shard_rows(number))
@@ -215,15 +170,14 @@ class FeatureBuilder:
             for start in range(0, len(rows), self._config.batch_images):
                 yield rows[start : start + self._config.batch_images]
 
-    def _ahead(self, batches: Iterable[Rows]) -> Generator[tuple[Rows, dict[str, Conditions]], None, None]:
-        """Yield batches of rows with their conditions, read while the teacher computes the batch before."""
+    def _ahead(self, batches: Iterable[Rows]) -> Generator[tuple[Rows, Any], None, None]:
+        """Yield batches of rows with what the teacher needs of them, read while the batch before is computed."""
 
-        def read(rows: Sequence[int]) -> dict[str, Conditions]:
-            samples = [self._usable[row].sample for row in rows]
-            return {view: self._conditions.read(samples, view) for view in self._config.views}
+        def read(rows: Sequence[int]) -> Any:
+            return self._source.read([self._usable[row].sample for row in rows])
 
         with ThreadPoolExecutor(1) as reader:
-            waiting: tuple[Rows, Future[dict[str, Conditions]]] | None = None
+            waiting: tuple[Rows, Future[Any]] | None = None
             for rows in batches:
                 coming = rows, reader.submit(read, rows)
                 if waiting:
@@ -232,12 +186,9 @@ class FeatureBuilder:
             if waiting:
                 yield waiting[0], waiting[1].result()
 
-    def _compute(
-        self, rows: Sequence[int], conditions: Mapping[str, Conditions]
-    ) -> tuple[dict[str, Tensor], dict[int, str]]:
+    def _compute(self, rows: Sequence[int], given: Any) -> tuple[dict[str, Tensor], dict[int, str]]:
         self._check()
-        samples = [self._usable[row].sample for row in rows]
-        features = teacher_features(self._teacher, samples, conditions, self._config, self._sigmas, self._passes)
+        features = self._source.compute([self._usable[row].sample for row in rows], given)
         return features, find_failures(features, self._config)
 
     def _room(self, turn: int, rows: int, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -36,13 +36,16 @@ from cache_schema.writing.plan import plan_manifest
 from cache_schema.writing.writer import CacheWriter
 from pipeline.build.config import BuildConfig
 from pipeline.build.features import FeatureBuilder
+from pipeline.build.source import source_for
 from pipeline.build.student_images import write_student_images
 from pipeline.datasets.base import SPLITS, Dataset
-from pipeline.inputs.condition_store import ConditionStore, default_store
+from pipeline.inputs.condition_store import default_store
+from pipeline.inputs.feature_source import FeatureSource
 from pipeline.inputs.scan import ScannedSample, scan
 from pipeline.inputs.tolerance import BadSamples, Tolerance
-from pipeline.teachers.base import Teacher
+from pipeline.teachers.base import AnyTeacher, is_image_encoder
 from pipeline.teachers.lora import lora_file
+from pipeline.teachers.passes import Passes
 from pipeline.teachers.weights import file_digest
 
 _VERSIONED = ("dit-distill", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
@@ -58,7 +61,7 @@ def scan_for(
 
 
 def build(
-    teacher: Teacher,
+    teacher: AnyTeacher,
     dataset: Dataset,
     config: BuildConfig,
     output: Path,
@@ -95,16 +98,17 @@ def build(
     missing = len(writer.missing_shards())
     log(f"cache {manifest.cache_id[:12]} at {output}: {missing} feature shards to compute")
     if missing or writer.missing_image_shards() or writer.needs_calibration():
-        store = ConditionStore(
-            conditions or default_store(output), teacher, dataset, use_captions=config.text == "caption"
-        )
-        _fill(writer, teacher, dataset, store, config, scanned, BadSamples(tolerance, len(scanned), log))
+        bad = BadSamples(tolerance, len(scanned), log)
+        sigmas = manifest.curriculum.sigmas
+        passes = Passes(config.batch_images, len(sigmas), adaptive=config.batch == "auto", log=log)
+        source = source_for(teacher, dataset, config, sigmas, conditions or default_store(output), passes)
+        _fill(writer, source, dataset, config, scanned, bad)
     sealed = writer.seal(_provenance(teacher, time.monotonic() - started), min_cosine=config.min_cosine)
     log(f"sealed {output}: {sealed.dataset.feature_rows} images with features, {_megabytes(sealed)}")
     return sealed
 
 
-def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samples: pa.Table) -> Manifest:
+def describe_cache(teacher: AnyTeacher, dataset: Dataset, config: BuildConfig, samples: pa.Table) -> Manifest:
     """The manifest of a build that is about to start; the cache id follows from it. samples: in cache row order."""
     splits = samples.slice(0, count_usable(samples))["split"].to_pylist()
     counts = {split: splits.count(split) for split in SPLITS if split in splits}
@@ -140,6 +144,7 @@ def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samp
             guidance=teacher.guidance,
             context=teacher.context,
             quantization=teacher.quantization,
+            input=teacher.input if is_image_encoder(teacher) else "object",
         ),
         curriculum=Curriculum(
             num_steps=config.num_steps,
@@ -161,9 +166,8 @@ def describe_cache(teacher: Teacher, dataset: Dataset, config: BuildConfig, samp
 
 def _fill(
     writer: CacheWriter,
-    teacher: Teacher,
+    source: FeatureSource,
     dataset: Dataset,
-    conditions: ConditionStore,
     config: BuildConfig,
     scanned: Sequence[ScannedSample],
     bad: BadSamples,
@@ -181,7 +185,7 @@ def _fill(
                 images.result()
 
         try:
-            FeatureBuilder(writer, claims, teacher, conditions, config, usable, bad, check).run()
+            FeatureBuilder(writer, claims, source, config, usable, bad, check).run()
             images.result()
             write_student_images(writer, claims, dataset, config, usable, stop=stop, wait=True)
         finally:
@@ -196,7 +200,7 @@ def _count_failed(writer: CacheWriter) -> int:
     return sum(len(record.failed) for record in records if record)
 
 
-def _provenance(teacher: Teacher, seconds: float) -> Provenance:
+def _provenance(teacher: AnyTeacher, seconds: float) -> Provenance:
     device = (
         torch.cuda.get_device_name(teacher.device) if teacher.device.type == "cuda" else platform.processor() or "cpu"
     )

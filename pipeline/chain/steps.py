@@ -7,10 +7,12 @@ broken image should not wait for 24 GB of weights. Model libraries are imported 
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from cache_schema.errors import DitDistillError
 from pipeline.config import RunConfig
 from pipeline.opening import open_data, open_teacher
+from pipeline.teachers.base import Teacher, is_image_encoder
 
 
 def annotate_images(config: RunConfig, output: Path, *, sheet: Path | None = None, sheet_images: int = 24) -> None:
@@ -35,9 +37,14 @@ def refine_teacher(config: RunConfig, output: Path) -> None:
         )
     opened = open_data(config.data)
     loaded = open_teacher(replace(config.teacher, offload=False), lora=None)
+    if is_image_encoder(loaded):
+        raise DitDistillError(
+            f"teacher {loaded.source}: an image encoder has no Stage I; go on with dit-cache build, or leave refine "
+            "out of the steps: --set steps=build,verify"
+        )
     from pipeline.refine import refine
 
-    refine(loaded, opened, config.refine, output, conditions=config.conditions)
+    refine(cast(Teacher, loaded), opened, config.refine, output, conditions=config.conditions)
 
 
 def probe_teacher(config: RunConfig, lora: Path | None, output: Path) -> None:

@@ -18,7 +18,7 @@ from pipeline.estimate.tensor_memory import FusedAttention, MemoryMeter, module_
 from pipeline.inputs.conditions import Conditions
 from pipeline.refine.loss import cdr_loss
 from pipeline.teachers import TeacherOutline
-from pipeline.teachers.base import ContextMode, Quantization, TextEmbedding
+from pipeline.teachers.base import ContextMode, Quantization, TeacherError, TextEmbedding
 from pipeline.teachers.diffusers_teacher import DiffusersTeacher
 from pipeline.teachers.lora import add_lora
 from pipeline.teachers.quantization import is_available
@@ -73,6 +73,8 @@ def memory_budget(outline: TeacherOutline, config: BuildConfig, settings: Memory
     tensors in one batch of the real classes; what the allocator rounds up and CUDA itself takes is not in them. Raises
     TeacherError if a configuration is missing.
     """
+    if outline.architecture.family == "timm":
+        raise TeacherError(f"teacher {outline.source}: --memory is for diffusion transformers; leave it out")
     teacher = _teacher(outline, settings, settings.quantization)
     if config.batch == "auto":
         config = replace(config, batch=_auto_batch(teacher, config, settings.limit))

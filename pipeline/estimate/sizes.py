@@ -20,7 +20,7 @@ from pipeline.inputs.conditions import UNREADABLE, captions_of, decode_image
 from pipeline.teachers import TeacherOutline
 
 if TYPE_CHECKING:
-    from pipeline.teachers.base import Teacher
+    from pipeline.teachers.base import AnyTeacher
 
 # Shown beside what was asked for, so that the two strongest levers are seen: (pool, pca).
 _ALTERNATIVES: tuple[tuple[int, int | None], ...] = ((1, None), (2, None), (1, 768), (2, 768))
@@ -50,9 +50,8 @@ class CachePlan:
     @property
     def condition_bytes(self) -> int:
         """Bytes of prompt embeddings and latents in half precision, at most: what Stage I and the build share."""
-        shape, views = self.outline.tap_shape("velocity"), len(self.config.views)
-        latents = 2 * shape.tokens * shape.channels  # object and context
-        values = self.captions * self.outline.architecture.text_values + self.rows * views * latents
+        latents = self.outline.latent_values() * 2 * len(self.config.views)  # object and context
+        values = self.captions * self.outline.architecture.text_values + self.rows * latents
         return values * _CONDITION_BYTES
 
     @property
@@ -182,13 +181,12 @@ def estimate(plan: CachePlan, demand: Demand, output: Path, rate: TeacherRate | 
     return {**found, "warnings": _warnings(found)}
 
 
-def measure_rate(teacher: "Teacher", dataset: Dataset, config: "BuildConfig", count: int) -> TeacherRate:
+def measure_rate(teacher: "AnyTeacher", dataset: Dataset, config: "BuildConfig", count: int) -> TeacherRate:
     """Run the teacher on `count` images as the build would and time it: captions, latents and forward passes.
 
     Loading is not counted; one batch goes first untimed, which pays for loading kernels and filling caches.
     """
-    from pipeline.build.features import teacher_features
-    from pipeline.inputs.condition_store import ConditionStore
+    from pipeline.build.source import source_for
 
     samples = _evenly_spaced([s for s in dataset.samples if s.split in config.feature_splits], count)
     if not samples:
@@ -199,19 +197,18 @@ def measure_rate(teacher: "Teacher", dataset: Dataset, config: "BuildConfig", co
     sigmas = [schedule[p - 1] for p in config.timesteps]
     batches = [samples[i : i + config.batch_images] for i in range(0, len(samples), config.batch_images)]
     with TemporaryDirectory(prefix="dit-cache-") as folder:
-        store = ConditionStore(Path(folder), teacher, dataset, use_captions=config.text == "caption")
-        encoded = store.prepare(samples, config.views, log=lambda _: None)
+        source = source_for(teacher, dataset, config, sigmas, Path(folder))
+        encoding_seconds = source.prepare(samples, log=lambda _: None)
 
         def run(batch: Sequence[Sample]) -> None:
-            conditions = {view: store.read(batch, view) for view in config.views}
-            for tokens in teacher_features(teacher, batch, conditions, config, sigmas).values():
+            for tokens in source.compute(batch, source.read(batch)).values():
                 tokens.float().cpu()  # as the build does; on a GPU this also waits for the result
 
         run(batches[0])
         started = time.perf_counter()
         for batch in batches:
             run(batch)
-        seconds = encoded.seconds + time.perf_counter() - started
+        seconds = encoding_seconds + time.perf_counter() - started
     per_second = len(samples) * len(config.views) / seconds
     basis = f"measured on {teacher.device}: {len(samples)} images in batches of {len(batches[0])}"
     return TeacherRate(per_second, basis)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from cache_schema.errors import DitDistillError
 from cache_schema.storage.files import write_file
-from pipeline.curriculum import DEFAULT_STEPS, DEFAULT_TIMESTEPS, add_noise, check_timesteps, sample_noise
+from pipeline.curriculum import DEFAULT_STEPS, DEFAULT_TIMESTEPS, check_timesteps
 from pipeline.datasets.base import SPLITS, Dataset, Sample
 from pipeline.inputs.condition_store import ConditionStore, default_store
-from pipeline.inputs.conditions import Conditions
+from pipeline.inputs.feature_source import DiffusionSource, EncoderSource, FeatureSource, Wanted
 from pipeline.probe.scores import high_frequency_ratio, linear_accuracy, pool_cells, recall_at_1, standardise
-from pipeline.teachers.base import Teacher
+from pipeline.teachers.base import AnyTeacher, Teacher, is_image_encoder
 from pipeline.teachers.passes import memory_errors
 
 DEFAULT_TAP = "hidden"
@@ -79,7 +79,7 @@ class Advice:
 
 
 def probe(
-    teacher: Teacher,
+    teacher: AnyTeacher,
     dataset: Dataset,
     config: ProbeConfig,
     output: Path,
@@ -96,9 +96,9 @@ def probe(
     for tap in taps:
         teacher.tap_shape(tap)
     samples = choose_samples(dataset, config)
-    store = ConditionStore(conditions or default_store(output), teacher, dataset)
-    store.prepare(samples, log=log)
-    scores = score_all(teacher, store, samples, taps, config)
+    source_at = _sources(teacher, dataset, taps, conditions or default_store(output), config.seed)
+    source_at(0.0).prepare(samples, log=log)
+    scores = score_all(teacher, source_at, samples, taps, config)
     advice = advise(scores, config, len(samples))
     classes = len({s.label for s in samples})
     record: dict[str, Any] = {
@@ -147,13 +147,33 @@ def choose_samples(dataset: Dataset, config: ProbeConfig) -> list[Sample]:
             for i in range(config.per_class)]  # fmt: skip
 
 
+def _sources(
+    teacher: AnyTeacher, dataset: Dataset, taps: Sequence[str], conditions: Path, seed: int
+) -> Callable[[float], FeatureSource]:
+    """What computes the features at a noise level, of the taps and the canonical view."""
+
+    def wanted(sigma: float) -> Wanted:
+        return Wanted(tuple(taps), ("canonical",), (sigma,), seed)
+
+    if is_image_encoder(teacher):
+        encoder = teacher
+        return lambda sigma: EncoderSource(encoder, dataset, wanted(sigma))
+    diffusion = cast(Teacher, teacher)
+    store = ConditionStore(conditions, diffusion, dataset)
+    return lambda sigma: DiffusionSource(diffusion, store, wanted(sigma))
+
+
 @torch.no_grad()
 def score_all(
-    teacher: Teacher, store: ConditionStore, samples: Sequence[Sample], taps: Sequence[str], config: ProbeConfig
+    teacher: AnyTeacher,
+    source_at: Callable[[float], FeatureSource],
+    samples: Sequence[Sample],
+    taps: Sequence[str],
+    config: ProbeConfig,
 ) -> list[Score]:
     """Score timestep after timestep, so that the features of only one are in memory, taps × images × cells² × C.
 
-    samples: prepared in `store`.
+    source_at: what computes the features at a noise level; samples: prepared there.
     """
     sigmas = teacher.sigmas(config.num_steps)
     labels = np.array([s.label for s in samples])
@@ -161,11 +181,14 @@ def score_all(
     scores = []
     with tqdm(total=len(samples) * len(config.timesteps), desc="probe", unit="image") as bar:
         for p in config.timesteps:
+            source = source_at(sigmas[p - 1])
             pooled: dict[str, list[Tensor]] = {tap: [] for tap in taps}
             energy: dict[str, list[float]] = {tap: [] for tap in taps}
             for batch in batches:
-                found = _features(teacher, batch, store.read(batch, "canonical"), sigmas[p - 1], taps, config.seed)
+                with memory_errors(f"in a forward pass of {len(batch)} images", "use a smaller --batch"):
+                    found = source.compute(batch, source.read(batch))
                 for tap, tokens in found.items():
+                    tokens = tokens[:, 0, 0]  # one view, one timestep: (B, L, C)
                     grid = teacher.tap_shape(tap).grid
                     pooled[tap].append(pool_cells(tokens.float(), grid, config.cells).half().cpu())
                     energy[tap] += high_frequency_ratio(tokens.float(), grid).tolist()
@@ -182,17 +205,6 @@ def score_all(
                     )
                 )
     return scores
-
-
-def _features(
-    teacher: Teacher, batch: Sequence[Sample], conditions: Conditions, sigma: float, taps: Sequence[str], seed: int
-) -> dict[str, Tensor]:
-    given = conditions.to(teacher.device)
-    noise = torch.stack([sample_noise(s.id, "canonical", seed, tuple(given.object.shape[1:])) for s in batch])
-    level = torch.full((len(batch),), sigma).to(given.object.device)
-    noisy = add_noise(given.object, noise.to(given.object), level)
-    with memory_errors(f"in a forward pass of {len(batch)} images", "use a smaller --batch"):
-        return teacher.features(noisy, given.context, level, given.text, taps)
 
 
 def standard_error(share: float, count: int) -> float:

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.presets import TIMM_PREFIX
 from pipeline.teachers.architecture import (
     Architecture,
     ArchitectureReader,
@@ -15,7 +16,7 @@ from pipeline.teachers.architecture import (
     read_classes,
     sd3_architecture,
 )
-from pipeline.teachers.base import ContextMode, TapShape, Teacher, TeacherError
+from pipeline.teachers.base import AnyTeacher, ContextMode, EncoderInput, TapShape, Teacher, TeacherError
 
 if TYPE_CHECKING:
     import torch
@@ -100,12 +101,22 @@ class TeacherOutline:
         """Shape of a tap; raises TeacherError as the loaded teacher would."""
         return self.architecture.tap_shape(tap, self.resolution, self.source)
 
+    def latent_values(self) -> int:
+        """Numbers in the latents of one view, which are kept while a cache is made; 0 for an image encoder."""
+        return self.architecture.latent_values(self.resolution, self.source)
+
 
 def outline_teacher(spec: str, *, revision: str | None = None, resolution: int | None = None) -> TeacherOutline:
     """Outline a teacher by preset name, diffusers folder or hub repository, without reading weights.
 
     Raises TeacherError if its configuration cannot be found or is of no known family.
     """
+    if spec.startswith(TIMM_PREFIX):
+        from pipeline.teachers.timm_encoder import TimmEncoder, outline_architecture
+
+        encoder, side = outline_architecture(spec, resolution)
+        adapter = f"{TimmEncoder.__module__}:{TimmEncoder.__name__}"
+        return TeacherOutline(spec, side, "timm's own configuration", encoder, spec, None, adapter)
     preset = PRESETS.get(spec)
     side = resolution or (preset.resolution if preset else _DEFAULT_RESOLUTION)
     configs, origin = (preset.source if preset else spec), "configuration files"
@@ -137,13 +148,18 @@ def load_teacher(
     guidance: float = 3.5,
     context: ContextMode | None = None,
     loading: "Loading | None" = None,
-) -> Teacher:
-    """Load a teacher by preset name, diffusers folder or hub repository.
+    input: EncoderInput = "object",
+) -> AnyTeacher:
+    """Load a teacher by preset name, diffusers folder, hub repository, or as `timm:NAME[:weights.safetensors]`.
 
-    context: None as the family was trained. loading: None as the weights were saved. Raises TeacherError if it cannot
-    be found or downloaded, is of no known family, or its family does not know that kind of context, and where the
-    device does not allow that kind of loading.
+    context: None as the family was trained. loading: None as the weights were saved. input: what an image encoder is
+    shown. Raises TeacherError if it cannot be found or downloaded, is of no known family, or its family does not know
+    that kind of context or input, and where the device does not allow that kind of loading.
     """
+    if spec.startswith(TIMM_PREFIX):
+        return _load_encoder(spec, lora, resolution, dtype, device, context, loading, input)
+    if input != "object":
+        raise TeacherError(f"teacher {spec}: it sees the object and the whole image; leave --input {input} out")
     from pipeline.teachers.weights import locate
 
     quiet_libraries()
@@ -161,6 +177,26 @@ def load_teacher(
         context=context,
         **({"loading": loading} if loading else {}),
     )
+
+
+def _load_encoder(
+    spec: str,
+    lora: Path | None,
+    resolution: int | None,
+    dtype: "torch.dtype",
+    device: str,
+    context: ContextMode | None,
+    loading: "Loading | None",
+    input: EncoderInput,
+) -> AnyTeacher:
+    from pipeline.teachers.loading import PLAIN
+    from pipeline.teachers.timm_encoder import TimmEncoder
+
+    if lora is not None:
+        raise TeacherError(f"teacher {spec}: an image encoder has no Stage I and takes no LoRA; leave {lora} out")
+    if context is not None or loading not in (None, PLAIN):
+        raise TeacherError(f"teacher {spec}: an image encoder knows no --context, --quantize, --offload or --compile")
+    return TimmEncoder(spec, resolution=resolution, dtype=dtype, device=device, input=input)
 
 
 def adapter_class(adapter: str) -> Any:

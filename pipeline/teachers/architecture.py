@@ -52,6 +52,11 @@ class Architecture:
             )
         return side, side
 
+    def latent_values(self, resolution: int, source: str) -> int:
+        """Numbers in the latents of one view; raises TeacherError for a resolution that does not fit."""
+        rows, columns = self.grid(resolution, source)
+        return rows * columns * self.latent_channels
+
     def taps(self) -> list[str]:
         """A tap for every block's output, as `kind.N`."""
         return [f"{kind}.{n}" for kind, count in self.blocks for n in range(count)]

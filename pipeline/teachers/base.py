@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from cache_schema.errors import DitDistillError
 ContextMode = Literal["joint", "reused"]
 # Number format of the weights of linear layers in memory, where it is not the one they were saved in.
 Quantization = Literal["int8", "fp8"]
+# What an image encoder is shown of a photograph: the crop of the object, or all of it.
+EncoderInput = Literal["object", "image"]
 
 
 class TeacherError(DitDistillError):
@@ -51,13 +53,10 @@ class TapShape:
     grid: tuple[int, int]
 
 
-class Teacher(Protocol):
-    """A frozen diffusion transformer with its VAE, text encoders and scheduler.
+class AnyTeacher(Protocol):
+    """What the build and the manifest ask of every teacher, whatever it computes.
 
-    Each of the three is loaded when it is first used, and stays in memory until it is released.
-    transformer: the trainable module, for Stage I. lora: the LoRA attached at load time, if any. context: how the clean
-    context enters; features and predict compute the same function of it. quantization: of the transformer's weights.
-    Latents are packed tokens (B, L, C_latent), already shifted and scaled as the DiT expects them.
+    A teacher without noise has one noise level, 0, and neither guidance, LoRA nor quantization.
     """
 
     family: str
@@ -72,9 +71,6 @@ class Teacher(Protocol):
     device: torch.device
     dtype: torch.dtype
 
-    @property
-    def transformer(self) -> Any: ...
-
     def digests(self) -> dict[str, str]:
         """Component name → SHA-256 of its weights and configuration."""
         ...
@@ -88,8 +84,36 @@ class Teacher(Protocol):
         ...
 
     def sigmas(self, num_steps: int) -> list[float]:
-        """The T noise levels the family's own sampler visits at this resolution, noisiest first."""
+        """The noise levels of a schedule of so many steps, noisiest first, as the family's own sampler visits them."""
         ...
+
+
+class ImageEncoder(AnyTeacher, Protocol):
+    """A frozen network that reads an image in one pass: no noise, no text, no context."""
+
+    input: EncoderInput
+
+    def encode(self, pixels: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
+        """uint8 pixels (B, 3, R, R) → {tap: (B, L, C_tap)}, without gradients; nothing behind the last tap runs."""
+        ...
+
+
+def is_image_encoder(teacher: "AnyTeacher") -> TypeGuard[ImageEncoder]:
+    """Whether a teacher reads images in one pass rather than noisy latents."""
+    return hasattr(teacher, "encode")
+
+
+class Teacher(AnyTeacher, Protocol):
+    """A frozen diffusion transformer with its VAE, text encoders and scheduler.
+
+    Each of the three is loaded when it is first used, and stays in memory until it is released.
+    transformer: the trainable module, for Stage I. lora: the LoRA attached at load time, if any. context: how the clean
+    context enters; features and predict compute the same function of it. quantization: of the transformer's weights.
+    Latents are packed tokens (B, L, C_latent), already shifted and scaled as the DiT expects them.
+    """
+
+    @property
+    def transformer(self) -> Any: ...
 
     def load(self, part: Part) -> None:
         """Have the text encoders, the VAE or the transformer in memory, as their first use would."""

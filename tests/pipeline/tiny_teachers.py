@@ -14,8 +14,9 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from pipeline.build.features import teacher_features
+from pipeline.build.source import wanted_of
 from pipeline.inputs.conditions import Conditions, captions_of, read_pixels
+from pipeline.inputs.feature_source import teacher_features
 from pipeline.refine.pretrain_demo import TEXT_TOKENS, build_text_encoders, byte_level_clip_tokenizer
 from pipeline.teachers.base import TextEmbedding
 
@@ -138,4 +139,4 @@ def encode_conditions(teacher, dataset, samples, view, use_captions=True) -> Con
 def direct_features(teacher, dataset, samples, config, sigmas) -> dict[str, torch.Tensor]:
     """What a build would cache of a batch, without a store."""
     conditions = {v: encode_conditions(teacher, dataset, samples, v, config.text == "caption") for v in config.views}
-    return teacher_features(teacher, samples, conditions, config, sigmas)
+    return teacher_features(teacher, samples, conditions, wanted_of(config, sigmas))

@@ -12,6 +12,7 @@ from cache_schema.errors import DitDistillError
 from pipeline.build.config import BuildConfig
 from pipeline.curriculum import DEFAULT_TIMESTEPS
 from pipeline.inputs.condition_store import ConditionStore
+from pipeline.inputs.feature_source import DiffusionSource, Wanted
 from pipeline.probe.run import ProbeConfig, Score, advise, choose_samples, probe, score_all
 from pipeline.probe.scores import high_frequency_ratio, linear_accuracy, pool_cells, recall_at_1, standardise
 from pipeline.teachers.base import TeacherError
@@ -67,7 +68,11 @@ def test_what_is_probed_is_what_a_build_would_cache(teacher, tiny_dataset, tmp_p
     samples = choose_samples(tiny_dataset, TINY)
     store = ConditionStore(tmp_path, teacher, tiny_dataset)
     store.prepare(samples)
-    (score,) = score_all(teacher, store, samples, ["single.0"], ProbeConfig(timesteps=(22,), cells=2, batch=4))
+
+    def source_at(sigma: float) -> DiffusionSource:
+        return DiffusionSource(teacher, store, Wanted(("single.0",), ("canonical",), (sigma,)))
+
+    (score,) = score_all(teacher, source_at, samples, ["single.0"], ProbeConfig(timesteps=(22,), cells=2, batch=4))
     config = BuildConfig(taps=("single.0",), timesteps=(22,))
     sigmas = [teacher.sigmas(28)[21]]
     built = direct_features(teacher, tiny_dataset, samples, config, sigmas)["single.0"][:, 0, 0]
