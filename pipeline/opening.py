@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import DataOptions, TeacherOptions
-from pipeline.datasets import Dataset, open_dataset
+from pipeline.datasets import Dataset, open_dataset, remarks_of
 from pipeline.device import choose_device, choose_dtype
 
 if TYPE_CHECKING:
@@ -23,15 +23,22 @@ def open_data(options: DataOptions, log: Callable[[str], None] = print) -> Datas
         superclass=options.superclass,
     )
     if options.annotations is None:
+        _say(opened, log)
         return opened
     from pipeline.datasets.annotated import AnnotatedDataset
 
     annotated = AnnotatedDataset(opened, options.annotations, partial=options.limit is not None)
+    _say(annotated, log)
     log(
         f"{options.annotations}: boxes for {annotated.boxes}, captions for {annotated.captions} of "
         f"{len(opened.samples)} images"
     )
     return annotated
+
+
+def _say(dataset: Dataset, log: Callable[[str], None]) -> None:
+    for remark in remarks_of(dataset):
+        log(remark)
 
 
 def open_teacher(options: TeacherOptions, lora: Path | None) -> "AnyTeacher":

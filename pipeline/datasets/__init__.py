@@ -4,8 +4,9 @@ import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from pkgutil import resolve_name
+from typing import Any
 
-from pipeline.datasets.base import DataError, Dataset, DatasetOptionError, Sample, split_counts
+from pipeline.datasets.base import DataError, Dataset, DatasetOptionError, Sample, remarks_of, split_counts
 
 __all__ = [
     "DataError",
@@ -14,6 +15,7 @@ __all__ = [
     "Sample",
     "dataset_names",
     "open_dataset",
+    "remarks_of",
     "split_counts",
 ]
 
@@ -54,7 +56,9 @@ def open_dataset(
     opener = resolve_name(_DATASETS[name])
     accepted = inspect.signature(opener).parameters
     options = {"train_classes": train_classes, "train_ratio": train_ratio, "superclass": superclass}
-    given = {key: value for key, value in options.items() if value is not None}
+    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    if superclass is not None:
+        given["superclass"] = plain_superclass(superclass)
     for key in given:
         if key not in accepted:
             raise DatasetOptionError(
@@ -66,3 +70,14 @@ def open_dataset(
     if root is not None:
         raise DataError(f"data set {name} is made from a seed and reads no directory; leave out --data {root}")
     return opener(limit=limit, **given)
+
+
+def plain_superclass(text: str) -> str:
+    """The word for what the images show, without a final dot. Raises DatasetOptionError for none, or one with dots.
+
+    Detectors read a dot as the end of one thing to look for, and captions put the word into a sentence.
+    """
+    word = " ".join(text.split()).removesuffix(".").rstrip()
+    if not word or "." in word:
+        raise DatasetOptionError(f"--superclass {text!r}: expected the word for what the images show, such as beetle")
+    return word

@@ -2,16 +2,18 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from pipeline.datasets.base import DataError, Dataset, Sample
+from pipeline.datasets.base import DataError, Dataset, Sample, remarks_of
 from pipeline.datasets.boxes import Box, area
-from pipeline.datasets.image_rows import CORNERS, box_of, read_rows, text_of
+from pipeline.datasets.image_rows import CAPTIONS, CORNERS, box_of, caption_text, read_rows, say_unread, text_of
 
 KEYS = ("id", "file_name")
-COLUMNS = (*KEYS, "sha256", "box", *CORNERS, "bbox", "box_source", "caption")
+COLUMNS = (*KEYS, "sha256", "box", *CORNERS, "box_source", *CAPTIONS)
+# What `dit-cache annotate` writes besides, for people.
+_FOR_PEOPLE = ("box_score", "caption_source", "leak", "reason")
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,17 @@ class Annotation:
     caption: str | None
 
 
-def read_annotation_rows(path: Path) -> list[Annotation]:
+def read_annotation_rows(path: Path, note: Callable[[str], None] = lambda _: None) -> list[Annotation]:
     """The rows of an annotation file: Parquet, CSV with a header, or JSON lines.
 
     Columns: `id` or `file_name`; any of `box` ([x0, y0, x1, y1]) or `xmin`, `ymin`, `xmax`, `ymax`, in pixels of the
-    stored image, `box_source`, `caption` and `sha256`. Empty values say nothing; other columns are not read. Raises
-    DataError naming file and line.
+    stored image, `box_source`, `caption` or `text`, and `sha256`. Empty values say nothing; other columns are not read,
+    and named to `note`. Raises DataError naming file and line.
     """
     annotations = []
-    for where, row in read_rows(path, COLUMNS, KEYS):
+    table = read_rows(path, (*COLUMNS, "bbox", *_FOR_PEOPLE), KEYS)
+    say_unread(path, table, COLUMNS, note)
+    for where, row in table.rows:
         try:
             key = text_of(row, "id") or text_of(row, "file_name")
             if key is None:
@@ -49,7 +53,7 @@ def read_annotation_rows(path: Path) -> list[Annotation]:
             if digest is not None and (len(digest) != 64 or set(digest.lower()) - set("0123456789abcdef")):
                 raise ValueError(f"sha256 {digest[:70]!r} is not a SHA-256 of 64 hexadecimal digits")
             source = text_of(row, "box_source") or "annotations"
-            caption = text_of(row, "caption")
+            caption = caption_text(row)
         except ValueError as error:
             raise DataError(f"{where}: {error}") from None
         annotations.append(Annotation(where, key, digest.lower() if digest else None, box, source, caption))
@@ -70,7 +74,9 @@ class AnnotatedDataset:
         self.name, self.protocol, self.superclass = dataset.name, dataset.protocol, dataset.superclass
         self._dataset = dataset
         self._path = path
-        rows = self._by_id(read_annotation_rows(path), partial)
+        remarks = [*remarks_of(dataset)]
+        rows = self._by_id(read_annotation_rows(path, remarks.append), partial)
+        self.remarks: Sequence[str] = remarks
         self.samples: Sequence[Sample] = [_annotated(s, rows.get(s.id)) for s in dataset.samples]
         self.boxes = sum(row.box is not None for row in rows.values())
         self.captions = sum(row.caption is not None for row in rows.values())

@@ -58,6 +58,14 @@ class Dataset(Protocol):
         ...
 
 
+def remarks_of(dataset: Dataset) -> Sequence[str]:
+    """What a data set says about what it found, a line each, such as files that it passed over.
+
+    These are its `remarks`; one that never has anything to say need not have any.
+    """
+    return getattr(dataset, "remarks", ())
+
+
 def split_counts(samples: Sequence[Sample]) -> dict[str, int]:
     """Number of images per split, in the order train, unlabeled, test."""
     counts = Counter(s.split for s in samples)

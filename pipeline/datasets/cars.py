@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.datasets.base import DataError, Sample, check_open_set, first_of_each_split, limited
 from pipeline.datasets.boxes import coordinate, from_inclusive
-from pipeline.datasets.image_files import read_image_file, relative_path, require_layout
+from pipeline.datasets.image_files import read_image_file, relative_path, require_layout, where_instead
 from pipeline.datasets.matlab import load_mats, variable, whole
 
 _PUBLISHED = "Stanford Cars (Krause et al., 2013), https://ai.stanford.edu/~jkrause/cars/car_dataset.html"
@@ -48,10 +48,12 @@ class CarsDataset:
 
     def _two_halves(self) -> tuple[str, list[Sample]]:
         devkit = self.root / "devkit"
-        needed = ("cars_train", "devkit/cars_meta.mat", "devkit/cars_train_annos.mat")
+        needed: tuple[str, ...] = ("cars_train", "devkit/cars_meta.mat", "devkit/cars_train_annos.mat")
+        with_test = (self.root / "cars_test").is_dir()
+        needed += ("cars_test",) if with_test else ()
         require_layout(self.name, self.root, needed, _LAYOUT, _PUBLISHED)
         tables = {"cars_train/": devkit / "cars_train_annos.mat"}
-        if (self.root / "cars_test").is_dir():
+        if with_test:
             tables["cars_test/"] = self._test_annotations()
         meta = devkit / "cars_meta.mat"
         names, *halves = load_mats([meta, *tables.values()], ("annotations", "class_names"), _PUBLISHED)
@@ -69,10 +71,12 @@ class CarsDataset:
         places = [folder / _TEST_ANNOTATIONS for folder in (self.root / "devkit", self.root)]
         labelled = next((place for place in places if place.exists()), None)
         if labelled is None:
+            wanted = (f"devkit/{_TEST_ANNOTATIONS}", _TEST_ANNOTATIONS)
+            instead = next(filter(None, (where_instead(self.root, path) for path in wanted)), "")
             raise DataError(
-                f"data set cars: {self.root / 'cars_test'} is there but {places[0]} is not; cars_test_annos.mat has "
-                f"no labels, and without them it cannot be split by class: add the file ({_PUBLISHED}) or move "
-                "cars_test/ away"
+                f"data set cars: {self.root / 'cars_test'} is there but {places[0]} is not{instead}; "
+                "cars_test_annos.mat has no labels, and without them it cannot be split by class: add the file "
+                f"({_PUBLISHED}) or move cars_test/ away"
             )
         return labelled
 

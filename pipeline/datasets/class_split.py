@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from pipeline.datasets.base import DatasetOptionError
+from pipeline.datasets.class_names import find_class
 
 
 def in_class_order(names: Collection[str]) -> list[str]:
@@ -34,10 +35,11 @@ class ClassSplit:
         Raises DatasetOptionError if a named class is not there or no class is left to test on.
         """
         if self.train_classes is not None:
-            unknown = [name for name in self.train_classes if name not in set(names)]
+            found = {name: find_class(name, names) for name in self.train_classes}
+            unknown = [name for name, known in found.items() if known is None]
             if unknown:
                 raise DatasetOptionError(f"--train-classes: {where} has no image of a class {unknown[0]!r}")
-            train = frozenset(self.train_classes)
+            train = frozenset(known for known in found.values() if known is not None)
             rule = f"{len(train)} classes by name train, the other {len(names) - len(train)} test"
         else:
             ratio = 0.5 if self.train_ratio is None else self.train_ratio

@@ -7,7 +7,13 @@ from xml.parsers import expat
 
 from pipeline.datasets.base import DataError, Sample, check_open_set, first_of_each_split, limited
 from pipeline.datasets.boxes import Box, area, coordinate
-from pipeline.datasets.image_files import IMAGE_SUFFIXES, read_image_file, relative_path, require_layout
+from pipeline.datasets.image_files import (
+    IMAGE_SUFFIXES,
+    is_housekeeping,
+    read_image_file,
+    relative_path,
+    require_layout,
+)
 from pipeline.datasets.matlab import load_mats, variable, whole
 from pipeline.datasets.text_table import line_error
 
@@ -57,7 +63,7 @@ class DogsDataset:
         return self._from_folders()
 
     def _from_folders(self) -> list[Sample]:
-        folders = sorted(p for p in (self.root / "Images").iterdir() if p.is_dir() and not p.name.startswith("."))
+        folders = sorted(p for p in (self.root / "Images").iterdir() if p.is_dir() and not is_housekeeping(p.name))
         if len(folders) != _CLASSES:
             raise DataError(
                 f"{self.root / 'Images'}: has {len(folders)} of {_CLASSES} class folders and there is no lists/ "

@@ -1,19 +1,17 @@
 """Any folder of images: a folder per class, optionally train/, test/ and unlabeled/ above, optionally metadata."""
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from pipeline.datasets.base import SPLITS, DataError, Sample, check_open_set, first_of_each_split, limited
+from pipeline.datasets.base import DataError, Sample, check_open_set, first_of_each_split, limited
 from pipeline.datasets.boxes import Box
+from pipeline.datasets.class_names import look_alikes, plain_class_name
 from pipeline.datasets.class_split import ClassSplit, in_class_order
-from pipeline.datasets.folder_metadata import NOTHING, find_metadata, read_metadata
+from pipeline.datasets.folder_layout import find_images, split_folders
+from pipeline.datasets.folder_metadata import NOTHING, read_metadata
 from pipeline.datasets.image_files import IMAGE_SUFFIXES, read_image_file
-
-# Other people's words for a held-out part; taken for class names they would give a wrong protocol without a word.
-_AMBIGUOUS_SPLITS = frozenset({"val", "valid", "validation", "dev"})
-_LEFT_OUT = frozenset({"__MACOSX"})
+from pipeline.datasets.split_words import is_split_word, split_of_word
 
 
 @dataclass(frozen=True)
@@ -30,10 +28,10 @@ class _Found:
 class FolderDataset:
     """Images in `root/class/…/` or `root/train|test|unlabeled/class/…/`, with optional metadata (`read_metadata`).
 
-    Splits come from train/ and test/ or from metadata; where neither says them, or the user chooses with
-    `train_classes` (names) or `train_ratio`, from the classes: all labelled images are put together and split by class,
-    by default half and half in class order. Images without a class, and those of unlabeled/, are the split
-    `unlabeled`. A class without images is no class. Raises DataError naming the file that is wrong.
+    Splits come from folders that are called so (`split_words`) or from metadata; where neither says them, or the user
+    chooses with `train_classes` (names) or `train_ratio`, from the classes: all labelled images are put together and
+    split by class, by default half and half in class order. Images without a class, and those of unlabeled/, are the
+    split `unlabeled`. A class without images is no class. Raises DataError naming the file that is wrong.
     """
 
     name = "folder"
@@ -53,7 +51,8 @@ class FolderDataset:
             raise DataError(
                 f"data set folder: {self.root} is not a folder; it must contain a folder of images per class"
             )
-        found = self._found()
+        self._remarks: list[str] = []
+        found = self._found(chosen)
         if not found:
             raise DataError(
                 f"data set folder: {self.root} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}); "
@@ -61,23 +60,43 @@ class FolderDataset:
             )
         labelled = [f for f in found if f.split != "unlabeled"]
         names = in_class_order({f.class_name for f in labelled if f.class_name is not None})
+        splits, rule = self._splits(labelled, names, chosen)
+        self.protocol = limited(rule, limit)
+        labels = {name: k for k, name in enumerate(names)}
+        samples = [_sample(f, splits, labels) for f in found]
+        self._check_names(samples)
+        self.samples: Sequence[Sample] = first_of_each_split(samples, limit)
+        check_open_set(self.samples, f"data set folder in {self.root}")
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        """What was passed over or not read, and class names to look at, a line each."""
+        return self._remarks
+
+    def _splits(self, labelled: list[_Found], names: list[str], chosen: ClassSplit) -> tuple[dict[str, str], str]:
+        """The split of each class, empty where every image has its own, and the rule as a line for the protocol."""
+        if not names:
+            raise DataError(
+                f"data set folder: {self.root} has images but no class folders, so there is nothing to learn; put each "
+                "image into a folder named after its class, or give it a class_name in a metadata.csv"
+            )
         given = [f.split is not None for f in labelled]
-        if chosen != ClassSplit() or not any(given):
-            train, rule = chosen.choose(names, f"data set folder in {self.root}")
-            splits = {name: "train" if name in train else "test" for name in names}
-        elif all(given):
-            splits, rule = {}, "train and test as given"
+        if chosen == ClassSplit() and all(given):
             self._check_given(labelled)
-        else:
+            return {}, "train and test as given"
+        if chosen == ClassSplit() and any(given):
             raise DataError(
                 f"{self.root / labelled[given.index(False)].source}: has no split while others have one; give every "
                 "image one in the metadata, or none, or choose with --train-classes or --train-ratio"
             )
-        self.protocol = limited(rule, limit)
-        labels = {name: k for k, name in enumerate(names)}
-        samples = [_sample(f, splits, labels) for f in found]
-        self.samples: Sequence[Sample] = first_of_each_split(samples, limit)
-        check_open_set(self.samples, f"data set folder in {self.root}")
+        inside = self.root / names[0]
+        if len(names) == 1 and inside.is_dir():
+            raise DataError(
+                f"data set folder: {self.root} has only one class, {names[0]!r}, and classes to train and to test on "
+                f"are needed; if the classes are the folders in it, give --data {inside}"
+            )
+        train, rule = chosen.choose(names, f"data set folder in {self.root}")
+        return {name: "train" if name in train else "test" for name in names}, rule
 
     def _check_given(self, labelled: list[_Found]) -> None:
         first: dict[str | None, _Found] = {}
@@ -90,21 +109,38 @@ class FolderDataset:
                     "use --train-ratio 0.5 (or --train-classes) to put both together and split by class"
                 )
 
-    def _found(self) -> list[_Found]:
-        sources = sorted(_image_sources(self.root))
-        with_splits = self._has_split_folders(sources)
-        records = read_metadata(self.root)
-        if with_splits:
-            for part in SPLITS:
-                records |= {f"{part}/{name}": row for name, row in read_metadata(self.root / part).items()}
-        found = []
+    def _check_names(self, samples: Sequence[Sample]) -> None:
+        """Refuse classes in train and test that are called the same but for form, case or blanks; say others."""
+        of = {s.class_name: s for s in samples if s.class_name}
+        for group in look_alikes(of):
+            named = " and ".join(f"{name!r} ({of[name].split}: {of[name].source})" for name in group)
+            problem = f"classes {named} differ only in case, blanks or Unicode form"
+            if len({of[name].split for name in group}) > 1:
+                raise DataError(
+                    f"data set folder in {self.root}: {problem}, but test classes must be unseen; give them one name "
+                    "if they are one class, or clearly different ones"
+                )
+            self._remarks.append(f"{problem}; are they one class?")
+
+    def _found(self, chosen: ClassSplit) -> list[_Found]:
+        images = find_images(self.root)
+        self._remarks += images.remarks
+        records = read_metadata(self.root, self._remarks.append)
+        for folder in sorted({source.split("/")[0] for source in images.sources if "/" in source}):
+            if is_split_word(folder):
+                rows = read_metadata(self.root / folder, self._remarks.append)
+                records |= {f"{folder}/{name}": row for name, row in rows.items()}
         # Listed files that are not on disk stay in: the scan sets them aside and says so.
-        for source in sorted({*sources, *records}):
+        sources = sorted({*images.sources, *records})
+        parts = split_folders(self.root, sources, records, chosen)
+        found = []
+        for source in sources:
             row = records.get(source, NOTHING)
             folders = PurePosixPath(source).parts[:-1]
-            split = row.split or (folders[0] if with_splits and folders and folders[0] in SPLITS else None)
-            below = folders[1:] if with_splits else folders
-            class_name = row.class_name or (below[0] if below else None)
+            in_part = bool(folders) and folders[0] in parts
+            split = row.split or (split_of_word(folders[0]) if in_part else None)
+            below = folders[1:] if in_part else folders
+            class_name = row.class_name or (plain_class_name(below[0]) if below else None)
             if class_name is None and split not in (None, "unlabeled"):
                 raise DataError(
                     f"{row.where or self.root / source}: {source} is in split {split} but has no class; put it into a "
@@ -116,45 +152,9 @@ class FolderDataset:
                 found.append(_Found(source, split, class_name, row.box, row.caption))
         return found
 
-    def _has_split_folders(self, sources: list[str]) -> bool:
-        tops = {source.split("/")[0] for source in sources if "/" in source}
-        if "train" not in tops:
-            return False
-        if ambiguous := sorted(tops & _AMBIGUOUS_SPLITS):
-            raise DataError(
-                f"{self.root / ambiguous[0]}: beside train/, is this a class or a split? Splits are "
-                f"{', '.join(SPLITS)}; rename it to test or unlabeled, or move it away"
-            )
-        if not tops <= set(SPLITS):
-            return False  # a class that is called train, among others
-        direct = next((s for s in sources if s.startswith("train/") and s.count("/") == 1), None)
-        return direct is None or "test" in tops or find_metadata(self.root / "train") is not None
-
     def read(self, sample: Sample) -> bytes:
         """The image file as it is."""
         return read_image_file(self.root, sample.source)
-
-
-def _image_sources(root: Path) -> Iterator[str]:
-    """Paths of all image files below a folder, relative to it. Hidden files and folders are left out."""
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be read: {error.strerror}")
-
-    for folder, folders, files in os.walk(root, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _LEFT_OUT)
-        linked = next((name for name in folders if (Path(folder) / name).is_symlink()), None)
-        if linked is not None:
-            raise DataError(f"{Path(folder) / linked}: a link to a folder, which is not followed; put a copy there")
-        for name in files:
-            if name.startswith(".") or Path(name).suffix.lower() not in IMAGE_SUFFIXES:
-                continue
-            source = (Path(folder) / name).relative_to(root).as_posix()
-            try:
-                source.encode("utf-8")
-            except UnicodeEncodeError:
-                raise DataError(f"{root}: the file name {os.fsencode(source)!r} is not UTF-8; rename it") from None
-            yield source
 
 
 def _sample(image: _Found, splits: dict[str, str], labels: dict[str, int]) -> Sample:

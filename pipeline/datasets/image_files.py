@@ -1,25 +1,75 @@
 """Image files of a data set: which paths are allowed, and reading one without leaving the data set's folder."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from pipeline.datasets.base import DataError
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+# Of the formats that Pillow reads, those that pictures of things come in; not icons, fonts, films and data. A fixed
+# set: what a data set holds must not depend on how Pillow was built. Files that this one cannot read are quarantined.
+IMAGE_SUFFIXES = frozenset(
+    {
+        ".apng", ".avif", ".avifs", ".bmp", ".dds", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe",
+        ".jpeg", ".jpf", ".jpg", ".jpx", ".pbm", ".pcx", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".ras", ".sgi",
+        ".tga", ".tif", ".tiff", ".webp",
+    }
+)  # fmt: skip
+# Folders that file servers, systems and archivers make, with thumbnails and deleted files in them.
+_HOUSEKEEPING = frozenset(
+    {
+        "#recycle", "#snapshot", "$recycle.bin", "@eadir", "@recently-snapshot", "@recycle", "@sharebin", "@tmp",
+        "__macosx", "__pycache__", "lost+found", "recycler", "system volume information",
+    }
+)  # fmt: skip
+_HOUSEKEEPING_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini"})
 
 
 class OutsideLinkError(DataError, OSError):
     """An image file is a link that leaves the data set's folder; to a scan, a file that cannot be read."""
 
 
+def is_housekeeping(name: str) -> bool:
+    """Say whether a file or folder is hidden or made by a system or file server, so that it is no part of the data."""
+    return name.startswith(".") or name.casefold() in _HOUSEKEEPING | _HOUSEKEEPING_FILES
+
+
 def require_layout(name: str, root: Path, needed: Sequence[str], layout: str, published: str) -> None:
-    """Raise DataError unless every path of `needed` is in `root`; the message gives the layout and its source."""
+    """Raise DataError unless every path of `needed` is in `root`; the message gives the layout and its source.
+
+    It also says so where the archives seem to be unpacked one folder too deep, or a file to be renamed by a download.
+    """
     for path in needed:
         if not (root / path).exists():
+            instead = where_instead(root, path)
             raise DataError(
-                f"data set {name}: looked in {root} and found no {path}; it must contain {layout}; "
+                f"data set {name}: looked in {root} and found no {path}{instead}; it must contain {layout}; "
                 f"published as {published}"
             )
+        inner = root / path / Path(path).name
+        if inner.is_dir():
+            raise DataError(
+                f"data set {name}: {inner} lies one folder too deep; move what is in it up into {root / path}"
+            )
+
+
+def where_instead(root: Path, path: str) -> str:
+    """Where `root/path`, which is missing, may be instead, to go on in a sentence; empty if nothing looks like it."""
+    place = root / path
+    if place.parent.is_dir():
+        for other in sorted(place.parent.iterdir()):
+            if _as_downloaded(other.name).casefold() == place.name.casefold():
+                return f", but {other.name!r} beside it: rename it to {place.name}"
+    if root.is_dir():
+        for folder in sorted(root.iterdir()):
+            if folder.is_dir() and (folder / path).exists():
+                return f", but {folder / path}: give --data {folder}"
+    return ""
+
+
+def _as_downloaded(name: str) -> str:
+    """A file's name without what browsers add to it: `annos (1).mat` and `annos.mat.download` are annos.mat."""
+    return re.sub(r" ?\(\d+\)(?=(\.\w+)?$)", "", name.removesuffix(".download").removesuffix(".crdownload"))
 
 
 def relative_path(text: str) -> str:

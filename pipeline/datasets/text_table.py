@@ -38,23 +38,23 @@ def line_error(path: Path, number: int, problem: str) -> DataError:
     return DataError(f"{path} line {number}: {problem}")
 
 
-def decoded_lines(path: Path) -> Iterator[str]:
+def decoded_lines(path: Path, longest: int = LONGEST_LINE) -> Iterator[str]:
     """The lines of a text file without their ends (LF or CRLF) and without a byte order mark, blank ones included.
 
     A line is UTF-8; where it is not, Latin-1, which is what old data sets have names in. Raises DataError for a file
-    that cannot be read or is not such a text.
+    that cannot be read, is not such a text, or has a line of more than `longest` bytes.
     """
     try:
         with path.open("rb") as file:
             number = 0
-            while raw := file.readline(LONGEST_LINE + 1):
+            while raw := file.readline(longest + 1):
                 number += 1
                 if number == 1:
                     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
                         raise line_error(path, number, "begins UTF-16 text; save the file as UTF-8")
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
-                if len(raw) > LONGEST_LINE:
-                    raise line_error(path, number, f"longer than {LONGEST_LINE} bytes; this is not the official file")
+                if len(raw) > longest:
+                    raise line_error(path, number, f"longer than {longest} bytes; this is not the official file")
                 if b"\0" in raw:
                     raise line_error(path, number, "holds a zero byte; this is not a text file")
                 raw = raw.removesuffix(b"\n").removesuffix(b"\r")

@@ -113,9 +113,11 @@ def test_a_closed_set_split_is_refused_and_can_be_put_together_and_split_by_clas
     }  # fmt: skip
 
 
-def test_a_class_may_be_called_train_but_a_validation_folder_is_asked_about(tmp_path):
+def test_a_class_may_be_called_train_if_the_user_says_so_and_a_validation_folder_is_asked_about(tmp_path):
     write_images(tmp_path, "train/1.jpg", "bus/1.jpg")
-    assert splits(open_dataset("folder", tmp_path))["train/1.jpg"] == ("test", 1, "train")
+    with pytest.raises(DataError, match=r"train: beside bus/, is this a class or a split\?"):
+        open_dataset("folder", tmp_path)
+    assert splits(open_dataset("folder", tmp_path, train_ratio=0.5))["train/1.jpg"] == ("test", 1, "train")
     write_images(tmp_path, "val/a/1.jpg", "train/a/1.jpg")
     with pytest.raises(DataError, match=r"val: beside train/, is this a class or a split\?"):
         open_dataset("folder", tmp_path)
