@@ -2,10 +2,22 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from cache_schema.encoding.float8 import float8_to_float32
+from cache_schema.encoding.number_formats import Array
+from cache_schema.errors import CacheRequestError
+from cache_schema.format.layout import PAYLOAD_DTYPES
 from cache_schema.format.manifest import EncodingKind
+
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "float8_e4m3": torch.float8_e4m3fn,
+}
 
 
 @dataclass(frozen=True)
@@ -66,3 +78,27 @@ class EncodedBatch:
             scale=None if self.scale is None else self.scale.pin_memory(),
             channel=None if self.channel is None else self.channel.pin_memory(),
         )
+
+
+def stored_batch(
+    payload: Array, scale: Array | None, channel: torch.Tensor | None, encoding: EncodingKind, shape: tuple[int, ...]
+) -> EncodedBatch:
+    """Return the batch, with any leading axes, of arrays in NumPy's types of the store; `shape` is (T, L, C).
+
+    Raises CacheRequestError for a payload or a scale that is not of this shape and encoding.
+    """
+    dtype = PAYLOAD_DTYPES[encoding]
+    if payload.shape[-3:] != shape or payload.dtype.name != dtype:
+        expected = f"(..., {', '.join(map(str, shape))}) {dtype}"
+        raise CacheRequestError(f"the payload is {payload.shape} {payload.dtype}, stored values are {expected}")
+    if channel is None and scale is not None:
+        raise CacheRequestError(f"{encoding} has no scales; decode the payload alone")
+    if channel is not None and (scale is None or scale.shape != payload.shape[:-1] or scale.dtype.name != "float32"):
+        given = "none" if scale is None else f"{scale.shape} {scale.dtype}"
+        raise CacheRequestError(f"{encoding} needs the scales {payload.shape[:-1]} float32 of its payload, not {given}")
+    scales = None if scale is None else _as_tensor(scale)
+    return EncodedBatch(_as_tensor(payload).view(TORCH_DTYPES[encoding]), scales, channel, encoding)
+
+
+def _as_tensor(values: Array) -> torch.Tensor:
+    return torch.from_numpy(np.require(values, requirements=["C", "W"]))

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,21 +20,18 @@ from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Manifest, TapInfo
 from cache_schema.format.manifest_file import load_manifest
 from cache_schema.format.samples import MAX_SAMPLES_BYTES, check_against_manifest, count_usable, parse_samples
-from cache_schema.reading.batch import EncodedBatch
+from cache_schema.reading.batch import TORCH_DTYPES, EncodedBatch, stored_batch
 from cache_schema.reading.chunks import ChunkRequest, ChunkSource
 from cache_schema.reading.image_reader import ImageReader
 from cache_schema.reading.open_shards import OpenShards
 from cache_schema.storage.buffers import empty
 
+if TYPE_CHECKING:
+    import webdataset
+    import zarr
+
 Buffer = torch.Tensor | np.ndarray[Any, np.dtype[Any]]
 
-_TORCH_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,
-    "float8_e4m3": torch.float8_e4m3fn,
-}
 # NumPy has neither bfloat16 nor float8: their bits travel as unsigned integers.
 _NUMPY_BITS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
 
@@ -201,6 +198,55 @@ class Cache:
         amplitude, mean, basis = (array.to(features) for array in self._components[tap])
         return (features @ basis + mean) * amplitude
 
+    def decode(
+        self, payload: Array, scale: Array | None = None, tap: str = "hidden", timesteps: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Return the float32 features (..., T, L, C) that stored values stand for, as `read(...).decode()` gives them.
+
+        `payload` (..., T, L, C) and, where the encoding is scaled, `scale` (..., T, L) are slices of `zarr(tap)` and
+        `zarr(tap, "scale")` that keep the axis of the timesteps; `timesteps` says which of them, all by default.
+        Raises CacheRequestError for values of another shape or type.
+        """
+        info, steps = self._tap(tap), self._timestep_indices(timesteps)
+        channel = self._channel(info, steps) if self.manifest.encoding.scaled else None
+        shape = (len(steps), info.tokens, info.channels)
+        return stored_batch(payload, scale, channel, self.manifest.encoding.kind, shape).decode()
+
+    def zarr(self, tap: str = "hidden", part: str = "payload") -> "zarr.Array":
+        """Return the values of a tap as they are stored, (N, V, T, L, C), as a read-only array of zarr-python.
+
+        bfloat16 and float8 are bits in unsigned integers; `decode` makes features of slices, for which scaled encodings
+        need the `part` "scale" (N, V, T, L) as well. Other parts are the statistics: "channel", and "amplitude", "mean"
+        and "basis" of PCA. Rows without features are zeros (`has_features`), and checksums are not checked. Raises
+        CacheRequestError for what the cache does not hold and for a cache of tars, CacheCorrupt.
+        """
+        from cache_schema.reading.interop import zarr_array
+
+        return zarr_array(self.root, self.manifest, self._tap(tap).name, part)
+
+    def webdataset(
+        self,
+        taps: Sequence[str] | None = None,
+        timesteps: Sequence[int] | None = None,
+        views: Sequence[int | str] | None = None,
+        images: bool = True,
+        **options: Any,
+    ) -> "webdataset.WebDataset":
+        """Return the samples that have features, in the order of the rows, as a pipeline of webdataset to go on from.
+
+        A sample is a dict: `id`, `label`, `split`, `row`, under the name of each of the `taps` its features, decoded,
+        float32 (V, T, L, C), and with `images` under `jpg`, `png` or `webp` the bytes of its image, where the cache has
+        them. All taps, `timesteps` and `views` by default. `options` (`shardshuffle`, `nodesplitter`, …) go to
+        `webdataset.WebDataset`; shuffling and batching are its methods. Checksums are not checked. Raises
+        CacheRequestError for what the cache does not hold, for one in a Zarr store, and where webdataset is missing.
+        """
+        from cache_schema.reading.interop import sample_pipeline
+
+        names = [tap.name for tap in self.manifest.taps] if taps is None else [self._tap(name).name for name in taps]
+        numbers = [self._view_indices(view, 1)[0] for view in (self.manifest.views if views is None else views)]
+        self._timestep_indices(timesteps)
+        return sample_pipeline(self, names, timesteps, numbers, images, options)
+
     def images(self, rows: Sequence[int] | Array) -> list[bytes]:
         """Return the encoded student images of the given rows, each by one read of just its bytes."""
         if self.manifest.images is None:
@@ -302,7 +348,7 @@ class Cache:
                 raise CacheUnsealed(f"row {row} of {self.root} has no features yet; run the build again, it resumes")
 
     def _output(self, out: Buffer | None, shape: tuple[int, ...]) -> torch.Tensor:
-        dtype = _TORCH_DTYPES[self.manifest.encoding.kind]
+        dtype = TORCH_DTYPES[self.manifest.encoding.kind]
         if out is None:
             return empty(shape, dtype)
         if isinstance(out, np.ndarray):
