@@ -1,0 +1,65 @@
+"""What pyproject.toml asks to be installed is what the code imports: no less, and nothing that could be left out."""
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+OURS = {"cache_schema", "pipeline", "trainer"}
+# Distributions that are imported by another name than their own.
+DISTRIBUTION = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
+# What other libraries import where it is there, and fail or do less without.
+IMPORTED_BY_OTHERS = {
+    "pipeline": {
+        "protobuf": "tokenizers of transformers",
+        "sentencepiece": "tokenizers of transformers",
+        "tensorboard": "torch.utils.tensorboard",
+        "torchvision": "image processors of transformers",
+    },
+    "trainer": {"torchvision": "timm"},
+}
+OPTIONAL_IN_CONTRACT = {"webdataset"}  # an extra of its own, for one method
+
+
+def imported(package: str) -> set[str]:
+    """The distributions that the modules of a package import, wherever in the file."""
+    found = {name.split(".")[0] for path in (ROOT / package).rglob("*.py") for name in imports_of(path)}
+    return {DISTRIBUTION.get(name, name) for name in found - OURS - sys.stdlib_module_names}
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module
+
+
+def asked_for(extra: str | None = None) -> set[str]:
+    """The distributions of the base install, or of an extra, by name."""
+    listed = PROJECT["dependencies"] if extra is None else PROJECT["optional-dependencies"][extra]
+    return {re.split(r"[^\w.-]", item)[0].lower() for item in listed}
+
+
+def test_a_base_install_is_what_the_contract_imports() -> None:
+    assert asked_for() == imported("cache_schema") - OPTIONAL_IN_CONTRACT
+    assert asked_for("webdataset") == OPTIONAL_IN_CONTRACT
+
+
+@pytest.mark.parametrize("package", ["pipeline", "trainer"])
+def test_an_extra_is_what_its_package_imports_beyond_the_base(package: str) -> None:
+    assert asked_for(package) == (imported(package) - asked_for()) | IMPORTED_BY_OTHERS[package].keys()
+
+
+def test_no_two_lists_ask_for_different_versions_of_one_distribution() -> None:
+    lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    bounds: dict[str, set[str]] = {}
+    for item in (item for listed in lists for item in listed):
+        bounds.setdefault(re.split(r"[^\w.-]", item)[0].lower(), set()).add(item)
+    assert {name: items for name, items in bounds.items() if len(items) > 1 and name != "dit-distill"} == {}
