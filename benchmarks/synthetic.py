@@ -19,11 +19,11 @@ from cache_schema import (
     create_cache,
     open_cache,
 )
-from cache_schema.encoding.codec import load_codec
 from cache_schema.encoding.number_formats import Array
 from cache_schema.format.layout import PAYLOAD_DTYPES, feature_layouts
 from cache_schema.format.samples import fingerprint_samples, samples_table
-from cache_schema.stores.base import store_of
+from cache_schema.stores.calibration_files import load_codec
+from cache_schema.stores.registry import store_of
 from cache_schema.writing.plan import plan_manifest
 
 TAP = "hidden"

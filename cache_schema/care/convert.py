@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from cache_schema.encoding.codec import load_calibration
 from cache_schema.encoding.number_formats import Array
 from cache_schema.errors import CacheCorrupt, CacheError, CacheMismatch, CacheUnsealed
 from cache_schema.format import layout
@@ -21,13 +20,14 @@ from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Compression, Manifest, StoreInfo, StoreKind
 from cache_schema.format.manifest_file import load_manifest, manifest_checksum, revalidate
 from cache_schema.format.samples import load_samples
-from cache_schema.reading.open_shards import OpenFile
 from cache_schema.reading.reader import local_path
 from cache_schema.storage.checksum import crc32c
 from cache_schema.storage.files import digest_file
-from cache_schema.stores.base import store_of
+from cache_schema.storage.open_file import OpenFile
+from cache_schema.stores.calibration_files import load_calibration
 from cache_schema.stores.compression import decompress
 from cache_schema.stores.images import check_places
+from cache_schema.stores.registry import store_of
 from cache_schema.stores.shard import ShardIndex, chunk_bytes
 from cache_schema.stores.webdataset_store import check_member_sizes
 from cache_schema.writing.writer import CacheWriter, EncodedRow, create_cache

@@ -18,7 +18,7 @@ from cache_schema.format.manifest import Fidelity, Manifest
 from cache_schema.format.manifest_file import load_manifest
 from cache_schema.format.samples import check_against_manifest, count_usable, load_samples
 from cache_schema.reading.reader import local_path
-from cache_schema.stores.base import store_of
+from cache_schema.stores.registry import store_of
 
 
 def describe(path: str | os.PathLike[str], shard_table: bool = False) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def describe(path: str | os.PathLike[str], shard_table: bool = False) -> dict[st
     description = {
         "path": str(root),
         "state": "sealed" if manifest.sealed else "partial",
-        "manifest": manifest.model_dump(mode="json"),
+        "manifest": manifest.document(),
         "shards": {
             "features": {"done": len(records["features"]), "total": store.feature_shards},
             "images": {"done": len(records["images"]), "total": store.image_shards},

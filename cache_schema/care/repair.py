@@ -23,7 +23,7 @@ from cache_schema.storage.files import (
     sweep_aside_files,
     write_file,
 )
-from cache_schema.stores.base import store_of
+from cache_schema.stores.registry import store_of
 from cache_schema.writing.writer import write_seal
 
 Action = Literal["restored", "removed", "rebuild", "left"]

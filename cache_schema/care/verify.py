@@ -19,12 +19,13 @@ from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Manifest
 from cache_schema.format.manifest_file import MANIFEST_NAME, MAX_MANIFEST_BYTES, load_manifest, render_document
 from cache_schema.format.samples import check_against_manifest, count_usable, load_samples
-from cache_schema.reading.open_shards import OpenFile
 from cache_schema.reading.reader import local_path
 from cache_schema.storage.checksum import crc32c
 from cache_schema.storage.files import FileDigest, digest_file, is_aside, read_bounded
-from cache_schema.stores.base import FeatureStore, store_of
+from cache_schema.storage.open_file import OpenFile
+from cache_schema.stores.base import FeatureStore
 from cache_schema.stores.images import check_places, check_tar, render_index
+from cache_schema.stores.registry import store_of
 from cache_schema.stores.shard import ShardIndex
 
 _KINDS_WITH_SHARDS: tuple[Kind, Kind] = ("features", "images")

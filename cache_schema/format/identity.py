@@ -1,12 +1,12 @@
-"""What a cache is called: the SHA-256 of everything that determines its numbers."""
+"""What a cache is called: the SHA-256 of everything that determines its numbers.
+
+A document, here, is a manifest as plain JSON values.
+"""
 
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from cache_schema.format.manifest import Manifest
+from typing import Any
 
 # The fields of each part of a manifest that determine the numbers in the cache. Left out on purpose: where things came
 # from (paths, repositories, revisions: the digests of the weights say more), how the bytes are laid out (compression,
@@ -47,9 +47,8 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def determining_fields(manifest: "Manifest") -> dict[str, Any]:
-    """Return the part of a manifest that determines the numbers in the cache, as plain JSON values."""
-    document = manifest.model_dump(mode="json")
+def determining_fields(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a document that determines the numbers in the cache."""
     fields: dict[str, Any] = {name: document[name] for name in _DETERMINING_WHOLE}
     for part, names in _DETERMINING.items():
         value = document[part]
@@ -65,13 +64,13 @@ def _without_defaults(part: str, value: dict[str, Any]) -> dict[str, Any]:
     return {name: item for name, item in value.items() if name not in defaults or item != defaults[name]}
 
 
-def compute_cache_id(manifest: "Manifest") -> str:
+def compute_cache_id(document: Mapping[str, Any]) -> str:
     """Return the cache id, 64 hexadecimal digits, equal for equal inputs on any machine."""
-    return hashlib.sha256(canonical_json(determining_fields(manifest)).encode("ascii")).hexdigest()
+    return hashlib.sha256(canonical_json(determining_fields(document)).encode("ascii")).hexdigest()
 
 
-def differing_fields(ours: "Manifest", theirs: "Manifest") -> list[str]:
-    """Return the dotted names of the determining fields in which two manifests differ, sorted."""
+def differing_fields(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Return the dotted names of the determining fields in which two documents differ, sorted."""
     mine, other = _flatten(determining_fields(ours)), _flatten(determining_fields(theirs))
     return sorted(name for name in mine.keys() | other.keys() if mine.get(name) != other.get(name))
 

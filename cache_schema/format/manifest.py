@@ -4,7 +4,7 @@ How a manifest is read from and written to disk is `cache_schema.format.manifest
 """
 
 import itertools
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
@@ -248,7 +248,7 @@ class Manifest(Part):
             raise ValueError(f"failed row {self.failed_rows[-1]} is not one of the {rows} rows with features")
         if self.images is None and self.store.image_shards:
             raise ValueError("image shards without image settings")
-        expected = compute_cache_id(self)
+        expected = compute_cache_id(self.document())
         if not self.cache_id:
             # Computed here rather than asked for, so that no manifest can carry another's name.
             object.__setattr__(self, "cache_id", expected)
@@ -260,6 +260,10 @@ class Manifest(Part):
     def label(self) -> str:
         """A short name for messages: the data set and the first digits of the cache id."""
         return f"{self.dataset.name}-{self.cache_id[:8]}"
+
+    def document(self) -> dict[str, Any]:
+        """The manifest as plain JSON values."""
+        return self.model_dump(mode="json")
 
     def tap(self, name: str) -> TapInfo | None:
         """Return the tap called `name`, or None."""

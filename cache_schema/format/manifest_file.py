@@ -31,7 +31,7 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_ve
 
 def render_manifest(manifest: Manifest) -> bytes:
     """Return the bytes of `manifest.json`, with the checksum filled in."""
-    document = manifest.model_dump(mode="json")
+    document = manifest.document()
     document["provenance"]["checksum"] = manifest_checksum(document)
     return render_document(document)
 

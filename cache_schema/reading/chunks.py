@@ -16,10 +16,11 @@ from cache_schema.format.damage import damaged, view_and_timestep
 from cache_schema.format.journal import Kind, Record, read_record, record_name
 from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Manifest
-from cache_schema.reading.open_shards import Checksums, ChunkPlaces, OpenFile, OpenShard, OpenShards
+from cache_schema.reading.open_shards import Checksums, ChunkPlaces, OpenShard, OpenShards
 from cache_schema.storage.checksum import combine_crc32c, crc32c
-from cache_schema.stores.base import store_of
+from cache_schema.storage.open_file import OpenFile
 from cache_schema.stores.compression import decompress
+from cache_schema.stores.registry import store_of
 from cache_schema.stores.shard import chunk_bytes
 
 # What is read before it is checked: small enough to stay in a core's own cache, large enough for few system calls.

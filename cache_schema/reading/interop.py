@@ -22,8 +22,8 @@ from cache_schema.format.damage import damaged
 from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Manifest
 from cache_schema.storage.files import read_bounded
-from cache_schema.stores.base import store_of
 from cache_schema.stores.images import EXTENSIONS
+from cache_schema.stores.registry import store_of
 from cache_schema.stores.webdataset_store import npy_header
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cache_schema.encoding.codec import load_channel, load_components
 from cache_schema.encoding.number_formats import Array
 from cache_schema.errors import CacheCorrupt, CacheError, CacheRequestError, CacheUnsealed
 from cache_schema.format import layout
@@ -25,6 +24,7 @@ from cache_schema.reading.chunks import ChunkRequest, ChunkSource
 from cache_schema.reading.image_reader import ImageReader
 from cache_schema.reading.open_shards import OpenShards
 from cache_schema.storage.buffers import empty
+from cache_schema.stores.calibration_files import load_channel, load_components
 
 if TYPE_CHECKING:
     import webdataset

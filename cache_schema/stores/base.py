@@ -14,8 +14,8 @@ from cache_schema.format import layout
 from cache_schema.format.journal import FileRecord, Record, record_name
 from cache_schema.format.layout import ArrayLayout, CalibrationLayout
 from cache_schema.format.manifest import Manifest
-from cache_schema.reading.open_shards import OpenFile
 from cache_schema.storage.files import AsideFile
+from cache_schema.storage.open_file import OpenFile
 from cache_schema.stores.shard import ShardIndex
 
 
@@ -99,14 +99,3 @@ class FeatureStore(ABC):
             if len(checksums) == len(rows) and len(arrays) == 1:
                 return None
         raise CacheCorrupt(f"{record_name('features', record.shard)} does not have the checksums of {name}")
-
-
-def store_of(manifest: Manifest) -> FeatureStore:
-    """Return the store of a cache."""
-    if manifest.store.kind == "webdataset":
-        from cache_schema.stores.webdataset_store import WebDatasetStore
-
-        return WebDatasetStore(manifest)
-    from cache_schema.stores.zarr_store import ZarrStore
-
-    return ZarrStore(manifest)

@@ -24,10 +24,10 @@ from cache_schema.format.identity import canonical_json
 from cache_schema.format.journal import FileRecord, file_record
 from cache_schema.format.layout import ArrayLayout, CalibrationLayout
 from cache_schema.format.manifest import Manifest
-from cache_schema.reading.open_shards import OpenFile
 from cache_schema.storage import tar
 from cache_schema.storage.checksum import crc32c
 from cache_schema.storage.files import AsideFile
+from cache_schema.storage.open_file import OpenFile
 from cache_schema.stores.base import FeatureStore, RowWriter
 from cache_schema.stores.shard import ShardIndex, chunk_bytes
 

@@ -18,8 +18,8 @@ from cache_schema.format import layout
 from cache_schema.format.journal import FileRecord, file_record
 from cache_schema.format.layout import ArrayLayout, CalibrationLayout
 from cache_schema.format.manifest import Manifest
-from cache_schema.reading.open_shards import OpenFile
 from cache_schema.storage.files import AsideFile
+from cache_schema.storage.open_file import OpenFile
 from cache_schema.stores.base import FeatureStore, RowWriter
 from cache_schema.stores.compression import codec_metadata
 from cache_schema.stores.shard import ShardIndex, ShardWriter, index_size, parse_index

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from cache_schema.encoding import fidelity
 from cache_schema.encoding.calibration import Calibrator
-from cache_schema.encoding.codec import TapCodec, commit_calibration, load_codec
+from cache_schema.encoding.codec import TapCodec
 from cache_schema.encoding.number_formats import Array, Features, as_features
 from cache_schema.encoding.row_encoder import RowEncoder, check_finite, check_shapes
 from cache_schema.errors import (
@@ -57,8 +57,9 @@ from cache_schema.storage.files import (
     write_file,
     write_new_file,
 )
-from cache_schema.stores.base import store_of
+from cache_schema.stores.calibration_files import commit_calibration, load_codec
 from cache_schema.stores.images import MAX_IMAGE_BYTES, render_index, write_tar
+from cache_schema.stores.registry import store_of
 
 # The stored arrays (V, T, *inner) of a sample by name, or None where the teacher failed on it.
 EncodedRow = Mapping[str, Array] | None
@@ -80,9 +81,10 @@ def create_cache(path: str | os.PathLike[str], manifest: Manifest, samples: pa.T
     check_against_manifest(samples, planned)
     existing = _establish_manifest(root, planned)
     if existing.cache_id != planned.cache_id:
+        differing = ", ".join(differing_fields(existing.document(), planned.document()))
         raise CacheMismatch(
             f"{root} holds cache {existing.cache_id[:12]}, these inputs make cache {planned.cache_id[:12]}; they "
-            f"differ in {', '.join(differing_fields(existing, planned))}; choose another directory"
+            f"differ in {differing}; choose another directory"
         )
     if not existing.sealed:
         refuse_linked_folders(root)

@@ -38,7 +38,8 @@ from cache_schema import (
     TapInfo,
     open_cache,
 )
-from cache_schema.reading.open_shards import OpenFile, OpenShards
+from cache_schema.reading.open_shards import OpenShards
+from cache_schema.storage.open_file import OpenFile
 
 CacheOf = Callable[..., Path]
 ENCODINGS = [

@@ -14,8 +14,8 @@ from cache_building import damage
 from cache_hostile import READING, forge_record, vouch_for
 from numcodecs import Zstd
 
-from cache_schema.reading.open_shards import OpenFile
 from cache_schema.storage.checksum import crc32c
+from cache_schema.storage.open_file import OpenFile
 from cache_schema.storage.tar import archive_end, check_members, member_header, padding
 
 Attack = Callable[..., Any]

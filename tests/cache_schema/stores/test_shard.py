@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from cache_schema import CacheCorrupt
 from cache_schema.format.layout import ArrayLayout
-from cache_schema.reading.open_shards import ChunkPlaces, OpenFile, OpenShards, RecentlyUsed
+from cache_schema.reading.open_shards import ChunkPlaces, OpenShards, RecentlyUsed
 from cache_schema.storage.checksum import crc32c
 from cache_schema.storage.files import AsideFile
+from cache_schema.storage.open_file import OpenFile
 from cache_schema.stores.compression import decompress, max_compressed
 from cache_schema.stores.shard import (
     ShardIndex,

@@ -19,8 +19,8 @@ from pydantic import ValidationError
 from cache_schema import CacheCorrupt, CacheError, TapInfo, open_cache
 from cache_schema.care.verify import verify
 from cache_schema.format.layout import all_layouts
-from cache_schema.reading.open_shards import OpenFile
-from cache_schema.stores.base import store_of
+from cache_schema.storage.open_file import OpenFile
+from cache_schema.stores.registry import store_of
 from cache_schema.stores.webdataset_store import npy_header
 
 CacheOf = Callable[..., Path]

@@ -147,7 +147,7 @@ def test_the_tools_of_these_tests_forge_well(cache_of: Callable[..., Path], tmp_
     forge_manifest(root, setting(dataset__name="forged", curriculum__seed=3))
     manifest = open_cache(root).manifest
     assert manifest.dataset.name == "forged"
-    assert manifest.cache_id == compute_cache_id(manifest)
+    assert manifest.cache_id == compute_cache_id(manifest.document())
 
 
 def test_nothing_in_a_manifest_reaches_the_terminal_as_it_is(attack: Attack) -> None:
