@@ -12,7 +12,7 @@ from pipeline.annotate.models import ModelFiles
 from pipeline.annotate.work import Rows
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.device import choose_device
-from pipeline.inputs.conditions import UNREADABLE, box_on_stored_pixels, decode_image, decode_with_box
+from pipeline.inputs.decoding import UNREADABLE, box_on_stored_pixels, decode_image, decode_with_box
 from pipeline.inputs.views import Box
 
 

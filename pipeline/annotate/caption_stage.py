@@ -14,7 +14,8 @@ from pipeline.annotate.models import ModelFiles
 from pipeline.annotate.work import Rows
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.device import choose_device, choose_dtype
-from pipeline.inputs.conditions import UNREADABLE, caption_of, decode_with_box
+from pipeline.inputs.conditions import caption_of
+from pipeline.inputs.decoding import UNREADABLE, decode_with_box
 
 NO_CAPTION: dict[str, Any] = {"caption": None, "caption_source": "none", "leak": ""}
 

@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.datasets.base import Dataset, Sample
-from pipeline.inputs.conditions import UNREADABLE, decode_with_box
-from pipeline.refine.pictures import save_picture
+from pipeline.inputs.decoding import UNREADABLE, decode_with_box
+from pipeline.inputs.pictures import save_picture
 
 _COLUMNS = 6
 _PICTURE, _GAP = (240, 200), 12

@@ -16,7 +16,8 @@ from cache_schema.writing.estimate import VALUE_BYTES, chunk_bytes, estimate_siz
 from pipeline.build.config import BuildConfig
 from pipeline.build.student_images import student_image
 from pipeline.datasets.base import Dataset, Sample
-from pipeline.inputs.conditions import UNREADABLE, captions_of, decode_image
+from pipeline.inputs.conditions import captions_of
+from pipeline.inputs.decoding import UNREADABLE, decode_image
 from pipeline.teachers import TeacherOutline
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from cache_schema.format.samples import row_rank
 from pipeline.datasets.base import Dataset, Sample
-from pipeline.inputs.conditions import UNREADABLE, caption_of, decode_with_box
+from pipeline.inputs.conditions import caption_of
+from pipeline.inputs.decoding import UNREADABLE, decode_with_box
 from pipeline.inputs.tolerance import BadSamples
 from pipeline.inputs.views import object_view
 

@@ -2,9 +2,7 @@
 
 import math
 
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 VIEWS = ("canonical", "hflip")
 
@@ -37,13 +35,3 @@ def apply_view(image: Image.Image, view: str) -> Image.Image:
     if view == "canonical":
         return image
     raise ValueError(f"unknown view {view!r}: known are {', '.join(VIEWS)}")
-
-
-def to_signed(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) to float in [−1, 1], as diffusers' VaeImageProcessor does."""
-    return images.to(torch.float32) / 127.5 - 1.0
-
-
-def from_signed(images: Tensor) -> Tensor:
-    """The inverse: float (B, 3, H, W) in about [−1, 1] to uint8, values outside clipped."""
-    return ((images.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

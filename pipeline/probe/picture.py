@@ -1,19 +1,17 @@
 """The heat maps of a probe: a row per tap, a column per timestep, one map per measure."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
-if TYPE_CHECKING:
-    from pipeline.probe.run import Score
+from pipeline.probe.scores import Score
 
 _CELL, _LEFT, _TOP, _GAP = (46, 24), 84, 44, 28
 # Dark blue to yellow, even in lightness: three anchors of the cividis map.
 _COLOURS = ((0, 34, 78), (124, 123, 120), (254, 232, 56))
 
 
-def draw_heat_maps(scores: Sequence["Score"]) -> Image.Image:
+def draw_heat_maps(scores: Sequence[Score]) -> Image.Image:
     """Draw R@1, linear accuracy (both in %) and the high-frequency ratio side by side; the best cell is framed."""
     taps, steps = list(dict.fromkeys(s.tap for s in scores)), sorted({s.timestep for s in scores})
     panel = _LEFT + len(steps) * _CELL[0]

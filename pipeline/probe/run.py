@@ -18,7 +18,9 @@ from pipeline.curriculum import DEFAULT_STEPS, DEFAULT_TIMESTEPS, check_timestep
 from pipeline.datasets.base import SPLITS, Dataset, Sample
 from pipeline.inputs.condition_store import ConditionStore, default_store
 from pipeline.inputs.feature_source import DiffusionSource, EncoderSource, FeatureSource, Wanted
-from pipeline.probe.scores import high_frequency_ratio, linear_accuracy, pool_cells, recall_at_1, standardise
+from pipeline.inputs.pictures import save_picture
+from pipeline.probe.picture import draw_heat_maps
+from pipeline.probe.scores import Score, high_frequency_ratio, linear_accuracy, pool_cells, recall_at_1, standardise
 from pipeline.teachers.base import AnyTeacher, Teacher, is_image_encoder
 from pipeline.teachers.passes import memory_errors
 
@@ -54,17 +56,6 @@ class ProbeConfig:
                 raise DitDistillError(f"--{option} must be at least {least}, not {getattr(self, name)}")
         if self.split not in SPLITS:
             raise DitDistillError(f"--split {self.split}: name one of {', '.join(SPLITS)}")
-
-
-@dataclass(frozen=True)
-class Score:
-    """One tap at one timestep. recall_at_1, linear: shares of images; high_frequency: share of energy."""
-
-    tap: str
-    timestep: int
-    recall_at_1: float
-    linear: float
-    high_frequency: float
 
 
 @dataclass(frozen=True)
@@ -113,10 +104,8 @@ def probe(
         "scores": [asdict(score) for score in scores],
         "advice": asdict(advice),
     }
-    from pipeline.probe.picture import draw_heat_maps
-
     write_file(output / "probe.json", (json.dumps(record, indent=2) + "\n").encode())
-    draw_heat_maps(scores).save(output / "probe.png")
+    save_picture(draw_heat_maps(scores), output / "probe.png")
     log(render_table(scores))
     log(
         f"{len(samples)} images of {classes} classes of the split {config.split}; chance: {100 / classes:.1f} %, "

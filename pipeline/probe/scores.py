@@ -1,5 +1,7 @@
 """The measures of a probe: pure functions of features and labels."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,17 @@ Array = np.ndarray
 # Frequencies beyond this share of the highest one along an axis count as high.
 HIGH_FREQUENCY = 0.5
 _RIDGE = 1.0
+
+
+@dataclass(frozen=True)
+class Score:
+    """One tap at one timestep. recall_at_1, linear: shares of images; high_frequency: share of energy."""
+
+    tap: str
+    timestep: int
+    recall_at_1: float
+    linear: float
+    high_frequency: float
 
 
 def pool_cells(tokens: Tensor, grid: tuple[int, int], cells: int) -> Tensor:

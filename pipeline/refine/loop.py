@@ -18,6 +18,7 @@ from cache_schema.errors import DitDistillError
 from cache_schema.storage.files import write_file
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.inputs.condition_store import ConditionStore, default_store
+from pipeline.inputs.pictures import save_picture
 from pipeline.refine.card import render_card
 from pipeline.refine.checkpoint import (
     Progress,
@@ -30,7 +31,7 @@ from pipeline.refine.config import RefineConfig
 from pipeline.refine.draws import noise_of, rows_of
 from pipeline.refine.loss import HeldOut, cdr_loss, hold_out, read_held_out, validation_loss
 from pipeline.refine.metrics import MetricsLog
-from pipeline.refine.pictures import draw_reconstructions, save_picture
+from pipeline.refine.pictures import draw_reconstructions
 from pipeline.teachers.base import Teacher
 from pipeline.teachers.lora import RECORD_NAME, add_lora
 from pipeline.teachers.passes import memory_errors

@@ -1,7 +1,6 @@
 """Pictures of Stage I: what the DiT makes of an object at each noise level of the curriculum."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -59,9 +58,3 @@ def draw_reconstructions(
             cell = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
             sheet.paste(cell.resize((_CELL, _CELL), Image.Resampling.BICUBIC), (_MARGIN + x * step, _HEAD + y * step))
     return sheet
-
-
-def save_picture(image: Image.Image, path: Path) -> None:
-    """Write a PNG, creating its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)

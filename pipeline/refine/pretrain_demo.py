@@ -25,9 +25,10 @@ from tqdm import tqdm
 from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
 
 from pipeline.datasets.birds import describe, random_attributes, render_scene
-from pipeline.inputs.views import object_view, resize_square, to_signed
+from pipeline.inputs.views import object_view, resize_square
 from pipeline.teachers.flux import image_ids
 from pipeline.teachers.packing import pack_latents
+from pipeline.teachers.pixels import to_signed
 
 RESOLUTION = 48
 TEXT_TOKENS = 40

@@ -29,10 +29,6 @@ for _name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quant
 
 __all__ = ["PRESETS", "Teacher", "TeacherError", "TeacherOutline", "load_teacher", "outline_teacher"]
 
-# Importing diffusers imports torchao, about which both it and PyTorch have something to say to its authors each time.
-for _name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
-
 _DEMO_WEIGHTS = Path(__file__).parent / "demo_weights"
 # The configurations of gated or large repositories as published, without weights: folders of the diffusers layout.
 _PUBLISHED = Path(__file__).parent / "published"

@@ -14,13 +14,13 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from torch.nn import Module
 
-from pipeline.inputs.views import from_signed, to_signed
 from pipeline.teachers.architecture import Architecture, read_architecture
 from pipeline.teachers.base import ContextMode, Part, TapShape, TeacherError, TextEmbedding
 from pipeline.teachers.capture import capture
 from pipeline.teachers.loading import PLAIN, Loading, compile_blocks, offload_text_encoder, offload_transformer
 from pipeline.teachers.lora import attach_lora, check_made_for, save_lora
 from pipeline.teachers.packing import pack_latents, unpack_latents
+from pipeline.teachers.pixels import from_signed, to_signed
 from pipeline.teachers.quantization import pipeline_config
 from pipeline.teachers.weights import check_weights, component_digest
 

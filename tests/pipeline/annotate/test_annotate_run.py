@@ -19,7 +19,7 @@ from pipeline.annotate.run import annotate
 from pipeline.annotate.sheet import draw_sheet, plain
 from pipeline.annotate.table import read_annotations
 from pipeline.cli import app
-from pipeline.inputs.conditions import box_on_stored_pixels, decode_image, decode_with_box
+from pipeline.inputs.decoding import box_on_stored_pixels, decode_image, decode_with_box
 
 WITHOUT_MODELS = AnnotateConfig(boxes="full", captions="dataset", batch=2, save_every=2)
 

@@ -16,7 +16,8 @@ from cache_schema.format.manifest_file import load_manifest
 from cache_schema.format.samples import samples_table
 from cache_schema.writing.writer import CacheWriter
 from pipeline.build.config import BuildConfig
-from pipeline.build.run import build, describe_cache
+from pipeline.build.describe import describe_cache
+from pipeline.build.run import build
 from pipeline.curriculum import add_noise, sample_noise
 from pipeline.datasets.demo import DemoConfig, DemoDataset
 from pipeline.inputs.scan import scan

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
 from pipeline.datasets import open_dataset
-from pipeline.inputs.conditions import decode_image, decode_with_box, read_pixels
+from pipeline.inputs.conditions import read_pixels
+from pipeline.inputs.decoding import decode_image, decode_with_box
 from pipeline.inputs.scan import scan_sample
 
 

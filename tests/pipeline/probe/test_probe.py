@@ -13,8 +13,8 @@ from pipeline.build.config import BuildConfig
 from pipeline.curriculum import DEFAULT_TIMESTEPS
 from pipeline.inputs.condition_store import ConditionStore
 from pipeline.inputs.feature_source import DiffusionSource, Wanted
-from pipeline.probe.run import ProbeConfig, Score, advise, choose_samples, probe, score_all
-from pipeline.probe.scores import high_frequency_ratio, linear_accuracy, pool_cells, recall_at_1, standardise
+from pipeline.probe.run import ProbeConfig, advise, choose_samples, probe, score_all
+from pipeline.probe.scores import Score, high_frequency_ratio, linear_accuracy, pool_cells, recall_at_1, standardise
 from pipeline.teachers.base import TeacherError
 
 TINY = ProbeConfig(timesteps=(10, 28), images=12, per_class=3, batch=5)

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from cache_schema import open_cache, samples_table
 from cache_schema.errors import DitDistillError
 from pipeline.build.config import BuildConfig
-from pipeline.build.run import build, describe_cache, scan_for
+from pipeline.build.describe import describe_cache
+from pipeline.build.run import build, scan_for
 from pipeline.cli import app
 from pipeline.config import make_config
 from pipeline.inputs.conditions import read_pixels
