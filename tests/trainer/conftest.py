@@ -27,16 +27,18 @@ from cache_schema import (
     open_cache,
     plan_manifest,
 )
-from trainer.config import TrainConfig, make_config
+from trainer.config import TrainConfig
+from trainer.methods.settings import make_config
 
 SIZE, TOKENS, CHANNELS, TIMESTEPS, VIEWS = 24, 4, 6, (10, 22), ("canonical", "hflip")
 CLASSES = {"train": (0, 1, 2), "test": (10, 11), "unlabeled": (20,)}
 
 TINY = (
     "student.name=vit_tiny_patch16_224", "student.img_size=24", "student.patch_size=12", "student.depth=1",
-    "student.embed_dim=32", "student.num_heads=2", "gim.queries=3", "gim.bridge_layers=1", "batch_size=6",
-    "epochs=3", "threads=1", "device=cpu", "log_every=1",
+    "student.embed_dim=32", "student.num_heads=2", "batch_size=6", "epochs=3", "threads=1", "device=cpu",
+    "log_every=1",
 )  # fmt: skip
+TINY_GIM = ("gim.queries=3", "gim.bridge_layers=1")
 
 
 def draw_image(label: int, index: int) -> Image.Image:
@@ -148,7 +150,8 @@ def tiny_config(cache_path: Path) -> Callable[..., TrainConfig]:
     """`tiny_config("loss.alpha=2", mode="baseline")`: a run of a second, with anything changed."""
 
     def make(*settings: str, **flags: Any) -> TrainConfig:
-        return make_config("paper", [*TINY, *settings], cache=str(cache_path), **flags)
+        own = TINY_GIM if flags.get("mode", "distill") == "distill" and "method" not in flags else ()
+        return make_config("paper", [*TINY, *own, *settings], cache=str(cache_path), **flags)
 
     return make
 
@@ -156,6 +159,12 @@ def tiny_config(cache_path: Path) -> Callable[..., TrainConfig]:
 @pytest.fixture(scope="session")
 def tiny_settings() -> list[str]:
     """The same as command-line arguments."""
+    return [argument for setting in (*TINY, *TINY_GIM) for argument in ("--set", setting)]
+
+
+@pytest.fixture(scope="session")
+def tiny_baseline_settings() -> list[str]:
+    """The same for the baseline, which has no GIM."""
     return [argument for setting in TINY for argument in ("--set", setting)]
 
 

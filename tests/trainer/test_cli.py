@@ -49,11 +49,11 @@ def here(capsys, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def runs(cache_path, tiny_settings, tmp_path_factory) -> Path:
+def runs(cache_path, tiny_settings, tiny_baseline_settings, tmp_path_factory) -> Path:
     """A baseline and a distilled run of the tiny cache, in one folder."""
     folder = tmp_path_factory.mktemp("runs")
-    for mode in ("baseline", "distill"):
-        done = dit_train("run", "--cache", cache_path, "--mode", mode, "--output", folder / mode, *tiny_settings)
+    for mode, settings in (("baseline", tiny_baseline_settings), ("distill", tiny_settings)):
+        done = dit_train("run", "--cache", cache_path, "--mode", mode, "--output", folder / mode, *settings)
         assert done.returncode == 0, done.stderr
         assert "student.embed_dim = 32" in done.stdout  # the config is printed in full
         assert "6 updates" in done.stdout
@@ -163,7 +163,7 @@ def test_a_run_goes_beside_its_cache_unless_told_otherwise(here, tmp_path, monke
     (tmp_path / "runs/demo").mkdir(parents=True)
     (tmp_path / "runs/demo/cache").symlink_to(cache.root)
     printed = json.loads(here("run", "--mode", "baseline", "--print-config")[1])
-    assert printed["mode"] == "baseline"
+    assert printed["method"] == "baseline"
     assert printed["cache"] == str(cache.root)
 
 

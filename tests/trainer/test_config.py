@@ -1,7 +1,8 @@
 import pytest
 
-from trainer.config import PRESETS, TrainConfig, describe, differing_fields, load_config, make_config, save_config
+from trainer.config import PRESETS, describe, differing_fields, save_config
 from trainer.errors import TrainError
+from trainer.methods.settings import load_config, make_config
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -50,7 +51,7 @@ def test_a_bad_setting_is_answered_with_one_line_that_names_the_field(setting, m
 
 
 def test_only_fields_that_change_the_training_count_as_a_difference():
-    a = TrainConfig(cache="a", workers=0, device="cpu")
+    a = make_config("paper", cache="a", workers=0, device="cpu")
     assert differing_fields(a, a.model_copy(update={"cache": "b", "workers": 4, "device": "auto"})) == []
     assert differing_fields(a, make_config("paper", ["loss.tau=0.1", "seed=1"])) == ["loss.tau", "seed"]
 

@@ -1,8 +1,6 @@
-"""The two losses of generative curriculum distillation: DRC (the task) and CAL (the alignment)."""
+"""The head that students are trained with: DRC, classification against learnable class proxies."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +11,7 @@ def drc_loss(embeddings: Tensor, labels: Tensor, proxies: Tensor, tau: float) ->
     """DRC (task): −log softmax_m( cos(E_{D,t_p}, P_m) / τ ) at the image's class, averaged over p ∈ P.
 
     embeddings (B, P, C) or (B, C), labels (B,) in 0..M-1 or -1 for "unlabelled", proxies (M, C). Rows with
-    label -1 do not count; a batch without labels gives 0. Source: design §2, "DRC".
+    label -1 do not count; a batch without labels gives 0. Source: DiT-Distill, CVPR 2026, DRC.
     """
     if embeddings.dim() == 2:
         embeddings = embeddings.unsqueeze(1)  # (B, 1, C)
@@ -25,34 +23,6 @@ def drc_loss(embeddings: Tensor, labels: Tensor, proxies: Tensor, tau: float) ->
     cosines = F.normalize(embeddings.float(), dim=-1) @ F.normalize(proxies.float(), dim=-1).T  # (B, P, M)
     targets = labels.unsqueeze(1).expand(-1, cosines.shape[1])  # (B, P)
     return F.cross_entropy(cosines.flatten(0, 1) / tau, targets.flatten())
-
-
-def cal_loss(
-    student: Tensor,
-    injected: Tensor,
-    kind: Literal["raw", "normalized"] = "raw",
-    stop_gradient: bool = False,
-) -> Tensor:
-    """CAL (alignment): ‖E_R − E_{D,t_p}‖², averaged over the images and over p ∈ P.
-
-    student E_R (B, C), injected E_D (B, P, C). "raw" is the paper's squared Euclidean distance; "normalized"
-    takes it between L2-normalised embeddings, which is 2 − 2·cos, in 0..4, and cannot be lowered by
-    shrinking. `stop_gradient` makes E_D a fixed target. Source: design §2, "CAL".
-    """
-    student, injected = student.float(), injected.float()
-    if stop_gradient:
-        injected = injected.detach()
-    if kind == "normalized":
-        student, injected = F.normalize(student, dim=-1), F.normalize(injected, dim=-1)
-    return (student.unsqueeze(1) - injected).square().sum(-1).mean()
-
-
-def cal_ramp(update: int, total: int, warmup: float) -> float:
-    """Scale of α at 0-based `update` of `total`: linear from 0 to 1 over the first `warmup` of the run.
-
-    At the start the GIM cannot read the teacher yet, and E_R would be drawn to targets that mean nothing.
-    """
-    return min(1.0, update / (warmup * total)) if warmup else 1.0
 
 
 class ProxyClassifier(nn.Module):

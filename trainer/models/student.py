@@ -9,13 +9,14 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from cache_schema.storage.files import write_file
 from trainer.config import StudentConfig
 from trainer.errors import TrainError
-from trainer.training.checkpoint import save_weights
+from trainer.models.weights import load_weights, save_weights
+from trainer.runs import read_json
 
 FORMAT = "dit-distill/student"
 
@@ -81,7 +82,7 @@ def build_student(config: StudentConfig) -> Student:
 def save_student(student: Student, folder: Path) -> None:
     """Write `student.safetensors` (timm's parameter names) and `student.json` into `folder`."""
     save_weights(student.network.state_dict(), folder / "student.safetensors")
-    (folder / "student.json").write_text(json.dumps(student.description(), indent=2) + "\n")
+    write_file(folder / "student.json", (json.dumps(student.description(), indent=2) + "\n").encode())
 
 
 def load_student(path: Path) -> Student:
@@ -94,15 +95,16 @@ def load_student(path: Path) -> Student:
     for file in (weights, description):
         if not file.is_file():
             raise TrainError(f"{file} is missing: a trained student is student.safetensors with student.json")
-    about = json.loads(description.read_text())
+    about = read_json(description)
     if about.get("format") != FORMAT or about.get("version") != 1:
         raise TrainError(f"{description} does not describe a student of this version")
     student = _wrap(about["name"], about["kwargs"],
                     timm.create_model(about["name"], pretrained=False, num_classes=0, **about["kwargs"]),
                     about["input"])  # fmt: skip
+    tensors = load_weights(weights)
     try:
-        student.network.load_state_dict(load_file(weights))
-    except (RuntimeError, SafetensorError) as error:
+        student.network.load_state_dict(tensors)
+    except RuntimeError as error:
         raise TrainError(f"{weights} does not fit {description}: {str(error).splitlines()[0]}") from error
     return student
 

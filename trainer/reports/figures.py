@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -13,6 +15,7 @@ from matplotlib.figure import Figure
 
 from trainer.evaluation.metrics import COLUMNS
 
+LINES = ("-", "--", ":", "-.")  # the losses of one panel
 COLOURS = ("#7a8794", "#1f6feb", "#d97706", "#0f9d6c", "#a855f7", "#dc2626")
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
@@ -21,10 +24,6 @@ STYLE: dict[Any, Any] = {
     "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e8ebee", "legend.frameon": False,
     "svg.hashsalt": "dit-distill",
 }  # fmt: skip
-LOSSES = {
-    "DRC (task loss)": {"drc_student": "on E_R", "drc": "on E_D"},
-    "CAL (alignment of E_R with E_D)": {"cal": ""},
-}
 
 
 def recall_figure(scores: dict[str, dict[str, float]]) -> str:
@@ -46,17 +45,23 @@ def recall_figure(scores: dict[str, dict[str, float]]) -> str:
         return _data_uri(figure)
 
 
-def loss_figure(logs: dict[str, list[dict[str, Any]]]) -> str:
-    """Loss curves of each run by name, smoothed, over the raw values; recall during training where it was logged."""
+def loss_figure(logs: dict[str, list[dict[str, Any]]], panels: Mapping[str, Mapping[str, str]]) -> str:
+    """Loss curves of each run by name, smoothed, over the raw values; recall during training where it was logged.
+
+    `panels` are titles → {loss: what it is measured on}; where none of them was logged, the total loss is drawn.
+    """
     measured = {name: [record for record in log if "eval" in record] for name, log in logs.items()}
     followed = any(len(records) > 1 for records in measured.values())
-    panels = [title for title, parts in LOSSES.items() if any(_has(log, parts) for log in logs.values())]
+    shown = {title: parts for title, parts in panels.items() if any(_has(log, parts) for log in logs.values())}
+    if not shown:
+        shown = {"Loss": {"loss": ""}}
     with matplotlib.rc_context(STYLE):
-        count = len(panels) + followed
+        count = len(shown) + followed
         figure = Figure(figsize=(10, 3.2), layout="constrained")
         every = figure.subplots(1, count, squeeze=False)[0]
-        for axes, title in zip(every, panels, strict=False):
-            _plot_losses(axes, title, logs)
+        for axes, (title, parts) in zip(every, shown.items(), strict=False):
+            axes.set_title(title)
+            _plot_losses(axes, parts, logs)
         if followed:
             _plot_recall(every[-1], measured)
         for axes in every:
@@ -65,15 +70,13 @@ def loss_figure(logs: dict[str, list[dict[str, Any]]]) -> str:
         return _data_uri(figure)
 
 
-def _plot_losses(axes: Axes, title: str, logs: dict[str, list[dict[str, Any]]]) -> None:
-    axes.set_title(title)
+def _plot_losses(axes: Axes, parts: Mapping[str, str], logs: dict[str, list[dict[str, Any]]]) -> None:
     for i, (name, log) in enumerate(logs.items()):
-        for part, where in LOSSES[title].items():
+        for style, (part, where) in zip(cycle(LINES), parts.items(), strict=False):
             points = [(record["update"], record["losses"][part]) for record in log if part in record.get("losses", {})]
             if not points:
                 continue
             updates, values = np.array(points).T
-            style = "--" if part == "drc" else "-"
             axes.plot(updates, values, color=_colour(i), alpha=0.15, linewidth=0.8)
             label = f"{name} {where}".strip()
             axes.plot(updates, _smooth(values), style, color=_colour(i), linewidth=1.6, label=label)
@@ -89,7 +92,7 @@ def _plot_recall(axes: Axes, measured: dict[str, list[dict[str, Any]]]) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _has(log: list[dict[str, Any]], parts: dict[str, str]) -> bool:
+def _has(log: list[dict[str, Any]], parts: Mapping[str, str]) -> bool:
     return any(part in record.get("losses", {}) for record in log for part in parts)
 
 

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from trainer.evaluation.metrics import COLUMNS
+from trainer.evaluation.tables import auxiliary_about
 from trainer.reports.gallery import Group
 
 STYLE = """
@@ -97,9 +98,9 @@ def _scores_table(runs: Sequence[RunView]) -> str:
         result = run.result
         cells += f"<td>{result['student_updates']:,}</td><td>{result['images_seen']:,}</td>"
         rows.append(f"<tr><td>{escape(run.name)}</td>{cells}<td>{result['seconds']:,.0f} s</td></tr>")
-        for mask, by_timestep in (run.scores["auxiliary"] or {}).items():
+        for kind, by_timestep in (run.scores["auxiliary"] or {}).items():
             cells = "".join(f"<td>{_percent(by_timestep['mean'][metric])}</td>" for metric in COLUMNS)
-            name = f"teacher as auxiliary at test time (E_D, E_R {mask})"
+            name = escape(f"teacher as auxiliary at test time ({auxiliary_about(run.scores, kind)})")
             rows.append(f'<tr class="auxiliary"><td>{name}</td>{cells}<td></td><td></td><td></td></tr>')
     return f"<table><thead><tr><th>percent</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
@@ -134,19 +135,24 @@ def _group(group: Group, page: Page) -> str:
 
 def _config_table(runs: Sequence[RunView]) -> str:
     fields = list(dict.fromkeys(name for run in runs for name in run.config))
-    differing = [name for name in fields if len({str(run.config.get(name)) for run in runs}) > 1]
+    differing = [name for name in fields if len({_setting(run, name) for run in runs}) > 1]
     head = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
     rows = "".join(
         f"<tr><td>{escape(name)}</td>"
-        + "".join(f"<td>{escape(str(run.config.get(name)))}</td>" for run in runs)
+        + "".join(f"<td>{escape(_setting(run, name))}</td>" for run in runs)
         + "</tr>"
         for name in differing
     )
-    same = "\n".join(f"{name} = {runs[0].config[name]}" for name in fields if name not in differing)
+    same = "\n".join(f"{name} = {_setting(runs[0], name)}" for name in fields if name not in differing)
     table = f"<table><thead><tr><th>where the runs differ</th>{head}</tr></thead><tbody>{rows}</tbody></table>"
     shared = "All fields" if len(runs) == 1 else "Fields that all runs share"
     details = f"<details><summary>{shared}</summary><pre>{escape(same)}</pre></details>"
     return (table if differing else "") + details
+
+
+def _setting(run: RunView, name: str) -> str:
+    """A field's value as text; another method may not have the field."""
+    return str(run.config.get(name, "–"))
 
 
 def _mark(best: bool) -> str:

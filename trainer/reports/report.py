@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,16 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.config import TrainConfig, flatten, load_config
+from cache_schema.storage.files import write_file
+from trainer.config import TrainConfig, flatten
 from trainer.errors import TrainError
-from trainer.evaluation.evaluate import embed_students, evaluate_run, format_table, open_test_split
+from trainer.evaluation.embed import embed_students, open_test_split
+from trainer.evaluation.evaluate import evaluate_run
 from trainer.evaluation.metrics import COLUMNS
+from trainer.evaluation.tables import auxiliary_about, format_table
+from trainer.methods.registry import find_method
+from trainer.methods.settings import load_config
+from trainer.methods.trained import load_trained
 from trainer.models.student import load_student
 from trainer.reports.figures import loss_figure, recall_figure
 from trainer.reports.gallery import make_gallery, thumbnails
 from trainer.reports.page import Page, RunView, render_page
-from trainer.training.logs import read_metrics
-from trainer.training.run_folder import load_result, write_json
+from trainer.runs import CONFIG, LOG, SCORES, load_result, read_json, read_metrics
+from trainer.training.run_folder import write_json
 
 if TYPE_CHECKING:
     from cache_schema import Cache
@@ -47,9 +52,9 @@ def load_runs(paths: Sequence[Path], cache: Cache, device: torch.device) -> list
             raise TrainError(f"{path} was trained on cache {result['cache_id'][:8]}, not on {cache.manifest.label}")
         scores = _stored_scores(path, cache)
         if scores is None:
-            scores = evaluate_run(path, cache, device)[0]
-            write_json(path / "eval.json", scores)
-        runs.append(FinishedRun(path, name, load_config(path / "config.json"), result, scores))
+            scores = evaluate_run(path, cache, device, load_trained)[0]
+            write_json(path / SCORES, scores)
+        runs.append(FinishedRun(path, name, load_config(path / CONFIG), result, scores))
     return runs
 
 
@@ -63,7 +68,7 @@ def write_report(
     """
     folder.mkdir(parents=True, exist_ok=True)
     page = render_page(_make_page(runs, cache, device))
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    write_file(folder / "report.html", page.encode())
     seconds = sum(run.result["seconds"] for run in runs) if started is None else time.time() - started
     summary = summarise(runs, cache.manifest.cache_id, seconds)
     write_json(folder / "summary.json", summary)
@@ -87,19 +92,19 @@ def summarise(runs: Sequence[FinishedRun], cache_id: str, seconds: float) -> dic
         auxiliary = [run.scores["auxiliary"] for run in same if run.scores["auxiliary"]]
         if auxiliary:
             summary[mode]["auxiliary"] = {
-                mask: {metric: fmean(scores[mask]["mean"][metric] for scores in auxiliary) for metric in COLUMNS}
-                for mask in auxiliary[0]
+                name: {metric: fmean(scores[name]["mean"][metric] for scores in auxiliary) for metric in COLUMNS}
+                for name in auxiliary[0]
             }
     return summary
 
 
 def format_runs(runs: Sequence[FinishedRun]) -> str:
-    """The table a person reads: a line per run, percent, and E_D's where it was measured."""
+    """The table a person reads: a line per run, percent, and the auxiliary embeddings' where they were measured."""
     lines = {}
     for run in runs:
         lines[run.name] = run.scores["student"]
-        for mask, by_timestep in (run.scores["auxiliary"] or {}).items():
-            lines[f"  with the teacher at test time, E_R {mask}"] = by_timestep["mean"]
+        for name, by_timestep in (run.scores["auxiliary"] or {}).items():
+            lines[f"  with the teacher at test time, {auxiliary_about(run.scores, name)}"] = by_timestep["mean"]
     return format_table(lines)
 
 
@@ -122,26 +127,35 @@ def _make_page(runs: Sequence[FinishedRun], cache: Cache, device: torch.device) 
         ),
         runs=[RunView(run.name, run.result, run.scores, flatten(run.config.model_dump())) for run in runs],
         recall_figure=recall_figure({run.name: run.scores["student"] for run in runs}),
-        loss_figure=loss_figure({run.name: _log(run) for run in runs}),
+        loss_figure=loss_figure({run.name: _log(run) for run in runs}, _loss_panels(runs)),
         gallery=gallery,
         images=thumbnails(cache, shown),
         classes={row: names[row].as_py() for row in shown},
     )
 
 
+def _loss_panels(runs: Sequence[FinishedRun]) -> dict[str, dict[str, str]]:
+    """The losses of each figure, as the runs' methods group them: title → {loss: what it is measured on}."""
+    panels: dict[str, dict[str, str]] = {}
+    for method in dict.fromkeys(run.config.method for run in runs):
+        for title, losses in find_method(method).loss_figures.items():
+            panels[title] = {**panels.get(title, {}), **losses}
+    return panels
+
+
 def _log(run: FinishedRun) -> list[dict[str, Any]]:
     """The run's log with its final scores as the last evaluation."""
     final = {"update": run.result["student_updates"], "eval": run.scores}
-    return [*read_metrics(run.path / "metrics.jsonl"), final]
+    return [*read_metrics(run.path / LOG), final]
 
 
 def _stored_scores(path: Path, cache: Cache) -> dict[str, Any] | None:
     """The run's eval.json, if it is of this cache."""
-    file = path / "eval.json"
+    file = path / SCORES
     if not file.is_file():
         return None
-    scores = json.loads(file.read_text())
-    return scores if scores["cache_id"] == cache.manifest.cache_id else None
+    scores = read_json(file)
+    return scores if scores.get("cache_id") == cache.manifest.cache_id else None
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

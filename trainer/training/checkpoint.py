@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from trainer.errors import TrainError
+from trainer.models.weights import load_weights, save_weights
 
 FOLDER = "checkpoints"
 
@@ -25,6 +25,7 @@ class Progress:
     update: int  # updates done
     seconds: float  # training time so far
     cache_id: str
+    other_caches: dict[str, str] = field(default_factory=dict)  # ids of further caches, by what is read from them
 
 
 def save_checkpoint(run: Path, modules: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
@@ -58,10 +59,10 @@ def load_checkpoint(
 ) -> Progress:
     """Restore modules and optimiser in place; raises TrainError when the files do not fit the run."""
     try:
-        modules.load_state_dict(load_file(folder / "weights.safetensors", device=str(device)))
+        modules.load_state_dict(load_weights(folder / "weights.safetensors", str(device)))
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
         return Progress(**json.loads((folder / "progress.json").read_text()))
-    except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError, EOFError, UnpicklingError, TrainError) as error:
         raise TrainError(
             f"cannot resume from {folder}: {str(error).splitlines()[0]}; start anew with --overwrite"
         ) from error
@@ -70,11 +71,6 @@ def load_checkpoint(
 def remove_checkpoints(run: Path) -> None:
     """Remove the checkpoints of a finished run."""
     shutil.rmtree(run / FOLDER, ignore_errors=True)
-
-
-def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors."""
-    save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, path, {"format": "pt"})
 
 
 def _sync(path: Path) -> None:

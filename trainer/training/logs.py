@@ -7,14 +7,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from cache_schema.storage.files import write_file
+from trainer.runs import read_metrics
+
 
 class MetricsLog:
     """Appends records to `metrics.jsonl`, after dropping those past `keep`, the update a run continues from."""
 
     def __init__(self, path: Path, keep: int = 0):
         kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["update"] <= keep]
-        path.write_text("".join(kept))
-        self._file = path.open("a")
+        write_file(path, "".join(kept).encode())
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, **record: Any) -> None:
         """Append one record; flushed so that a run can be followed with `tail -f`."""
@@ -26,19 +29,6 @@ class MetricsLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._file.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a log, in order; a line cut short by a crash ends it."""
-    records: list[dict[str, Any]] = []
-    if not path.is_file():
-        return records
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
 
 
 def mean_losses(records: list[dict[str, Any]], after: int) -> dict[str, float]:

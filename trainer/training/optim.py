@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 
 from trainer.config import OptimConfig
-from trainer.methods.objective import Objective
+from trainer.methods.method import ParameterGroup
 
 
-def make_optimizer(objective: Objective, config: OptimConfig) -> torch.optim.Optimizer:
-    """Adam over student, GIM and proxies, each group with its multiple of the learning rate (`lr_scale`)."""
-    scales = {"student": 1.0, "gim": config.gim_lr_scale, "drc": config.proxy_lr_scale}
-    groups = []
-    for part, scale in {**scales, "drc_student": config.proxy_lr_scale}.items():
-        module = getattr(objective, part, None)
-        if module is not None:
-            groups.append({"params": list(module.parameters()), "lr": config.lr * scale, "lr_scale": scale})
+def make_optimizer(groups: Iterable[ParameterGroup], config: OptimConfig) -> torch.optim.Optimizer:
+    """Adam over a method's parameters, each group with its multiple of the learning rate and its weight decay."""
+    given = [
+        {
+            "params": group.parameters,
+            "lr": config.lr * group.lr_scale,
+            "lr_scale": group.lr_scale,
+            "weight_decay": config.weight_decay if group.decay else 0.0,
+        }
+        for group in groups
+    ]
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
-    return kind(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    return kind(given, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
 def learning_rate(update: int, total: int, config: OptimConfig) -> float:

@@ -5,31 +5,26 @@ import pytest
 import torch
 
 from cache_schema.errors import DitDistillError
-from trainer.data.batches import (
-    Batch,
-    TrainingBatches,
-    choose_timesteps,
-    choose_views,
-    iterate,
-    jitter_color,
-    select_split,
-    token_shape,
-)
+from trainer.data.augmentation import jitter_color
+from trainer.data.batches import Batch, TrainingBatches, iterate
+from trainer.data.features import choose_timesteps, choose_views, token_shape
 from trainer.data.images import ImageStore
+from trainer.data.splits import select_split
 from trainer.errors import TrainError
+from trainer.methods.gcd.method import TEACHER
+from trainer.methods.registry import find_method
 
 SIZE, ROW, VIEW, TIMESTEP = 24, 0, 1, 2  # the synthetic features say their row, view and timestep in channels 0 to 2
 
 
 def batches_of(cache, config) -> TrainingBatches:
-    return TrainingBatches(cache, config, SIZE)
+    return TrainingBatches(cache, config, SIZE, find_method(config.method).needs(config))
 
 
 def same(a: Batch, b: Batch) -> bool:
     a, b = a.to(torch.device("cpu")), b.to(torch.device("cpu"))
-    assert a.tokens is not None
-    assert b.tokens is not None
-    return all(torch.equal(x, y) for x, y in ((a.images, b.images), (a.labels, b.labels), (a.tokens, b.tokens)))
+    pairs = ((a.images, b.images), (a.labels, b.labels), (a.features[TEACHER], b.features[TEACHER]))
+    return all(torch.equal(x, y) for x, y in pairs)
 
 
 def test_images_and_features_of_a_batch_are_of_the_same_rows_in_the_same_view(cache, tiny_config):
@@ -38,7 +33,7 @@ def test_images_and_features_of_a_batch_are_of_the_same_rows_in_the_same_view(ca
     seen = set()
     for update in range(batches.per_epoch * 3):
         batch = batches[update].to(torch.device("cpu"))
-        for image, label, tokens in zip(batch.images, batch.labels, batch.tokens, strict=True):
+        for image, label, tokens in zip(batch.images, batch.labels, batch.features[TEACHER], strict=True):
             row, view = int(tokens[0, 0, ROW]), int(tokens[0, 0, VIEW])
             stored = canonical.load([row])[0]
             assert torch.equal(image, stored.flip(-1) if view else stored)
@@ -48,29 +43,29 @@ def test_images_and_features_of_a_batch_are_of_the_same_rows_in_the_same_view(ca
 
 
 def test_only_the_timesteps_asked_for_are_read(cache, tiny_config):
-    tokens = batches_of(cache, tiny_config("timesteps=22"))[0].to(torch.device("cpu")).tokens
+    tokens = batches_of(cache, tiny_config("timesteps=22"))[0].to(torch.device("cpu")).features[TEACHER]
     assert tokens.shape == (6, 1, 4, 6)
     assert tokens[..., TIMESTEP].unique().tolist() == [22]
 
 
 def test_the_baseline_sees_the_very_images_of_the_distilled_run_and_no_features(cache, tiny_config):
     for extra in ((), ("unlabeled_per_batch=2",)):
-        baseline = batches_of(cache, tiny_config(*extra, mode="baseline"))
+        baseline = batches_of(cache, tiny_config(mode="baseline"))
         distill = batches_of(cache, tiny_config(*extra, mode="distill"))
         for update in range(4):
             a, b = baseline[update], distill[update]
-            assert a.features is None
+            assert not a.encoded
             assert torch.equal(a.images, b.images[:6])
             assert torch.equal(a.labels, b.labels[:6])
 
 
 def test_unlabelled_rows_come_after_the_labelled_ones_with_features_and_no_label(cache, tiny_config):
     batch = batches_of(cache, tiny_config("unlabeled_per_batch=2"))[0].to(torch.device("cpu"))
-    assert batch.images.shape[0] == batch.tokens.shape[0] == 8
+    assert batch.images.shape[0] == batch.features[TEACHER].shape[0] == 8
     assert (batch.labels[:6] >= 0).all()
     assert batch.labels[6:].tolist() == [-1, -1]
     splits = cache.samples["split"].to_pylist()
-    assert {splits[int(row)] for row in batch.tokens[6:, 0, 0, ROW]} == {"unlabeled"}
+    assert {splits[int(row)] for row in batch.features[TEACHER][6:, 0, 0, ROW]} == {"unlabeled"}
 
 
 def test_labels_of_the_train_split_become_0_to_m_minus_1(cache):
@@ -146,3 +141,9 @@ def test_a_cache_without_unlabelled_features_says_so(make_cache, tiny_config):
     cache = make_cache(feature_splits=("train",))
     with pytest.raises(TrainError, match="no unlabeled rows with features"):
         batches_of(cache, tiny_config("unlabeled_per_batch=2"))
+
+
+def test_rows_without_features_are_kept_out_only_where_features_are_needed(make_cache):
+    cache = make_cache(feature_splits=("train",))
+    assert len(select_split(cache, "test", need_features=False).rows) == 10
+    assert len(select_split(cache, "test", need_features=True).rows) == 0

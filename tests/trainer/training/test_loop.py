@@ -10,12 +10,12 @@ from cache_schema import open_cache
 from cache_schema.care.convert import convert
 from trainer.config import OptimConfig
 from trainer.errors import TrainError
+from trainer.runs import load_result, read_metrics
 from trainer.training import loop
 from trainer.training.checkpoint import latest_checkpoint, load_checkpoint
-from trainer.training.logs import read_metrics
 from trainer.training.loop import train
 from trainer.training.optim import learning_rate
-from trainer.training.run_folder import load_result, prepare_run
+from trainer.training.run_folder import prepare_run
 
 # Everything that draws random numbers while training is switched on.
 RANDOM = (
@@ -25,6 +25,7 @@ RANDOM = (
     "unlabeled_per_batch=1",
     "optim.warmup=0.2",
 )
+BASELINE_RANDOM = ("augment=color", "student.drop_path_rate=0.2", "optim.warmup=0.2")
 
 
 def weights(run):
@@ -73,14 +74,14 @@ def test_one_seed_gives_one_student_and_another_seed_another(run_of, tiny_config
 def test_an_interrupted_run_resumes_to_the_very_same_end(
     run_of, tiny_config, cache, tmp_path, monkeypatch, mode, number
 ):
-    config = tiny_config(*RANDOM, mode=mode)
+    config = tiny_config(*(BASELINE_RANDOM if mode == "baseline" else RANDOM), mode=mode)
     whole = run_of(config, "whole")
     step = loop.train_step
 
-    def step_and_signal(objective, optimizer, batch, rate, config, update, ramp):
-        if update == 2:  # in the middle of an epoch, in the middle of an update
+    def step_and_signal(method, optimizer, batch, rate, config, moment):
+        if moment.update == 2:  # in the middle of an epoch, in the middle of an update
             os.kill(os.getpid(), number)
-        return step(objective, optimizer, batch, rate, config, update, ramp)
+        return step(method, optimizer, batch, rate, config, moment)
 
     monkeypatch.setattr(loop, "train_step", step_and_signal)
     run = tmp_path / "interrupted"
@@ -101,10 +102,10 @@ def test_a_run_that_died_resumes_from_its_last_epoch_to_the_very_same_end(
     whole = run_of(config, "whole")
     step = loop.train_step
 
-    def step_and_die(objective, optimizer, batch, rate, config, update, ramp):
-        if update == 5:
+    def step_and_die(method, optimizer, batch, rate, config, moment):
+        if moment.update == 5:
             raise MemoryError
-        return step(objective, optimizer, batch, rate, config, update, ramp)
+        return step(method, optimizer, batch, rate, config, moment)
 
     monkeypatch.setattr(loop, "train_step", step_and_die)
     run = tmp_path / "died"
@@ -122,7 +123,7 @@ def test_evaluating_during_training_changes_nothing_but_the_log(run_of, tiny_con
     assert weights(plain) == weights(watched)
     measured = [record for record in read_metrics(watched / "metrics.jsonl") if "eval" in record]
     assert [record["epoch"] for record in measured] == [1, 2]
-    assert set(measured[0]["eval"]) == {"student", "auxiliary"}
+    assert set(measured[0]["eval"]) == {"student", "auxiliary", "auxiliary_names"}
 
 
 def test_worker_processes_do_not_change_the_result(run_of, tiny_config):

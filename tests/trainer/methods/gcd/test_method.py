@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from trainer.data.batches import TrainingBatches
-from trainer.methods.objective import DistillObjective, build_objective
-from trainer.models.heads import cal_loss, drc_loss
+from trainer.methods.gcd.cal import cal_loss
+from trainer.methods.gcd.method import TEACHER, Gcd
+from trainer.methods.registry import find_method
+from trainer.models.heads import drc_loss
 from trainer.models.student import build_student
 
 
@@ -12,8 +14,10 @@ def build(cache, tiny_config):
     def make(*settings, mode="distill"):
         config = tiny_config(*settings, mode=mode)
         torch.manual_seed(config.seed)
-        batches = TrainingBatches(cache, config, 24)
-        objective = build_objective(config, build_student(config.student), batches.classes, batches.token_shape)
+        kind = find_method(config.method)
+        batches = TrainingBatches(cache, config, 24, kind.needs(config))
+        shapes = {name: source.shape for name, source in batches.sources.items()}
+        objective = kind(config, build_student(config.student), batches.classes, shapes)
         return objective.train(), batches[0].to(torch.device("cpu"))
 
     return make
@@ -24,14 +28,14 @@ def test_the_baseline_is_drc_on_the_student_alone(build):
     losses = objective(batch)
     expected = drc_loss(objective.student(batch.images), batch.labels, objective.drc.proxies, 0.05)
     assert torch.equal(losses["loss"], expected)
-    assert objective.gim is None
+    assert batch.features == {}
 
 
 def test_distillation_adds_alpha_times_cal_to_drc_on_the_injected_embedding(build):
     objective, batch = build("loss.alpha=3")
     losses = objective(batch)
     student = objective.student(batch.images)
-    injected = objective.gim(student, batch.tokens, masked=False)
+    injected = objective.gim(student, batch.features[TEACHER], masked=False)
     drc = drc_loss(injected, batch.labels, objective.drc.proxies, 0.05)
     cal = cal_loss(student, injected)
     torch.testing.assert_close(losses["drc"], drc)
@@ -53,7 +57,9 @@ def test_cal_can_aim_at_another_mask_than_the_one_trained_with(build, target, ma
     torch.manual_seed(0)
     losses = objective(batch)
     student = objective.student(batch.images)
-    torch.testing.assert_close(losses["cal"], cal_loss(student, objective.gim(student, batch.tokens, masked)))
+    torch.testing.assert_close(
+        losses["cal"], cal_loss(student, objective.gim(student, batch.features[TEACHER], masked))
+    )
 
 
 def test_unlabelled_rows_change_cal_but_not_drc(build):
@@ -74,7 +80,7 @@ def test_cal_alone_teaches_the_student_and_the_gim_only_without_stop_gradient(bu
 
 def test_both_modes_of_one_seed_start_from_the_same_student_and_proxies(build):
     baseline, distill = build(mode="baseline")[0], build()[0]
-    assert isinstance(distill, DistillObjective)
+    assert isinstance(distill, Gcd)
     for name, value in baseline.state_dict().items():
         assert torch.equal(value, distill.state_dict()[name])
 

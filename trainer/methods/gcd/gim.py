@@ -5,12 +5,14 @@ Shapes: B images, P curriculum timesteps, L teacher tokens of C_t channels, k qu
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.config import GimConfig
 from trainer.errors import TrainError
+from trainer.methods.gcd.config import GimConfig
 
 
 class Attention(nn.Module):
@@ -87,15 +89,27 @@ class TokenEncoder(nn.Module):
         # The context of every bridging layer is the same, so it is normalised once, here.
         self.out_norm = nn.LayerNorm(dim)
 
-    def fit(self, tokens: Tensor) -> None:
-        """Measure per-timestep channel statistics on a sample (B, P, L, C_t); only for "standardize".
+    def fit(self, samples: Iterable[Tensor]) -> None:
+        """Measure per-timestep channel statistics over samples (B, P, L, C_t), one at a time; only for "standardize".
 
         A DiT's hidden states carry a few huge channels, which alone decide a LayerNorm's scale.
         """
-        if self.standardize:
-            sample = tokens.float().transpose(0, 1).flatten(1, 2)  # (P, B*L, C_t)
-            self.shift.copy_(sample.mean(1, keepdim=True))
-            self.scale.copy_(sample.std(1, keepdim=True).clamp_min(1e-6).reciprocal())
+        if not self.standardize:
+            return
+        count, mean, squares = 0, torch.zeros_like(self.shift, dtype=torch.float64), None
+        for tokens in samples:  # Chan's update of mean and squared deviations: no sum of squares to cancel
+            sample = tokens.double().transpose(0, 1).flatten(1, 2)  # (P, B*L, C_t)
+            n, own = sample.shape[1], sample.mean(1, keepdim=True)  # (P, 1, C_t)
+            deviations = (sample - own).square().sum(1, keepdim=True)
+            step = own - mean
+            squares = (
+                deviations if squares is None else squares + deviations + step.square() * (count * n / (count + n))
+            )
+            mean = mean + step * (n / (count + n))
+            count += n
+        if squares is not None and count > 1:
+            self.shift.copy_(mean)
+            self.scale.copy_((squares / (count - 1)).sqrt().clamp_min(1e-6).reciprocal())
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, P, L, C_t) -> (B, P, L, C)."""
@@ -109,7 +123,10 @@ class TokenEncoder(nn.Module):
 
 
 class GenerativeInjectionModule(nn.Module):
-    """E_D,t = first token of E_f([E_R ; E_b(E_Q, E_O,t)]), for all P timesteps in one call (design §2, GCD)."""
+    """E_D,t = first token of E_f([E_R ; E_b(E_Q, E_O,t)]), for all P timesteps in one call.
+
+    Source: DiT-Distill, CVPR 2026, GIM.
+    """
 
     def __init__(self, tokens: int, channels: int, dim: int, timesteps: int, config: GimConfig):
         """`tokens` L and `channels` C_t are the tap's, `dim` C the student's, `timesteps` their number P."""

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from trainer.config import GimConfig
 from trainer.errors import TrainError
-from trainer.methods.gim import GenerativeInjectionModule
+from trainer.methods.gcd.config import GimConfig
+from trainer.methods.gcd.gim import GenerativeInjectionModule
 
 B, P, L, CT, C = 3, 2, 5, 7, 16
 
@@ -111,7 +111,7 @@ def test_gradients_reach_the_student_unless_it_is_detached(inputs):
 def test_standardizing_takes_each_channel_of_each_timestep_to_zero_mean_and_unit_scale(inputs):
     tokens = inputs[1] * torch.arange(1, CT + 1) ** 3 + 50
     gim = make_gim(token_norm="standardize")
-    gim.tokens.fit(tokens)
+    gim.tokens.fit([tokens[:1], tokens[1:]])
     scaled = (tokens - gim.tokens.shift) * gim.tokens.scale
     torch.testing.assert_close(scaled.mean((0, 2)), torch.zeros(P, CT), atol=1e-4, rtol=0)
     torch.testing.assert_close(scaled.transpose(0, 1).flatten(1, 2).std(1), torch.ones(P, CT))

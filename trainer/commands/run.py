@@ -1,0 +1,130 @@
+"""`dit-train run`: train a student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trainer.commands.opening import open_for
+
+if TYPE_CHECKING:
+    from trainer.config import TrainConfig
+
+DEFAULT_CACHE = Path("runs/demo/cache")
+
+
+def run(
+    output: Annotated[
+        Path | None, typer.Option(help="Directory of the run; default: beside the cache, named by the mode.")
+    ] = None,
+    cache: Annotated[str | None, typer.Option(help="Teacher cache to train from; default runs/demo/cache.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="gcd (DiT-Distill, default), baseline, or another method by name.")
+    ] = None,
+    mode: Annotated[str | None, typer.Option(help="The same: distill (gcd) or baseline.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="paper, small or demo; default: demo for the demo data set, else paper.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the labelled images.")] = None,
+    updates: Annotated[int | None, typer.Option(help="Student updates, instead of epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Labelled images per update.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Weight of CAL.")] = None,
+    tau: Annotated[float | None, typer.Option(help="Temperature of DRC.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The one seed of the run.")] = None,
+    timesteps: Annotated[str | None, typer.Option(help="Curriculum timesteps, e.g. 22,28; all by default.")] = None,
+    tap: Annotated[str | None, typer.Option(help="Teacher features to read, e.g. hidden.")] = None,
+    student: Annotated[str | None, typer.Option(help="Student network, by timm name.")] = None,
+    pretrained: Annotated[bool | None, typer.Option("--pretrained", help="Start from timm's weights.")] = None,
+    student_weights: Annotated[str | None, typer.Option(help="Start from this safetensors file.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto (default), cpu, cuda, cuda:1, …")] = None,
+    workers: Annotated[int | None, typer.Option(help="Loader processes; 0: one thread.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Any field, e.g. student.depth=4; repeatable."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run, exactly.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output directory.")] = False,
+    allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Accept an unsealed cache.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the run's config and stop.")] = False,
+) -> None:
+    """Train a student by a method: distilled from the cache's features (gcd), or alone (baseline)."""
+    flags = {
+        "cache": cache, "method": method, "mode": mode, "epochs": epochs, "updates": updates,
+        "batch_size": batch_size, "seed": seed,
+        "timesteps": timesteps, "tap": tap, "device": device, "workers": workers, "optim__lr": lr,
+        "loss__alpha": alpha, "loss__tau": tau, "student__name": student, "student__pretrained": pretrained,
+        "student__weights": student_weights,
+    }  # fmt: skip
+    output = output or _default_output(cache, mode, method)
+    config = _config_of_run(output, preset, settings or [], flags, resume)
+    if print_config:
+        typer.echo(config.model_dump_json(indent=2))
+        return
+    _train(config, output, resume, overwrite, allow_partial)
+
+
+def _default_output(cache: str | None, mode: str | None, method: str | None) -> Path:
+    from trainer.methods.registry import DEFAULT, mode_name
+
+    return Path(cache or DEFAULT_CACHE).resolve().parent / (mode or mode_name(method or DEFAULT))
+
+
+def _preset_for(cache: str) -> str:
+    """The demo's cache asks for the demo's small student; whatever is wrong with a cache is said when it is opened."""
+    import json
+
+    try:
+        name = json.loads((Path(cache) / "manifest.json").read_text(encoding="utf-8"))["dataset"]["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "paper"
+    return "demo" if name == "demo" else "paper"
+
+
+def _config_of_run(
+    output: Path, preset: str | None, settings: list[str], flags: dict[str, Any], resume: bool
+) -> TrainConfig:
+    """The config asked for; a bare `--resume` takes the one the run was started with."""
+    from trainer.config import TrainConfig, free_on_resume
+    from trainer.methods.settings import load_config, make_config
+    from trainer.runs import CONFIG
+
+    started = output / CONFIG
+    before = load_config(started) if resume and started.is_file() else None
+    free = {name: value for name, value in flags.items() if name in free_on_resume(TrainConfig) and value is not None}
+    asked = preset or settings or any(value is not None for name, value in flags.items() if name not in free)
+    if before is not None and not asked:
+        config = before.model_copy(update=free)
+    else:
+        cache = flags["cache"] or (before.cache if before else str(DEFAULT_CACHE))
+        config = make_config(preset or _preset_for(cache), settings, **{**flags, "cache": cache})
+    if config.cache and "://" not in config.cache:
+        config = config.model_copy(update={"cache": str(Path(config.cache).resolve())})
+    return config
+
+
+def _train(config: TrainConfig, output: Path, resume: bool, overwrite: bool, allow_partial: bool) -> None:
+    from cache_schema import CacheNotFound
+    from trainer.config import describe
+    from trainer.errors import TrainError
+    from trainer.runs import is_finished, load_result
+    from trainer.training.run_folder import check_run
+
+    check_run(output, config, resume, overwrite)
+    if is_finished(output) and not overwrite:
+        result = load_result(output)
+        typer.echo(f"{output} is finished already: {result['student_updates']} updates")
+        return
+    try:
+        cache = open_for(config.cache, allow_partial, config.verify_reads)
+    except CacheNotFound as error:
+        raise TrainError(f"{error}; make one with dit-cache build, or name one with --cache") from None
+    typer.echo(f"cache {cache.manifest.label}: {len(cache)} rows with features\n{describe(config)}")
+
+    from trainer.training.loop import train
+
+    result = train(config, cache, output, resume=resume, overwrite=overwrite)
+    losses = ", ".join(f"{name} {value:.4f}" for name, value in result["final_losses"].items())
+    typer.echo(f"{output}: {result['student_updates']} updates in {result['seconds']:.0f} s; last epoch: {losses}")

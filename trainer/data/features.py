@@ -1,0 +1,155 @@
+"""The teacher features that a method needs, from one cache or several, for the samples of the run's own cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainer.errors import TrainError
+
+if TYPE_CHECKING:
+    from cache_schema import Cache
+
+PAIRED_VIEWS = ("canonical", "hflip")  # the views whose student image can be made from the stored one
+
+
+@dataclass(frozen=True)
+class FeatureNeed:
+    """One tap at some timesteps (None: all that there are), of the run's own cache or of another (path or URL)."""
+
+    tap: str
+    timesteps: tuple[int, ...] | None = None
+    cache: str | None = None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method reads beside labelled images: features by a name of its choice, unlabelled rows per batch."""
+
+    features: Mapping[str, FeatureNeed] = field(default_factory=dict)
+    unlabelled: int = 0
+
+
+@dataclass(frozen=True)
+class FeatureShape:
+    """A need as a cache meets it: features are (N, P, L, C_t) with P = len(timesteps)."""
+
+    timesteps: tuple[int, ...]
+    tokens: int  # L
+    channels: int  # C_t
+
+
+class FeatureSource:
+    """The features of one need, asked for by the rows of the run's own cache.
+
+    Another cache may hold its samples in another order, and others beside them: a sample is the same where its id and
+    the SHA-256 of its file are, or, where the id is not there, where the SHA-256 alone is.
+    """
+
+    def __init__(self, own: Cache, cache: Cache, need: FeatureNeed):
+        self.cache, self.tap = cache, need.tap
+        timesteps = choose_timesteps(cache, need.timesteps)
+        _, tokens, channels = token_shape(cache, need.tap, timesteps)
+        self.shape = FeatureShape(timesteps, tokens, channels)
+        self._row_of = None if cache is own else _match(own, cache)
+
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """Rows of this source's cache for rows of the run's own, -1 where the sample is not there."""
+        return rows if self._row_of is None else self._row_of[rows]
+
+    def has_features(self, rows: np.ndarray) -> np.ndarray:
+        """Which of the rows have features here: (n,) bool."""
+        return np.array([row >= 0 and self.cache.has_features(int(row)) for row in self.rows(rows)], dtype=bool)
+
+    def require(self, own: Cache, rows: np.ndarray) -> None:
+        """Raise TrainError, with an example, where rows of the run's own cache have no features here."""
+        lacking = rows[~self.has_features(rows)]
+        if len(lacking):
+            example = own.samples["id"][int(lacking[0])].as_py()
+            raise TrainError(
+                f"{_name(self.cache)} lacks features of {len(lacking)} of the {len(rows)} samples of "
+                f"{own.manifest.label} that are trained on, for example {example!r}; build them there as well"
+            )
+
+
+def open_sources(own: Cache, needs: Needs, verify: bool = True) -> dict[str, FeatureSource]:
+    """Open all that a method needs, by its names; raises TrainError that says what a cache lacks."""
+    from cache_schema import open_cache
+
+    opened: dict[str | None, Cache] = {None: own}
+    for need in needs.features.values():
+        if need.cache not in opened:
+            opened[need.cache] = open_cache(str(need.cache), verify=verify)
+    return {name: FeatureSource(own, opened[need.cache], need) for name, need in needs.features.items()}
+
+
+def choose_timesteps(cache: Cache, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The run's timesteps: those asked for, or all; raises TrainError that says what the cache has."""
+    have = tuple(cache.manifest.curriculum.timesteps)
+    lacking = [t for t in wanted or () if t not in have]
+    if lacking:
+        raise TrainError(f"{_name(cache)} lacks timestep {_list(lacking)} (has {_list(have)})")
+    return tuple(wanted) if wanted else have
+
+
+def choose_views(cache: Cache, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The run's views: those asked for, or all that can be paired; raises TrainError that says what there is."""
+    have = tuple(cache.manifest.views)
+    lacking = [view for view in wanted or () if view not in have]
+    if lacking:
+        raise TrainError(f"{_name(cache)} lacks view {_list(lacking)} (has {_list(have)})")
+    unpaired = [view for view in wanted or () if view not in PAIRED_VIEWS]
+    if unpaired:
+        raise TrainError(f"view {_list(unpaired)} cannot be paired with a student image; use {_list(PAIRED_VIEWS)}")
+    views = tuple(wanted) if wanted else tuple(view for view in have if view in PAIRED_VIEWS)
+    if not views:
+        raise TrainError(f"{_name(cache)} has no view to train on (has {_list(have)})")
+    return views
+
+
+def shared_views(own: Cache, sources: Mapping[str, FeatureSource], wanted: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Views that every cache of the run has; raises TrainError for one asked for that is not everywhere."""
+    views = choose_views(own, wanted)
+    for source in sources.values():
+        offered = choose_views(source.cache, wanted)
+        views = tuple(view for view in views if view in offered)
+        if not views:
+            raise TrainError(f"{_name(source.cache)} and {_name(own)} have no view in common")
+    return views
+
+
+def token_shape(cache: Cache, tap: str, timesteps: tuple[int, ...]) -> tuple[int, int, int]:
+    """(P, L, C_t) of a tap; raises TrainError that says which taps the cache has."""
+    taps = {info.name: info for info in cache.manifest.taps}
+    if tap not in taps:
+        raise TrainError(f"{_name(cache)} lacks tap {tap} (has {_list(taps)})")
+    return len(timesteps), taps[tap].tokens, taps[tap].channels
+
+
+def _match(own: Cache, other: Cache) -> np.ndarray:
+    """(rows of `own`,) int64: the row of the same sample in `other`, or -1; raises TrainError where ids disagree."""
+    ids, hashes = other.samples["id"].to_pylist(), other.samples["sha256"].to_pylist()
+    by_id = {name: row for row, name in enumerate(ids)}
+    by_hash = {digest: row for row, digest in reversed(list(enumerate(hashes)))}
+    rows = np.full(len(own.samples), -1, dtype=np.int64)
+    pairs = zip(own.samples["id"].to_pylist(), own.samples["sha256"].to_pylist(), strict=True)
+    for row, (name, digest) in enumerate(pairs):
+        found = by_id.get(name)
+        if found is not None and hashes[found] != digest:
+            raise TrainError(
+                f"sample {name!r} is another image in {_name(other)} than in {_name(own)}: "
+                "the caches were not built from the same data"
+            )
+        rows[row] = by_hash.get(digest, -1) if found is None else found
+    return rows
+
+
+def _name(cache: Cache) -> str:
+    return f"cache {cache.manifest.label}"
+
+
+def _list(values: Any) -> str:
+    return ", ".join(str(value) for value in values)

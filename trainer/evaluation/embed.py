@@ -1,0 +1,124 @@
+"""Embeddings of the images to be scored: the student's own, and what a method offers beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.data.features import FeatureSource, Needs, open_sources
+from trainer.data.images import ImageStore
+from trainer.data.splits import Split, select_split
+from trainer.device import Precision, autocast
+from trainer.errors import TrainError
+from trainer.models.student import Student
+
+if TYPE_CHECKING:
+    from cache_schema import Cache, EncodedBatch
+
+BATCH = 64  # images
+
+
+class Auxiliary(Protocol):
+    """What offers embeddings beside the student's: they read the teacher's cached features of the scored images."""
+
+    needed: Needs
+
+    @property
+    def auxiliary_names(self) -> Mapping[str, str]:
+        """Name of each embedding → what a reader is told it is."""
+
+    @property
+    def auxiliary_timesteps(self) -> tuple[int, ...]:
+        """The timesteps along axis P of embeddings (N, P, C)."""
+
+    def auxiliary(self, student: Tensor, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """E_R (n, C) and features (n, P, L, C_t) by name → embeddings (n, P, C) or (n, C) by name."""
+
+    def eval(self) -> object:
+        """Switch off what is random."""
+
+
+@dataclass(frozen=True)
+class TestSplit:
+    """What an evaluation needs, kept between the evaluations of one run: rows, labels, decoded images."""
+
+    cache: Cache
+    split: Split
+    images: ImageStore
+
+    __test__ = False  # not a pytest class
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.from_numpy(self.split.labels)
+
+
+def open_test_split(cache: Cache, image_size: int, memory_gb: float = 1.0, split: str = "test") -> TestSplit:
+    """Choose the rows to evaluate; raises TrainError when the cache has none."""
+    rows = select_split(cache, split, need_features=False)
+    if not len(rows.rows):
+        raise TrainError(f"cache {cache.manifest.label} has no rows of split {split!r} to evaluate on")
+    return TestSplit(cache, rows, ImageStore(cache, image_size, rows.rows, memory_gb))
+
+
+@torch.inference_mode()
+def embed_students(student: Student, test: TestSplit, device: torch.device) -> Tensor:
+    """E_R of every test image: (N, C) float32 on the CPU."""
+    student.eval()
+    found = []
+    for rows in _chunks(test.split.rows):
+        with autocast(device, _precision(device)):
+            found.append(student(test.images.load(rows).to(device)).float().cpu())
+    return torch.cat(found)
+
+
+@torch.inference_mode()
+def embed_auxiliary(auxiliary: Auxiliary, student: Tensor, test: TestSplit, device: torch.device) -> dict[str, Tensor]:
+    """What `auxiliary` makes of E_R (N, C) and the test images' features: by name, (N, P, C) or (N, C).
+
+    Empty where it offers nothing, or where not every test image has the features it needs.
+    """
+    sources = _sources(auxiliary, test)
+    if sources is None:
+        return {}
+    auxiliary.eval()
+    found: dict[str, list[Tensor]] = {name: [] for name in auxiliary.auxiliary_names}
+    for at, rows in zip(_chunks(np.arange(len(student))), _chunks(test.split.rows), strict=True):
+        read = {name: _read(source, rows) for name, source in sources.items()}
+        with autocast(device, _precision(device)):
+            features = {name: part.decode(device=device, dtype=torch.float32) for name, part in read.items()}
+            embedded = auxiliary.auxiliary(student[at].to(device), features)
+        for name, parts in found.items():
+            parts.append(embedded[name].float().cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _sources(auxiliary: Auxiliary, test: TestSplit) -> dict[str, FeatureSource] | None:
+    if not auxiliary.auxiliary_names:
+        return None
+    sources = open_sources(test.cache, auxiliary.needed)
+    for source in sources.values():
+        # The stored images are the canonical view; features of another view would be of other pixels.
+        if "canonical" not in source.cache.manifest.views or not source.has_features(test.split.rows).all():
+            return None
+    return sources
+
+
+def _read(source: FeatureSource, rows: np.ndarray) -> EncodedBatch:
+    timesteps = list(source.shape.timesteps)
+    return source.cache.read(source.rows(rows).tolist(), tap=source.tap, timesteps=timesteps, view="canonical")
+
+
+def _precision(device: torch.device) -> Precision:
+    """float32 on a CPU, so that the scores of a student do not depend on the machine that computes them."""
+    return "float32" if device.type == "cpu" else "bfloat16"
+
+
+def _chunks(values: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(values), BATCH):
+        yield values[start : start + BATCH]

@@ -1,0 +1,1 @@
+"""DiT-Distill: generative curriculum distillation with the GIM, DRC and CAL."""

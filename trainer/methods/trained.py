@@ -1,0 +1,30 @@
+"""A trained method, as evaluation wants it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.data.features import open_sources
+from trainer.methods.method import Method
+from trainer.methods.registry import find_method
+from trainer.methods.settings import load_config
+from trainer.models.student import Student
+from trainer.runs import CONFIG, load_result
+
+if TYPE_CHECKING:
+    from cache_schema import Cache
+
+
+def load_trained(run: Path, student: Student, cache: Cache) -> Method:
+    """The method of a finished run with what it saved, on the student's device, for the features of `cache`.
+
+    Raises TrainError when they have another shape. What was only needed to train, the proxies say, is left random.
+    """
+    config = load_config(run / CONFIG)
+    kind = find_method(config.method)
+    sources = open_sources(cache, kind.needs(config), config.verify_reads)
+    shapes = {name: source.shape for name, source in sources.items()}
+    method = kind(config, student, int(load_result(run)["train_classes"]), shapes)
+    method.load(run)
+    return method.to(next(student.parameters()).device)

@@ -1,0 +1,72 @@
+"""Reading a run's folder: its result, its config as written, its log."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import TrainError
+
+CONFIG, RESULT, SCORES, LOG = "config.json", "result.json", "eval.json", "metrics.jsonl"
+
+
+def is_finished(run: Path) -> bool:
+    """A run writes `result.json` last."""
+    return (run / RESULT).is_file()
+
+
+def load_result(run: Path) -> dict[str, Any]:
+    """What a finished run says about itself; raises TrainError when it is not finished."""
+    if not is_finished(run):
+        if not run.exists():
+            raise TrainError(f"there is no run at {run}")
+        started = (run / CONFIG).is_file()
+        state = "is not finished: continue it with --resume" if started else "is not a run of dit-train"
+        raise TrainError(f"{run} {state}")
+    return read_json(run / RESULT)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The plain values of a `config.json`; raises TrainError when there is none or it is damaged."""
+    if not path.is_file():
+        raise TrainError(f"{path.parent} is not a run: it has no {path.name}")
+    return read_json(path)
+
+
+def cache_of_run(run: Path) -> str:
+    """Where the cache is that a run was trained from; raises TrainError for a lone student file."""
+    if not run.exists():
+        raise TrainError(f"there is no run at {run}")
+    if not run.is_dir():
+        raise TrainError(f"{run} does not say which cache to evaluate on; give --cache")
+    return str(read_config(run / CONFIG).get("cache", ""))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises TrainError that names a file which is not whole."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TrainError(f"{path} is missing") from None
+    except ValueError as error:
+        raise TrainError(f"{path} is damaged, it is not JSON ({error}); copy or make it again") from None
+    if not isinstance(values, dict):
+        raise TrainError(f"{path} is damaged: it should hold a JSON object; copy or make it again")
+    return values
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All records of a log, in order; a line cut short by a crash ends it."""
+    records: list[dict[str, Any]] = []
+    if not path.is_file():
+        return records
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(record, dict):
+            break
+        records.append(record)
+    return records

@@ -1,0 +1,76 @@
+"""What a run is made of, put together from its config and its cache, at its beginning or where it stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from trainer.config import TrainConfig
+from trainer.data.batches import TrainingBatches
+from trainer.device import choose_device
+from trainer.errors import TrainError
+from trainer.evaluation.embed import TestSplit, open_test_split
+from trainer.methods.method import Method
+from trainer.methods.registry import find_method
+from trainer.models.student import build_student
+from trainer.training.checkpoint import Progress, latest_checkpoint, load_checkpoint
+from trainer.training.optim import make_optimizer
+
+if TYPE_CHECKING:
+    from cache_schema import Cache
+
+FIT_UPDATES = 8  # batches that a method may look at before the first update
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, once its config and its cache have been found to fit."""
+
+    config: TrainConfig
+    cache: Cache
+    device: torch.device
+    batches: TrainingBatches
+    test: TestSplit | None  # only where recall is followed during training
+    method: Method
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def updates(self) -> int:
+        return self.config.updates or self.config.epochs * self.batches.per_epoch
+
+
+def assemble(config: TrainConfig, cache: Cache) -> Parts:
+    """Build the student, the method around it and all else; raises TrainError for what does not fit."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = choose_device(config.device)
+    torch.manual_seed(config.seed)
+    student = build_student(config.student)
+    kind = find_method(config.method)
+    batches = TrainingBatches(cache, config, student.input_size, kind.needs(config))
+    test = open_test_split(cache, student.input_size, config.image_memory_gb) if config.eval_every else None
+    shapes = {name: source.shape for name, source in batches.sources.items()}
+    method = kind(config, student, batches.classes, shapes).to(device)
+    return Parts(config, cache, device, batches, test, method, make_optimizer(method.parameter_groups(), config.optim))
+
+
+def start(parts: Parts, run: Path, resume: bool) -> Progress:
+    """Restore the last checkpoint, or begin at update 0."""
+    cache, batches = parts.cache, parts.batches
+    others = {n: s.cache.manifest.cache_id for n, s in batches.sources.items() if s.cache is not cache}
+    beginning = Progress(0, 0.0, cache.manifest.cache_id, others)
+    checkpoint = latest_checkpoint(run) if resume else None
+    if checkpoint is None:
+        parts.method.fit(batches[update].to(parts.device) for update in range(FIT_UPDATES))
+        return beginning
+    progress = load_checkpoint(checkpoint, parts.method, parts.optimizer, parts.device)
+    if progress.cache_id != beginning.cache_id:
+        trained_on = f"cache {progress.cache_id[:8]}, not on {cache.manifest.label}"
+        raise TrainError(f"{run} was trained on {trained_on}: give that cache, or start anew with --overwrite")
+    changed = [name for name, cache_id in progress.other_caches.items() if others.get(name) != cache_id]
+    if changed:
+        raise TrainError(f"{run} read {changed[0]} from another cache: give that one, or start anew with --overwrite")
+    return progress
