@@ -138,9 +138,7 @@ def _config_table(runs: Sequence[RunView]) -> str:
     differing = [name for name in fields if len({_setting(run, name) for run in runs}) > 1]
     head = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
     rows = "".join(
-        f"<tr><td>{escape(name)}</td>"
-        + "".join(f"<td>{escape(_setting(run, name))}</td>" for run in runs)
-        + "</tr>"
+        f"<tr><td>{escape(name)}</td>" + "".join(f"<td>{escape(_setting(run, name))}</td>" for run in runs) + "</tr>"
         for name in differing
     )
     same = "\n".join(f"{name} = {_setting(runs[0], name)}" for name in fields if name not in differing)
