@@ -72,6 +72,7 @@ def build_cache(
     seal: bool = True,
     views: tuple[str, ...] = VIEWS,
     tokens: int = TOKENS,
+    content: str = "",
 ) -> Cache:
     rows = []
     for split, labels in CLASSES.items():
@@ -85,7 +86,7 @@ def build_cache(
                         "label": -1 if split == "unlabeled" else label,
                         "class_name": "" if split == "unlabeled" else f"class {label}",
                         "source": name,
-                        "sha256": hashlib.sha256(name.encode()).hexdigest(),
+                        "sha256": hashlib.sha256(f"{content}{name}".encode()).hexdigest(),
                         "width": SIZE,
                         "height": SIZE,
                     }
@@ -139,8 +140,8 @@ def cache(cache_path: Path) -> Cache:
 
 @pytest.fixture
 def make_cache(tmp_path: Path) -> Callable[..., Cache]:
-    def make(**options: Any) -> Cache:
-        return build_cache(tmp_path / "cache", **options)
+    def make(name: str = "cache", **options: Any) -> Cache:
+        return build_cache(tmp_path / name, **options)
 
     return make
 
