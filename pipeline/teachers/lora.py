@@ -11,12 +11,13 @@ import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 
 from pipeline.teachers.base import ContextMode, TeacherError
+from pipeline.teachers.lora_tensors import check_layers, read_lora_tensors
 from pipeline.teachers.weights import LORA_RECORD_NAME as RECORD_NAME
-from pipeline.teachers.weights import check_safetensors
 
 # Image and text streams of joint attention, and the shared projections of FLUX.1's single blocks.
 ATTENTION_PROJECTIONS = (
@@ -47,10 +48,7 @@ def check_made_for(path: Path, transformer_digest: str, teacher: str, context: C
     """
     file = lora_file(path)
     if file.suffix == ".safetensors":
-        try:
-            check_safetensors(file)
-        except ValueError as error:
-            raise TeacherError(f"LoRA {path} does not fit this teacher: {error}") from None
+        read_lora_tensors(file)
     record = file.parent / RECORD_NAME
     if not record.is_file():
         return
@@ -115,15 +113,23 @@ def attach_lora(transformer: Any, path: Path) -> None:
     """Load a LoRA; in float32 it is merged into the weights, so that it costs nothing per step.
 
     In half precision and 8 bits it stays apart, because a small update may vanish when added to a rounded weight.
+    Raises TeacherError for a LoRA of which anything would be left out.
     """
     file = lora_file(path)
+    tensors = read_lora_tensors(file)
+    check_layers(file, tensors, {name for name, _ in transformer.named_modules()})
     try:
         with _no_talk_of_merging():
             transformer.load_lora_adapter(str(file.parent), weight_name=file.name, prefix="transformer")
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise TeacherError(f"LoRA {file}: does not fit this teacher ({str(error).splitlines()[0]})") from None
-    if not getattr(transformer, "peft_config", None):
-        raise TeacherError(f"LoRA {file}: holds no weights for the transformer")
+        # The first line of what PyTorch raises says only that something is wrong; the second names the tensor.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise TeacherError(f"LoRA {file}: does not fit this teacher ({' '.join(lines[:2])})") from None
+    adapted = sum(isinstance(module, BaseTunerLayer) for module in transformer.modules())
+    if tensors.layers and adapted != len(tensors.layers):
+        raise TeacherError(
+            f"LoRA {file}: does not fit this teacher, which has {adapted} of the LoRA's {len(tensors.layers)} layers"
+        )
     if transformer.dtype == torch.float32 and not getattr(transformer, "is_quantized", False):
         transformer.fuse_lora()
         transformer.unload_lora()

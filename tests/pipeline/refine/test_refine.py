@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import FluxKontextPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_teachers import encode_conditions
 
 from cache_schema.errors import DitDistillError
@@ -137,6 +137,39 @@ def test_a_missing_or_foreign_lora_is_refused_in_one_line(load_teacher, tmp_path
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"not safetensors at all")
     with pytest.raises(TeacherError, match="does not fit this teacher") as caught:
         load_teacher(lora=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def wrong_layer(tensors):
+    return {k.replace("transformer_blocks.1.", "transformer_blocks.9."): v for k, v in tensors.items()}
+
+
+def wrong_shape(tensors):
+    return {
+        k: torch.cat([v, v], -1) if k.endswith("blocks.0.attn.to_q.lora_A.weight") else v for k, v in tensors.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: {k: v for k, v in t.items() if "lora_A" in k}, r"attn\S+ has lora_A but no lora_B; the file is not"),
+        (lambda t: {k: v for k, v in t.items() if "0.attn.to_k.lora_A" not in k}, "to_k has lora_B but no lora_A"),
+        (wrong_layer, r"has no layer \S*transformer_blocks\.9\.\S+ \(\d+ of the LoRA's \d+ layers\)"),
+        (wrong_shape, r"size mismatch for \S+blocks\.0\.attn\.to_q\S*: copying a param"),
+        (lambda t: t | {"text_encoder.q.lora_A.weight": torch.ones(1, 2)}, r"1 of its tensors are not the transformer"),
+        (lambda t: t | {"transformer.proj_out.alpha": torch.ones(1)}, r"no halves of a LoRA .* proj_out\.alpha"),
+        (lambda t: {f"lora_unet_{k}": v for k, v in t.items()}, "holds no weights for the transformer"),
+    ],
+)
+def test_a_lora_of_which_a_part_would_be_left_out_is_refused_by_name(load_teacher, tmp_path, change, complaint):
+    teacher = load_teacher()
+    add_lora(teacher.transformer, 2, seed=0)
+    file = save_lora(FluxKontextPipeline, teacher.transformer, tmp_path)
+    load_teacher(lora=tmp_path).load("transformer")
+    save_file(change(load_file(file)), file)
+    with pytest.raises(TeacherError, match=complaint) as caught:
+        load_teacher(lora=tmp_path).load("transformer")
     assert "\n" not in str(caught.value)
 
 
