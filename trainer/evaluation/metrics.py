@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.errors import TrainError
+
 KS = (1, 2, 4, 8)
 # The columns of every table: keys of the result files, and what people call them.
 COLUMNS = {**{f"recall_at_{k}": f"R@{k}" for k in KS}, "map_at_r": "mAP@R"}
@@ -19,8 +21,15 @@ COLUMNS = {**{f"recall_at_{k}": f"R@{k}" for k in KS}, "map_at_r": "mAP@R"}
 def ranked_neighbours(embeddings: Tensor, depth: int, chunk: int = 1024) -> Iterator[tuple[int, Tensor]]:
     """Yield (start, indices (chunk, depth)): the `depth` nearest others of each of a chunk of queries, best first.
 
-    embeddings (N, C), any scale. Memory is O(chunk · N), whatever N.
+    embeddings (N, C), any scale. Memory is O(chunk · N), whatever N. Raises TrainError where an embedding is not
+    finite: it has no neighbours, and any score of it would be an accident.
     """
+    broken = int((~embeddings.isfinite().all(1)).sum())
+    if broken:
+        raise TrainError(
+            f"{broken} of {len(embeddings)} embeddings are not finite, so they cannot be scored; the network that made "
+            "them is broken: train it again with a lower --lr"
+        )
     unit = F.normalize(embeddings.double(), dim=-1)  # (N, C)
     N = len(unit)
     depth = min(depth, N - 1)

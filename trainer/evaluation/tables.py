@@ -23,6 +23,11 @@ def auxiliary_about(scores: dict[str, Any], name: str) -> str:
     return str(scores.get("auxiliary_names", {}).get(name, name))
 
 
+def auxiliary_condition(scores: dict[str, Any], name: str) -> str:
+    """The same without the symbol before the first comma, for tables that say it elsewhere."""
+    return auxiliary_about(scores, name).partition(", ")[2] or auxiliary_about(scores, name)
+
+
 def format_table(lines: dict[str, dict[str, float]]) -> str:
     """Lay out scores by name as text: a header, then a line each, percent."""
     width = max(len(name) for name in lines)

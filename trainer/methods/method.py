@@ -49,7 +49,7 @@ class Method(nn.Module, ABC):
 
     # Losses that belong in one figure of a report: its title → {loss: what it is measured on}.
     loss_figures: ClassVar[Mapping[str, Mapping[str, str]]] = {}
-    # What `auxiliary` returns: name → what a reader is told it is.
+    # What `auxiliary` returns: name → what a reader is told it is, its symbol first: "E_D, E_R masked".
     auxiliary_names: ClassVar[Mapping[str, str]] = {}
     # What `save` leaves in a run's folder.
     files: ClassVar[tuple[str, ...]] = ()

@@ -123,19 +123,35 @@ def _wrap(
 
 
 def _check_weights_file(file: Path, config: StudentConfig) -> None:
-    """timm loads what fits and skips the rest: refuse a file that would leave parts at random."""
+    """timm loads what fits and skips the rest: refuse a file that would leave parts at random, or be cut."""
     if not file.is_file():
         raise TrainError(f"student weights {file}: no such file")
     try:
         with safe_open(file, framework="pt") as weights:
             have = set(weights.keys())
+            broken = [name for name in sorted(have) if not weights.get_tensor(name).isfinite().all()]
     except SafetensorError as error:
         raise TrainError(f"student weights {file} is not a safetensors file ({error})") from None
+    if broken:
+        raise TrainError(f"student weights {file}: {len(broken)} tensors are not finite, for example {broken[0]}")
     with torch.device("meta"):
-        need = timm.create_model(config.name, num_classes=0, **config.timm_kwargs()).state_dict().keys()
-    missing = sorted(need - have)
+        network = timm.create_model(config.name, num_classes=0, **config.timm_kwargs())
+    need = network.state_dict().keys()
+    missing, unused = sorted(need - have), sorted(have - need - _classifier(network, have))
     if missing:
         raise TrainError(
             f"student weights {file} lack {len(missing)} of the {len(need)} tensors of {config.name}, "
             f"for example {missing[0]}"
         )
+    if unused:
+        raise TrainError(
+            f"student weights {file} hold {len(unused)} tensors that {config.name} as configured has not, for example "
+            f"{unused[0]}: they would be cut away; give the student the size of the file (student.depth and others)"
+        )
+
+
+def _classifier(network: nn.Module, names: set[str]) -> set[str]:
+    """The tensors of the classifier that a published file has and an embedding has not."""
+    layers = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
+    layers = (layers,) if isinstance(layers, str) else tuple(layers)
+    return {name for name in names if name.startswith(tuple(f"{layer}." for layer in layers))}

@@ -17,7 +17,7 @@ from trainer.errors import TrainError
 from trainer.evaluation.embed import embed_students, open_test_split
 from trainer.evaluation.evaluate import evaluate_run
 from trainer.evaluation.metrics import COLUMNS
-from trainer.evaluation.tables import auxiliary_about, format_table
+from trainer.evaluation.tables import auxiliary_condition, format_table
 from trainer.methods.registry import find_method
 from trainer.methods.settings import load_config
 from trainer.methods.trained import load_trained
@@ -104,7 +104,7 @@ def format_runs(runs: Sequence[FinishedRun]) -> str:
     for run in runs:
         lines[run.name] = run.scores["student"]
         for name, by_timestep in (run.scores["auxiliary"] or {}).items():
-            lines[f"  with the teacher at test time, {auxiliary_about(run.scores, name)}"] = by_timestep["mean"]
+            lines[f"  with the teacher at test time, {auxiliary_condition(run.scores, name)}"] = by_timestep["mean"]
     return format_table(lines)
 
 

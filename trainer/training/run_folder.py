@@ -48,11 +48,26 @@ def prepare_run(run: Path, config: TrainConfig, resume: bool = False, overwrite:
 
 
 def finish_run(run: Path, method: Method, result: dict[str, Any]) -> None:
-    """Write what is kept of a run and drop the rest; `result.json`, the sign that it is finished, comes last."""
+    """Write what is kept of a run and drop the rest; `result.json`, the sign that it is finished, comes last.
+
+    Raises TrainError where the weights are not finite: the last loss was taken before the last update.
+    """
+    refuse_broken(method, run)
     save_student(method.student, run)
     method.save(run)
     write_json(run / RESULT, result)
     remove_checkpoints(run)
+
+
+def refuse_broken(method: Method, run: Path) -> None:
+    """Raise TrainError that names a tensor of the method which is not finite, if there is one."""
+    state = method.state_dict()
+    broken = [name for name, value in state.items() if not value.isfinite().all()]
+    if broken:
+        raise TrainError(
+            f"{run}: {len(broken)} of the {len(state)} tensors are not finite after the last update, for example "
+            f"{broken[0]}; {method.advice}, and start anew with --overwrite"
+        )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

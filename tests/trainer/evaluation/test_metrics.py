@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.errors import TrainError
 from trainer.evaluation.metrics import map_at_r, ranked_neighbours, recall_at_k, retrieval_scores
 
 
@@ -84,3 +85,11 @@ def test_a_query_never_finds_itself_even_among_duplicates():
 def test_scores_carry_the_names_of_the_result_files():
     scores = retrieval_scores(torch.eye(4), torch.tensor([0, 0, 1, 1]))
     assert list(scores) == ["recall_at_1", "recall_at_2", "recall_at_4", "recall_at_8", "map_at_r"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_embeddings_that_are_not_finite_have_no_score(value):
+    embeddings = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    embeddings[2, 1] = embeddings[7, 0] = value
+    with pytest.raises(TrainError, match="2 of 10 embeddings are not finite"):
+        retrieval_scores(embeddings, torch.arange(10) // 2)

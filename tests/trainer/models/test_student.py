@@ -55,6 +55,26 @@ def test_weights_that_would_leave_parts_at_random_are_refused(saved):
         build_student(TINY.model_copy(update={"weights": str(folder / "partial.safetensors")}))
 
 
+def test_weights_that_would_be_cut_are_refused_but_for_a_classifier(saved):
+    folder = saved[1]
+    weights = load_file(folder / "student.safetensors")
+    save_file({**weights, "head.weight": torch.zeros(5, 32)}, folder / "classifier.safetensors")
+    build_student(TINY.model_copy(update={"weights": str(folder / "classifier.safetensors")}))
+    deeper = {name.replace("blocks.0.", "blocks.1."): value.clone() for name, value in weights.items()}
+    save_file({**deeper, **weights}, folder / "deeper.safetensors")
+    with pytest.raises(TrainError, match=r"hold 12 tensors that .* has not, for example blocks\.1\."):
+        build_student(TINY.model_copy(update={"weights": str(folder / "deeper.safetensors")}))
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(saved):
+    folder = saved[1]
+    weights = load_file(folder / "student.safetensors")
+    weights["norm.weight"][3] = float("nan")
+    save_file(weights, folder / "broken.safetensors")
+    with pytest.raises(TrainError, match=r"1 tensors are not finite, for example norm\.weight"):
+        build_student(TINY.model_copy(update={"weights": str(folder / "broken.safetensors")}))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

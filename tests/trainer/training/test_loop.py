@@ -149,6 +149,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tiny_config, cache,
         train(config, cache, tmp_path / "run")
 
 
+def test_a_run_whose_last_update_broke_the_weights_is_not_finished(tiny_config, cache, tmp_path):
+    with pytest.raises(TrainError, match=r"tensors are not finite after the last update, for example .*lower --lr"):
+        train(tiny_config(optim__lr=1e38, updates=1), cache, tmp_path / "run")
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
 def test_a_run_is_not_continued_on_another_cache(tiny_config, cache, make_cache, tmp_path, monkeypatch):
     config = tiny_config()
     run = tmp_path / "run"
