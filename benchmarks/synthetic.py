@@ -22,6 +22,7 @@ from cache_schema import (
 from cache_schema.encoding.number_formats import Array
 from cache_schema.format.layout import PAYLOAD_DTYPES, feature_layouts
 from cache_schema.format.samples import fingerprint_samples, samples_table
+from cache_schema.storage.local import LocalFolder
 from cache_schema.stores.calibration_files import load_codec
 from cache_schema.stores.registry import store_of
 from cache_schema.writing.plan import plan_manifest
@@ -135,7 +136,7 @@ def write_cache(folder: Path, workload: Workload, samples: int, **changes: Any) 
 def encoded_features(folder: Path, workload: Workload, row: int) -> Array:
     """Return what the payload of a row must be, (T, L, C), computed from its features and not read from the store."""
     manifest = open_cache(folder).manifest
-    codec = load_codec(folder, manifest, manifest.taps[0])
+    codec = load_codec(LocalFolder(folder), manifest, manifest.taps[0])
     return codec.encode(features(workload, [row])[0]).payload[0]
 
 

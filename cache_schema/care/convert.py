@@ -20,10 +20,9 @@ from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Compression, Manifest, StoreInfo, StoreKind
 from cache_schema.format.manifest_file import load_manifest, manifest_checksum, revalidate
 from cache_schema.format.samples import load_samples
-from cache_schema.reading.reader import local_path
 from cache_schema.storage.checksum import crc32c
-from cache_schema.storage.files import digest_file
-from cache_schema.storage.open_file import OpenFile
+from cache_schema.storage.folder import ReadableFile
+from cache_schema.storage.local import LocalFolder, local_folder
 from cache_schema.stores.calibration_files import load_calibration
 from cache_schema.stores.compression import decompress
 from cache_schema.stores.images import check_places
@@ -49,9 +48,9 @@ def convert(
     CacheUnsealed for a source that is not complete, CacheCorrupt, naming file, shard and sample, for a damaged one,
     and CacheMismatch where something else than this copy is at `target`.
     """
-    original = _Source(local_path(source))
-    root = local_path(target)
-    _check_apart(original.root, root)
+    original = _Source(local_folder(source))
+    root = local_folder(target).path
+    _check_apart(original.folder.path, root)
     planned = _plan(original.manifest, store, compression, samples_per_shard)
     writer = create_cache(root, planned, original.samples)
     _check_is_this_copy(writer, planned)
@@ -136,7 +135,7 @@ def _check_is_this_copy(writer: CacheWriter, planned: Manifest) -> None:
 
 def _copy_calibration(original: "_Source", writer: CacheWriter) -> None:
     arrays = {
-        array: load_calibration(original.root, original.manifest, array)
+        array: load_calibration(original.folder, original.manifest, array)
         for array in layout.all_calibrations(original.manifest)
     }
     if arrays:
@@ -161,7 +160,7 @@ def _copy_shard(original: "_Source", writer: CacheWriter, shard: int) -> None:
 class _OpenArray:
     """One shard of an array, open: its chunks' places and checksums, by chunk (S, V, T) or else by row."""
 
-    file: OpenFile
+    file: ReadableFile
     index: ShardIndex
     by_chunk: Array | None
     by_row: Sequence[int]
@@ -170,17 +169,17 @@ class _OpenArray:
 class _Source:
     """The cache that is copied, read row by row, everything checked against its journal."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.manifest = load_manifest(root)
+    def __init__(self, folder: LocalFolder) -> None:
+        self.folder = folder
+        self.manifest = load_manifest(folder)
         if not self.manifest.sealed:
-            raise CacheUnsealed(f"cache {root} is not complete, so it cannot be converted; run its build again first")
+            raise CacheUnsealed(f"cache {folder} is not complete, so it cannot be converted; run its build again first")
         self._store = store_of(self.manifest)
         self.samples = self._load_samples()
         self._arrays = layout.all_layouts(self.manifest)
         self._opened: tuple[int, dict[str, _OpenArray]] | None = None
         self._records: dict[int, Record] = {}
-        self._images: tuple[int, Record, OpenFile] | None = None
+        self._images: tuple[int, Record, ReadableFile] | None = None
 
     def records_of(self, rows: range) -> list[Record]:
         """Return the records of the shards that hold any of the rows, which can be read from then on."""
@@ -202,14 +201,16 @@ class _Source:
         shard, local = divmod(row, self.manifest.store.images_per_shard)
         name = layout.image_file(shard)
         if self._images is None or self._images[0] != shard:
-            record = read_record(self.root, "images", shard)
+            record = read_record(self.folder, "images", shard)
             if record is None or name not in record.files:
-                raise CacheCorrupt(f"{self.root / record_name('images', shard)} is missing or of another file")
-            self._images = (shard, record, OpenFile(str(self.root / name)))
+                raise CacheCorrupt(f"{self.folder.where(record_name('images', shard))} is missing or of another file")
+            self._images = (shard, record, self.folder.open(name))
         _, record, file = self._images
         checksums = record.files[name].piece_checksums()
         if checksums is None or not local < len(checksums) == len(record.offsets):
-            raise CacheCorrupt(f"{self.root / record_name('images', shard)} does not have the checksums of {name}")
+            raise CacheCorrupt(
+                f"{self.folder.where(record_name('images', shard))} does not have the checksums of {name}"
+            )
         if local == 0:
             check_places(np.array(record.offsets, dtype=np.int64).reshape(-1, 2), record_name("images", shard))
         image = file.read(*record.offsets[local])
@@ -218,21 +219,25 @@ class _Source:
         return image
 
     def _load_samples(self) -> pa.Table:
-        record = read_record(self.root, "layout")
-        path = self.root / layout.SAMPLES_NAME
-        table = load_samples(path)
+        record = read_record(self.folder, "layout")
+        table = load_samples(self.folder)
         if record is None or layout.SAMPLES_NAME not in record.files:
-            raise CacheCorrupt(f"{self.root / record_name('layout')} is missing or says nothing about the samples")
-        if digest_file(path).crc32c != record.files[layout.SAMPLES_NAME].crc32c:
-            raise CacheCorrupt(f"{path} does not match its checksum; `dit-cache verify {self.root}` lists all damage")
+            raise CacheCorrupt(
+                f"{self.folder.where(record_name('layout'))} is missing or says nothing about the samples"
+            )
+        if self.folder.digest(layout.SAMPLES_NAME).crc32c != record.files[layout.SAMPLES_NAME].crc32c:
+            where = self.folder.where(layout.SAMPLES_NAME)
+            raise CacheCorrupt(
+                f"{where} does not match its checksum; `dit-cache verify {self.folder}` lists all damage"
+            )
         return table
 
     def _record(self, shard: int) -> Record:
         store, count = self.manifest.store, self.manifest.dataset.feature_rows
         rows = layout.rows_of_shard(shard, store.samples_per_shard, count)
-        record = read_record(self.root, "features", shard)
+        record = read_record(self.folder, "features", shard)
         if record is None or record.rows != (rows.start, rows.stop):
-            raise CacheCorrupt(f"{self.root / record_name('features', shard)} is missing or of other rows")
+            raise CacheCorrupt(f"{self.folder.where(record_name('features', shard))} is missing or of other rows")
         return record
 
     def _open(self, array: ArrayLayout, shard: int) -> _OpenArray:
@@ -240,7 +245,7 @@ class _Source:
         by_chunk = self._store.chunk_checksums(record, array)
         by_row = record.files[name].piece_checksums()
         assert by_row is not None
-        file = OpenFile(str(self.root / name))
+        file = self.folder.open(name)
         return _OpenArray(file, self._store.read_index(file, array, shard), by_chunk, by_row.tolist())
 
     def _read(self, array: ArrayLayout, opened: _OpenArray, row: int, local: int) -> Array:
@@ -267,8 +272,8 @@ class _Source:
                 decompress(data, target[chunk], array.compression, opened.file.path)
         return values
 
-    def _damaged(self, file: OpenFile, row: int, shard: int) -> CacheCorrupt:
+    def _damaged(self, file: ReadableFile, row: int, shard: int) -> CacheCorrupt:
         return CacheCorrupt(
             f"{file.path} (shard {shard}) is damaged: sample {self.samples['id'][row].as_py()!r} (row {row}) does not "
-            f"match its checksum; `dit-cache verify {self.root}` lists all damage"
+            f"match its checksum; `dit-cache verify {self.folder}` lists all damage"
         )

@@ -3,7 +3,6 @@
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +16,8 @@ from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Fidelity, Manifest
 from cache_schema.format.manifest_file import load_manifest
 from cache_schema.format.samples import check_against_manifest, count_usable, load_samples
-from cache_schema.reading.reader import local_path
+from cache_schema.storage.folder import Folder
+from cache_schema.storage.local import local_folder
 from cache_schema.stores.registry import store_of
 
 
@@ -34,16 +34,17 @@ def describe(path: str | os.PathLike[str], shard_table: bool = False) -> dict[st
 
     Raises CacheNotFound, UnsupportedSchema, and CacheCorrupt for a manifest, samples table or journal that is damaged.
     """
-    root = local_path(path)
-    manifest = load_manifest(root)
-    store, samples = manifest.store, _samples(root)
-    records: dict[str, dict[int, Record]] = {"features": _records(root, "features"), "images": _records(root, "images")}
+    folder = local_folder(path)
+    manifest = load_manifest(folder)
+    store, samples = manifest.store, _samples(folder)
+    kinds: tuple[Kind, Kind] = ("features", "images")
+    records: dict[str, dict[int, Record]] = {kind: _records(folder, kind) for kind in kinds}
     failed = [item for _, record in sorted(records["features"].items()) for item in record.failed]
-    calibration = read_record(root, "calibration")
+    calibration = read_record(folder, "calibration")
     sizes = {kind: sum(map(_bytes, found.values())) for kind, found in records.items()}
     sizes["features"] += _bytes(calibration) if calibration else 0
     description = {
-        "path": str(root),
+        "path": str(folder),
         "state": "sealed" if manifest.sealed else "partial",
         "manifest": manifest.document(),
         "shards": {
@@ -61,7 +62,7 @@ def describe(path: str | os.PathLike[str], shard_table: bool = False) -> dict[st
     }
     if shard_table:
         if samples is not None:
-            _check_counts(root, samples, manifest)
+            _check_counts(folder, samples, manifest)
         description["shard_table"] = list(_shard_table(manifest, samples, records))
     return description
 
@@ -71,21 +72,20 @@ def describe_text(path: str | os.PathLike[str], shard_table: bool = False) -> st
     return render_description(describe(path, shard_table))
 
 
-def _samples(root: Path) -> pa.Table | None:
+def _samples(folder: Folder) -> pa.Table | None:
     """The samples table; None where a build died before it wrote it."""
-    path = root / layout.SAMPLES_NAME
-    return load_samples(path) if path.exists() else None
+    return load_samples(folder) if folder.exists(layout.SAMPLES_NAME) else None
 
 
-def _check_counts(root: Path, samples: pa.Table, manifest: Manifest) -> None:
+def _check_counts(folder: Folder, samples: pa.Table, manifest: Manifest) -> None:
     try:
         check_against_manifest(samples, manifest)
     except CacheError as error:
-        raise CacheCorrupt(f"{root / layout.SAMPLES_NAME} is not that of this cache: {error}") from error
+        raise CacheCorrupt(f"{folder.where(layout.SAMPLES_NAME)} is not that of this cache: {error}") from error
 
 
-def _records(root: Path, kind: Kind) -> dict[int, Record]:
-    found = ((shard, read_record(root, kind, shard)) for shard in committed_shards(root, kind))
+def _records(folder: Folder, kind: Kind) -> dict[int, Record]:
+    found = ((shard, read_record(folder, kind, shard)) for shard in committed_shards(folder, kind))
     return {shard: record for shard, record in found if record is not None}
 
 

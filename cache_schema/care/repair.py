@@ -2,9 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from cache_schema.care.verify import Problem, pieces_of, verify
@@ -13,16 +11,8 @@ from cache_schema.format import layout
 from cache_schema.format.journal import Kind, committed, file_record, read_record, record_name
 from cache_schema.format.manifest import Manifest
 from cache_schema.format.manifest_file import MANIFEST_NAME, as_unsealed, load_manifest, render_manifest
-from cache_schema.reading.reader import local_path
-from cache_schema.storage.files import (
-    digest,
-    directory_lock,
-    flush_directory,
-    refuse_linked_folders,
-    storage_errors,
-    sweep_aside_files,
-    write_file,
-)
+from cache_schema.storage.files import digest
+from cache_schema.storage.local import LocalFolder, local_folder
 from cache_schema.stores.registry import store_of
 from cache_schema.writing.writer import write_seal
 
@@ -62,35 +52,35 @@ def repair(path: str | os.PathLike[str]) -> list[Repair]:
     Raises CacheNotFound, UnsupportedSchema, CacheStorageError, and CacheCorrupt if the manifest itself is damaged, for
     nothing in a cache can replace it.
     """
-    root = local_path(path)
+    folder = local_folder(path)
     try:
-        manifest = load_manifest(root)
+        manifest = load_manifest(folder)
     except CacheCorrupt as error:
         raise CacheCorrupt(
             f"{error}; a cache cannot be mended without its manifest: copy that file back, or build the cache anew in "
             "an empty directory"
         ) from error
-    refuse_linked_folders(root)
-    with directory_lock(root):
-        problems = verify(root)
-        damage = _Damage(root, manifest, problems)
+    folder.refuse_links()
+    with folder.lock():
+        problems = verify(folder.path)
+        damage = _Damage(folder, manifest, problems)
         damage.mend()
-    swept = {path.relative_to(root).as_posix() for path in sweep_aside_files(root)}
+    swept = set(folder.sweep())
     return [Repair(problem, damage.action(problem, swept)) for problem in [*problems, *damage.consequences]]
 
 
 class _Damage:
     """The damaged pieces of a cache, sorted into those that can be restored and those to be built again."""
 
-    def __init__(self, root: Path, manifest: Manifest, problems: list[Problem]) -> None:
-        self.root, self.manifest = root, manifest
+    def __init__(self, folder: LocalFolder, manifest: Manifest, problems: list[Problem]) -> None:
+        self.folder, self.manifest = folder, manifest
         self.files: dict[_PieceId, set[str]] = defaultdict(set)
         for problem in problems:
             if problem.kind is not None:
                 self.files[problem.kind, problem.shard or 0].add(problem.file)
         self.manifest_altered = any(problem.file == MANIFEST_NAME for problem in problems)
         self.consequences: list[Problem] = []
-        self.pieces = {(piece.kind, piece.shard): piece for piece in pieces_of(root, manifest)}
+        self.pieces = {(piece.kind, piece.shard): piece for piece in pieces_of(folder, manifest)}
         self.metadata = self._restorable_metadata()
         self.rebuilt = {piece for piece in self.files if piece[0] != "seal"}
         if self.metadata:
@@ -114,18 +104,18 @@ class _Damage:
     def mend(self) -> None:
         """Do it. Whatever is interrupted leaves a cache in which `verify` finds the rest."""
         for name, data in self.metadata.items():
-            write_file(self.root / name, data)
+            self.folder.write(name, data)
         if self.unseals or self.manifest_altered:
             # Before anything is taken out: from here on nobody takes the cache for a complete one.
             manifest = as_unsealed(self.manifest) if self.unseals else self.manifest
-            write_file(self.root / MANIFEST_NAME, render_manifest(manifest))
+            self.folder.write(MANIFEST_NAME, render_manifest(manifest))
         if _SEAL in self.files and not self.unseals:
-            write_seal(self.root, self.manifest)
+            write_seal(self.folder, self.manifest)
         self._take_out()
 
     def _give_up_features(self) -> None:
         store, rows = self.manifest.store, self.manifest.dataset.feature_rows
-        for piece in sorted(committed(self.root)):
+        for piece in sorted(committed(self.folder)):
             if piece[0] == "features" and piece in self.pieces and piece not in self.rebuilt:
                 self.rebuilt.add(piece)
                 covered = layout.rows_of_shard(piece[1], store.samples_per_shard, rows)
@@ -139,17 +129,18 @@ class _Damage:
         for piece in sorted(taken, key=lambda piece: (piece == _CALIBRATION, piece)):
             if piece != _CALIBRATION:
                 # Without its record a piece does not exist, whatever lies there.
-                _remove(self.root, [record_name(*piece)])
+                self.folder.delete(record_name(*piece))
             # What is intact of the calibration tells the build whether what it computes is the same.
             whole = piece not in (_CALIBRATION, _LAYOUT)
-            _remove(self.root, self.pieces[piece].files if whole else self.files[piece])
+            for name in self.pieces[piece].files if whole else self.files[piece]:
+                self.folder.delete(name)
 
     def _restorable_metadata(self) -> dict[str, bytes]:
         """Return the arrays' metadata files to write again; none unless that mends all of the layout."""
         wanted = self.files.get(_LAYOUT, set())
         documents = store_of(self.manifest).documents()
         try:
-            record = read_record(self.root, "layout")
+            record = read_record(self.folder, "layout")
         except (CacheCorrupt, OSError):
             return {}
         known = {} if record is None else record.files
@@ -161,14 +152,4 @@ class _Damage:
         """Say whether nothing is left that a calibration computed again could be compared with."""
         record = record_name(*_CALIBRATION)
         files = set(self.pieces[_CALIBRATION].files)
-        return record in self.files[_CALIBRATION] and not all((self.root / name).is_file() for name in files)
-
-
-def _remove(root: Path, names: Iterable[str]) -> None:
-    """Remove files, for good even if the power fails next."""
-    for name in names:
-        path = root / name
-        with storage_errors(path):
-            if path.parent.is_dir():
-                path.unlink(missing_ok=True)
-                flush_directory(path.parent)
+        return record in self.files[_CALIBRATION] and not all(self.folder.size(name) is not None for name in files)

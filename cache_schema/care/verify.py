@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +18,10 @@ from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Manifest
 from cache_schema.format.manifest_file import MANIFEST_NAME, MAX_MANIFEST_BYTES, load_manifest, render_document
 from cache_schema.format.samples import check_against_manifest, count_usable, load_samples
-from cache_schema.reading.reader import local_path
 from cache_schema.storage.checksum import crc32c
-from cache_schema.storage.files import FileDigest, digest_file, is_aside, read_bounded
-from cache_schema.storage.open_file import OpenFile
+from cache_schema.storage.files import FileDigest, is_aside
+from cache_schema.storage.folder import Folder, ReadableFile
+from cache_schema.storage.local import local_folder
 from cache_schema.stores.base import FeatureStore
 from cache_schema.stores.images import check_places, check_tar, render_index
 from cache_schema.stores.registry import store_of
@@ -82,44 +81,44 @@ def verify(path: str | os.PathLike[str], threads: int = 4) -> list[Problem]:
     `threads` files are read at a time. In a cache that is not sealed, pieces that were never committed are no problem.
     Raises CacheNotFound where there is no cache and UnsupportedSchema for one this release cannot read.
     """
-    root = local_path(path)
+    folder = local_folder(path)
     try:
-        manifest = load_manifest(root)
+        manifest = load_manifest(folder)
     except CacheCorrupt as error:
         return [Problem(MANIFEST_NAME, None, None, str(error))]
-    problems = list(_check_manifest_bytes(root))
+    problems = list(_check_manifest_bytes(folder))
     known = {MANIFEST_NAME}
-    store, done = store_of(manifest), set(committed(root))
-    samples = _load_table(root, manifest)
+    store, done = store_of(manifest), set(committed(folder))
+    samples = _load_table(folder, manifest)
 
     def check(piece: Piece) -> list[Problem]:
-        return [_named(problem, piece, samples) for problem in _check_if_due(root, store, piece, done)]
+        return [_named(problem, piece, samples) for problem in _check_if_due(folder, store, piece, done)]
 
     for piece, found in _in_threads(check, _pieces(store, done, samples), threads):
         problems += found
         # Files of an uncommitted piece are what a builder was putting in place; it will write them again.
         known.update([record_name(piece.kind, piece.shard), *piece.files])
-    problems += [Problem(name, None, None, reason) for name, reason in _strangers(root, known)]
+    problems += [Problem(name, None, None, reason) for name, reason in _strangers(folder, known)]
     return problems
 
 
 def advice(problems: list[Problem], path: str | os.PathLike[str]) -> str:
     """Return one line that counts the problems of the cache at `path` and says what to do about them."""
-    root = local_path(path)
-    count = f"{len(problems)} problem{'' if len(problems) == 1 else 's'} in {root}"
+    folder = local_folder(path)
+    count = f"{len(problems)} problem{'' if len(problems) == 1 else 's'} in {folder}"
     if any(problem.kind is not None for problem in problems):
-        return f"{count}; {how_to_mend(root)}"
+        return f"{count}; {how_to_mend(folder)}"
     if any(problem.file == MANIFEST_NAME for problem in problems):
         return f"{count}; copy the cache here again, or build it anew in an empty directory"
     return f"{count}; nothing of the cache itself is damaged: remove what does not belong to it"
 
 
-def _check_if_due(root: Path, store: FeatureStore, piece: Piece, done: set[tuple[Kind, int]]) -> Iterator[Problem]:
+def _check_if_due(folder: Folder, store: FeatureStore, piece: Piece, done: set[tuple[Kind, int]]) -> Iterator[Problem]:
     if piece.kind == "seal" and not store.manifest.sealed:
         # Whoever was sealing the cache did not finish, and will write this again.
         return
     if (piece.kind, piece.shard) in done:
-        yield from _check_piece(root, store, piece)
+        yield from _check_piece(folder, store, piece)
     elif store.manifest.sealed:
         name = record_name(piece.kind, piece.shard)
         yield Problem(name, piece.problem_shard, piece.rows, "the journal record is missing")
@@ -148,9 +147,9 @@ def _in_threads(
             yield piece, future.result()
 
 
-def pieces_of(root: Path, manifest: Manifest) -> Iterator[Piece]:
-    """Yield what the cache at `root` should consist of."""
-    return _pieces(store_of(manifest), set(committed(root)), _load_table(root, manifest))
+def pieces_of(folder: Folder, manifest: Manifest) -> Iterator[Piece]:
+    """Yield what the cache in a folder should consist of."""
+    return _pieces(store_of(manifest), set(committed(folder)), _load_table(folder, manifest))
 
 
 def _pieces(store: FeatureStore, done: set[tuple[Kind, int]], samples: pa.Table | None) -> Iterator[Piece]:
@@ -181,23 +180,23 @@ def _shards(count: int, kind: Kind, done: set[tuple[Kind, int]], image_rows: int
     return sorted(shard for found, shard in done if found == kind and shard < count)
 
 
-def _load_table(root: Path, manifest: Manifest) -> pa.Table | None:
+def _load_table(folder: Folder, manifest: Manifest) -> pa.Table | None:
     """Return the samples table, or None unless it bears the manifest out.
 
     A damaged table is reported with the other files; here it means that the manifest's counts, which could be in the
     billions, are not to be believed.
     """
     try:
-        samples = load_samples(root / layout.SAMPLES_NAME)
+        samples = load_samples(folder)
         check_against_manifest(samples, manifest)
     except CacheError:
         return None
     return samples
 
 
-def _check_manifest_bytes(root: Path) -> Iterator[Problem]:
+def _check_manifest_bytes(folder: Folder) -> Iterator[Problem]:
     # The checksum covers what the manifest says; this covers white space and digits that do not change a number.
-    data = read_bounded(root / MANIFEST_NAME, MAX_MANIFEST_BYTES)
+    data = folder.read_bounded(MANIFEST_NAME, MAX_MANIFEST_BYTES)
     document = json.loads(data)
     if data != render_document(document):
         yield Problem(MANIFEST_NAME, None, None, "the file was altered without changing what it says")
@@ -205,10 +204,10 @@ def _check_manifest_bytes(root: Path) -> Iterator[Problem]:
         yield Problem(MANIFEST_NAME, None, None, "the checksum of the manifest is missing")
 
 
-def _check_piece(root: Path, store: FeatureStore, piece: Piece) -> Iterator[Problem]:
+def _check_piece(folder: Folder, store: FeatureStore, piece: Piece) -> Iterator[Problem]:
     name = record_name(piece.kind, piece.shard)
     try:
-        record = read_record(root, piece.kind, piece.shard)
+        record = read_record(folder, piece.kind, piece.shard)
     except (CacheCorrupt, OSError) as error:
         yield Problem(name, piece.problem_shard, piece.rows, str(error))
         return
@@ -223,70 +222,69 @@ def _check_piece(root: Path, store: FeatureStore, piece: Piece) -> Iterator[Prob
         yield Problem(name, piece.problem_shard, piece.rows, f"the record names the wrong files ({wrong[0]})")
         return
     for file, expected in record.files.items():
-        yield from _check_file(root, store, piece, record, file, expected)
+        yield from _check_file(folder, store, piece, record, file, expected)
 
 
 def _check_file(
-    root: Path, store: FeatureStore, piece: Piece, record: Record, name: str, expected: FileRecord
+    folder: Folder, store: FeatureStore, piece: Piece, record: Record, name: str, expected: FileRecord
 ) -> Iterator[Problem]:
-    path, shard = root / name, piece.problem_shard
-    if not path.is_file() or path.is_symlink():
-        reason = "the file is missing" if not path.exists() else "this is not a plain file"
+    shard, size = piece.problem_shard, folder.size(name)
+    if size is None or folder.is_link(name):
+        reason = "the file is missing" if not folder.exists(name) else "this is not a plain file"
         yield Problem(name, shard, piece.rows, reason)
         return
     try:
         # A file of the wrong size need not be read, and one with a petabyte of holes could not be.
-        size = path.stat().st_size
-        found = digest_file(path) if size == expected.bytes else FileDigest(size, "")
+        found = folder.digest(name) if size == expected.bytes else FileDigest(size, "")
     except OSError as error:
         yield Problem(name, shard, piece.rows, f"the file cannot be read: {error.strerror}")
         return
     if found.bytes != expected.bytes:
         yield Problem(name, shard, piece.rows, f"the file has {found.bytes} bytes instead of {expected.bytes}")
     elif found.crc32c != expected.crc32c:
-        yield from _locate_damage(path, store, piece, record, name, expected)
+        yield from _locate_damage(folder, store, piece, record, name, expected)
     else:
-        yield from _check_contents(path, store, piece, record, name)
+        yield from _check_contents(folder, store, piece, record, name)
 
 
-def _check_contents(path: Path, store: FeatureStore, piece: Piece, record: Record, name: str) -> Iterator[Problem]:
+def _check_contents(folder: Folder, store: FeatureStore, piece: Piece, record: Record, name: str) -> Iterator[Problem]:
     """Say what is wrong with a file that matches its record: whoever altered one may have altered the other."""
     try:
         if piece.kind == "features":
-            file = OpenFile(str(path))
+            file = folder.open(name)
             store.check_frame(file, piece.shard)
             for array in piece.files[name]:
                 store.read_index(file, array, piece.shard)
         elif piece.kind == "images" and piece.rows is not None and store.manifest.images is not None:
-            check_tar(OpenFile(str(path)), range(*piece.rows), record.offsets, store.manifest.images.format)
+            check_tar(folder.open(name), range(*piece.rows), record.offsets, store.manifest.images.format)
         elif piece.kind == "layout" and name in (documents := store.documents()):
-            if read_bounded(path, len(documents[name])) != documents[name]:
+            if folder.read_bounded(name, len(documents[name])) != documents[name]:
                 raise CacheCorrupt("this is not the metadata that the manifest implies")
         elif name == layout.SAMPLES_NAME:
-            check_against_manifest(load_samples(path), store.manifest)
+            check_against_manifest(load_samples(folder), store.manifest)
         elif piece.kind == "calibration":
             files = {store.calibration_file(known): known for known in layout.all_calibrations(store.manifest)}
-            data = read_bounded(path, store.calibration_size(files[name]))
-            store.parse_calibration(files[name], data, str(path))
+            data = folder.read_bounded(name, store.calibration_size(files[name]))
+            store.parse_calibration(files[name], data, folder.where(name))
         elif name == layout.IMAGE_INDEX_NAME:
-            _check_index(path.parent.parent, path)
+            _check_index(folder)
     except CacheError as error:
         yield Problem(name, piece.problem_shard, piece.rows, str(error))
 
 
-def _check_index(root: Path, path: Path) -> None:
+def _check_index(folder: Folder) -> None:
     try:
-        records = [read_record(root, *piece) for piece in sorted(committed(root)) if piece[0] == "images"]
+        records = [read_record(folder, *piece) for piece in sorted(committed(folder)) if piece[0] == "images"]
     except CacheCorrupt:
         # That is reported by itself.
         return
     expected = render_index([place for record in records if record is not None for place in record.offsets])
-    if read_bounded(path, len(expected)) != expected:
+    if folder.read_bounded(layout.IMAGE_INDEX_NAME, len(expected)) != expected:
         raise CacheCorrupt("this is not where the journal says that the images are")
 
 
 def _locate_damage(
-    path: Path, store: FeatureStore, piece: Piece, record: Record, name: str, expected: FileRecord
+    folder: Folder, store: FeatureStore, piece: Piece, record: Record, name: str, expected: FileRecord
 ) -> Iterator[Problem]:
     """Say which rows of a file of the right size are damaged."""
     checksums = expected.piece_checksums()
@@ -295,7 +293,7 @@ def _locate_damage(
         return
     first = piece.rows[0]
     try:
-        bad = damaged_rows(path, store, record, name)
+        bad = damaged_rows(folder, store, record, name)
     except CacheCorrupt as error:
         yield Problem(name, piece.shard, piece.rows, f"none of its rows can be found: {error}")
         return
@@ -305,12 +303,12 @@ def _locate_damage(
         yield Problem(name, piece.shard, piece.rows, "damaged between the rows, which are themselves intact")
 
 
-def damaged_rows(path: Path, store: FeatureStore, record: Record, name: str) -> list[int]:
+def damaged_rows(folder: Folder, store: FeatureStore, record: Record, name: str) -> list[int]:
     """Return which rows of a shard file, counted from its first, do not match their checksums.
 
-    `path` is where the file of the record called `name` is. Raises CacheCorrupt where rows cannot be told apart.
+    `name` is the file's in the record. Raises CacheCorrupt where rows cannot be told apart.
     """
-    file = OpenFile(str(path))
+    file = folder.open(name)
     if record.kind == "images":
         checksums = record.files[name].piece_checksums()
         if checksums is None or len(checksums) != len(record.offsets):
@@ -326,7 +324,7 @@ def damaged_rows(path: Path, store: FeatureStore, record: Record, name: str) -> 
 
 
 def _damaged_array_rows(
-    file: OpenFile, index: ShardIndex, store: FeatureStore, record: Record, array: ArrayLayout
+    file: ReadableFile, index: ShardIndex, store: FeatureStore, record: Record, array: ArrayLayout
 ) -> Iterator[int]:
     checksums = store.chunk_checksums(record, array)
     whole_rows = record.files[store.array_file(array, record.shard)].piece_checksums()
@@ -358,16 +356,13 @@ def _ranges(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
         yield start, stop
 
 
-def _strangers(root: Path, known: set[str]) -> Iterator[tuple[str, str]]:
-    """Yield what lies in the directory without belonging to the cache."""
-    for directory, folders, names in os.walk(root):
-        folders.sort()
-        for name in sorted(names + [folder for folder in folders if Path(directory, folder).is_symlink()]):
-            path = Path(directory, name).relative_to(root).as_posix()
-            if is_aside(name):
-                yield path, "a file that a writer left behind; resuming the build removes it"
-            elif path not in known:
-                yield path, "this file does not belong to the cache"
-            elif path.startswith((MANIFEST_NAME, f"{JOURNAL_FOLDER}/")) and Path(directory, name).is_symlink():
-                # Of the other files, the check against their record says so.
-                yield path, "this is not a plain file"
+def _strangers(folder: Folder, known: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield what lies in the folder without belonging to the cache."""
+    for name in folder.walk():
+        if is_aside(name):
+            yield name, "a file that a writer left behind; resuming the build removes it"
+        elif name not in known:
+            yield name, "this file does not belong to the cache"
+        elif name.startswith((MANIFEST_NAME, f"{JOURNAL_FOLDER}/")) and folder.is_link(name):
+            # Of the other files, the check against their record says so.
+            yield name, "this is not a plain file"

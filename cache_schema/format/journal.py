@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -13,7 +12,8 @@ from cache_schema.errors import CacheCorrupt
 from cache_schema.format.identity import canonical_json
 from cache_schema.format.manifest import Count, Part
 from cache_schema.storage.checksum import crc32c
-from cache_schema.storage.files import FileDigest, digest, read_bounded, write_file
+from cache_schema.storage.files import FileDigest, digest
+from cache_schema.storage.folder import Folder
 
 JOURNAL_FOLDER = "journal"
 MAX_RECORD_BYTES = 64 << 20
@@ -106,9 +106,9 @@ def render_record(record: Record) -> bytes:
     return _render(record.model_dump(mode="json"))
 
 
-def write_record(root: Path, record: Record) -> None:
+def write_record(folder: Folder, record: Record) -> None:
     """Commit a piece: from here on it exists."""
-    write_file(root / record_name(record.kind, record.shard), render_record(record))
+    folder.write(record_name(record.kind, record.shard), render_record(record))
 
 
 def parse_record(data: bytes, where: str) -> Record:
@@ -124,57 +124,56 @@ def parse_record(data: bytes, where: str) -> Record:
     return record
 
 
-def read_record(root: Path, kind: Kind, shard: int = 0) -> Record | None:
-    """Return a record of the cache at `root`, or None where that piece was not committed."""
+def read_record(folder: Folder, kind: Kind, shard: int = 0) -> Record | None:
+    """Return a record of the cache in a folder, or None where that piece was not committed."""
     name = record_name(kind, shard)
+    where = folder.where(name)
     try:
-        data = read_bounded(root / name, MAX_RECORD_BYTES)
+        data = folder.read_bounded(name, MAX_RECORD_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise CacheCorrupt(f"journal record {root / name} cannot be read ({error.strerror})") from error
-    record = parse_record(data, str(root / name))
+        raise CacheCorrupt(f"journal record {where} cannot be read ({error.strerror})") from error
+    record = parse_record(data, where)
     if (record.kind, record.shard) != (kind, shard):
-        raise CacheCorrupt(f"journal record {root / name} is that of {record.kind} {record.shard}")
+        raise CacheCorrupt(f"journal record {where} is that of {record.kind} {record.shard}")
     return record
 
 
-def read_committed(root: Path, kind: Kind, name: str, limit: int) -> bytes | None:
+def read_committed(folder: Folder, kind: Kind, name: str, limit: int) -> bytes | None:
     """Return the contents of a file of the layout, the calibration or the seal, exactly as they were committed.
 
     `limit` is the largest size in bytes that such a file can have, whatever its record says. None where that piece was
     not committed; raises CacheCorrupt where the file is not what the record says.
     """
-    record = read_record(root, kind)
+    record = read_record(folder, kind)
     if record is None:
         return None
-    path, expected = root / name, record.files.get(name)
+    where, expected = folder.where(name), record.files.get(name)
     if expected is None:
-        raise CacheCorrupt(f"journal record {root / record_name(kind)} does not know {name}")
+        raise CacheCorrupt(f"journal record {folder.where(record_name(kind))} does not know {name}")
     try:
-        data = read_bounded(path, min(expected.bytes, limit))
+        data = folder.read_bounded(name, min(expected.bytes, limit))
     except FileNotFoundError:
-        raise CacheCorrupt(f"{path} is missing") from None
+        raise CacheCorrupt(f"{where} is missing") from None
     except OSError as error:
-        raise CacheCorrupt(f"{path} cannot be read ({error.strerror})") from error
+        raise CacheCorrupt(f"{where} cannot be read ({error.strerror})") from error
     if (len(data), digest(data).crc32c) != (expected.bytes, expected.crc32c):
-        raise CacheCorrupt(f"{path} is damaged: it does not match its checksum")
+        raise CacheCorrupt(f"{where} is damaged: it does not match its checksum")
     return data
 
 
-def is_committed(root: Path, kind: Kind, shard: int = 0) -> bool:
+def is_committed(folder: Folder, kind: Kind, shard: int = 0) -> bool:
     """Say whether a piece is committed."""
-    return (root / record_name(kind, shard)).exists()
+    return folder.exists(record_name(kind, shard))
 
 
-def committed(root: Path) -> Iterator[tuple[Kind, int]]:
+def committed(folder: Folder) -> Iterator[tuple[Kind, int]]:
     """Yield the kind and number of every committed piece, in no particular order."""
     try:
-        names = [path.name for path in (root / JOURNAL_FOLDER).iterdir()]
-    except FileNotFoundError:
-        return
+        names = folder.names(JOURNAL_FOLDER)
     except OSError as error:
-        raise CacheCorrupt(f"cannot list {root / JOURNAL_FOLDER}: {error.strerror}") from error
+        raise CacheCorrupt(f"cannot list {folder.where(JOURNAL_FOLDER)}: {error.strerror}") from error
     for name in names:
         match = _NAME.fullmatch(name)
         if match is not None:
@@ -182,9 +181,9 @@ def committed(root: Path) -> Iterator[tuple[Kind, int]]:
             yield kind, int(match["shard"])
 
 
-def committed_shards(root: Path, kind: Kind) -> set[int]:
+def committed_shards(folder: Folder, kind: Kind) -> set[int]:
     """Return the numbers of the committed shards of one kind."""
-    return {shard for found, shard in committed(root) if found == kind}
+    return {shard for found, shard in committed(folder) if found == kind}
 
 
 def _render(document: dict[str, Any]) -> bytes:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,7 +10,7 @@ from cache_schema.errors import CacheCorrupt, CacheError, CacheNotFound, Unsuppo
 from cache_schema.format.identity import canonical_json
 from cache_schema.format.manifest import SCHEMA_VERSION, Manifest
 from cache_schema.storage.checksum import crc32c
-from cache_schema.storage.files import read_bounded
+from cache_schema.storage.folder import Folder
 
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
@@ -48,20 +47,20 @@ def manifest_checksum(document: dict[str, Any]) -> str:
     return f"{crc32c(text.encode('ascii')):08x}"
 
 
-def load_manifest(root: Path) -> Manifest:
-    """Read, migrate and validate the manifest of the cache at `root`.
+def load_manifest(folder: Folder) -> Manifest:
+    """Read, migrate and validate the manifest of the cache in a folder.
 
     Raises CacheNotFound where there is none, UnsupportedSchema for a version this release does not know, and
     CacheCorrupt for anything that is not a valid manifest or fails its checksum.
     """
-    path = root / MANIFEST_NAME
+    where = folder.where(MANIFEST_NAME)
     try:
-        data = read_bounded(path, MAX_MANIFEST_BYTES)
+        data = folder.read_bounded(MANIFEST_NAME, MAX_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
-        raise CacheNotFound(f"no cache at {root}: it has no {MANIFEST_NAME}") from None
+        raise CacheNotFound(f"no cache at {folder}: it has no {MANIFEST_NAME}") from None
     except OSError as error:
-        raise CacheCorrupt(f"cannot read {path}: {error.strerror}") from error
-    return parse_manifest(data, str(path))
+        raise CacheCorrupt(f"cannot read {where}: {error.strerror}") from error
+    return parse_manifest(data, where)
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -12,8 +11,9 @@ import pyarrow.parquet as pq
 
 from cache_schema.errors import CacheCorrupt, CacheError
 from cache_schema.format.identity import canonical_json
+from cache_schema.format.layout import SAMPLES_NAME
 from cache_schema.format.manifest import Manifest
-from cache_schema.storage.files import read_bounded
+from cache_schema.storage.folder import Folder
 from cache_schema.storage.parquet import read_trusting_nothing
 
 SPLITS = ("train", "test", "unlabeled")
@@ -162,13 +162,14 @@ def render_samples(table: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-def load_samples(path: Path) -> pa.Table:
-    """Read a samples table; raises CacheCorrupt unless it is a valid one."""
+def load_samples(folder: Folder) -> pa.Table:
+    """Read the samples table of a cache; raises CacheCorrupt unless it is a valid one."""
+    where = folder.where(SAMPLES_NAME)
     try:
-        data = read_bounded(path, MAX_SAMPLES_BYTES)
+        data = folder.read_bounded(SAMPLES_NAME, MAX_SAMPLES_BYTES)
     except OSError as error:
-        raise CacheCorrupt(f"{path} is not a samples table: {error.strerror}") from error
-    return parse_samples(data, str(path))
+        raise CacheCorrupt(f"{where} is not a samples table: {error.strerror}") from error
+    return parse_samples(data, where)
 
 
 def parse_samples(data: bytes, where: str) -> pa.Table:

@@ -5,7 +5,6 @@ The loops over rows are plain Python on purpose: a batch has tens of rows, for w
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Manifest
 from cache_schema.reading.open_shards import Checksums, ChunkPlaces, OpenShard, OpenShards
 from cache_schema.storage.checksum import combine_crc32c, crc32c
-from cache_schema.storage.open_file import OpenFile
+from cache_schema.storage.folder import Folder, ReadableFile
 from cache_schema.stores.compression import decompress
 from cache_schema.stores.registry import store_of
 from cache_schema.stores.shard import chunk_bytes
@@ -145,7 +144,7 @@ class ChunkRequest:
             except CacheCorrupt as error:
                 raise self._damage(error, out + i) from error
 
-    def _read(self, file: OpenFile, view: memoryview, offset: int, out: int) -> None:
+    def _read(self, file: ReadableFile, view: memoryview, offset: int, out: int) -> None:
         try:
             file.read_into(view, offset)
         except CacheCorrupt as error:
@@ -163,7 +162,7 @@ class ChunkRequest:
         index, step = divmod(out, len(self._steps))
         row = self._rows[index]
         more = view_and_timestep(self._source.manifest, self._views[index], self._steps[step])
-        return damaged(self._source.root, reason, row // self._array.samples_per_shard, row, more)
+        return damaged(self._source.folder, reason, row // self._array.samples_per_shard, row, more)
 
 
 def _consecutive(steps: Sequence[int]) -> list[tuple[int, int]]:
@@ -201,8 +200,9 @@ def _joint_checksums(checksums: memoryview, count: int, size: int) -> memoryview
 class ChunkSource:
     """The shards of one cache, opened with their checksums if what is read shall be checked."""
 
-    def __init__(self, root: Path, manifest: Manifest, verify: bool, opened: OpenShards) -> None:
-        self.root, self.manifest, self.verify, self.opened = root, manifest, verify, opened
+    def __init__(self, folder: Folder, manifest: Manifest, verify: bool) -> None:
+        self.folder, self.manifest, self.verify = folder, manifest, verify
+        self.opened = OpenShards(folder)
         self._store = store_of(manifest)
 
     def open_shard(self, array: ArrayLayout, number: int) -> OpenShard:
@@ -210,7 +210,7 @@ class ChunkSource:
         known = self.opened.shards.get((array.name, number))
         if known is not None:
             return known
-        file = self.opened.file(f"{self.root}/{self._store.array_file(array, number)}")
+        file = self.opened.file(self._store.array_file(array, number))
         places = self.opened.places(file, array.name, lambda opened: self._read_places(opened, array, number))
         checksums, piece = None, 1
         if self.verify:
@@ -230,13 +230,13 @@ class ChunkSource:
         load = self._read_feature_checksums if kind == "features" else self._read_image_checksums
         known = self.opened.checksums(kind, shard, lambda: load(self._record(kind, shard)))
         if name not in known:
-            raise CacheCorrupt(f"{self.root / record_name(kind, shard)} has no checksums of {name}")
+            raise CacheCorrupt(f"{self.folder.where(record_name(kind, shard))} has no checksums of {name}")
         return known[name]
 
     def _record(self, kind: Kind, shard: int) -> Record:
-        record = read_record(self.root, kind, shard)
+        record = read_record(self.folder, kind, shard)
         if record is None:
-            raise CacheCorrupt(f"{self.root / record_name(kind, shard)} is missing")
+            raise CacheCorrupt(f"{self.folder.where(record_name(kind, shard))} is missing")
         return record
 
     def _read_feature_checksums(self, record: Record) -> Checksums:
@@ -253,6 +253,6 @@ class ChunkSource:
         pieces = {name: file.piece_checksums() for name, file in record.files.items()}
         return {name: values.data for name, values in pieces.items() if values is not None}
 
-    def _read_places(self, file: OpenFile, array: ArrayLayout, shard: int) -> ChunkPlaces:
+    def _read_places(self, file: ReadableFile, array: ArrayLayout, shard: int) -> ChunkPlaces:
         index = self._store.read_index(file, array, shard)
         return ChunkPlaces(index, chunk_bytes(array) if array.compression == "none" else None)

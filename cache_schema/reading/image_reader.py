@@ -28,35 +28,35 @@ class ImageReader:
         name = layout.image_file(shard)
         try:
             offset, size = (int(value) for value in self._places(shard)[local])
-            file = source.opened.file(f"{source.root}/{name}")
+            file = source.opened.file(name)
             if offset < 0 or size < 0 or offset + size > file.size:
                 raise CacheCorrupt(f"{file.path} is truncated: an image is not inside it")
             image = file.read(offset, size)
             if source.verify and crc32c(image) != source.checksums("images", shard, name)[local]:
                 raise CacheCorrupt(f"{file.path} does not match its checksum")
         except CacheCorrupt as error:
-            raise damaged(source.root, error, shard, row) from error
+            raise damaged(source.folder, error, shard, row) from error
         except IndexError:
-            raise damaged(source.root, f"the journal does not know all images of {name}", shard, row) from None
+            raise damaged(source.folder, f"the journal does not know all images of {name}", shard, row) from None
         return image
 
     def _places(self, shard: int) -> Array:
         """Return where the images of a shard are, int64 (rows, 2)."""
         if shard not in self._offsets:
-            root, store = self._source.root, self._source.manifest.store
+            folder, store = self._source.folder, self._source.manifest.store
             if self._source.manifest.sealed:
                 name = layout.IMAGE_INDEX_NAME
-                data = read_committed(root, "seal", name, index_size(self._count()))
+                data = read_committed(folder, "seal", name, index_size(self._count()))
                 if data is None:
-                    raise CacheCorrupt(f"the journal of {root} has no record of its sealing")
-                table = parse_index(data, self._count(), f"{root}/{name}")
+                    raise CacheCorrupt(f"the journal of {folder} has no record of its sealing")
+                table = parse_index(data, self._count(), folder.where(name))
                 for number in range(store.image_shards):
                     start = number * store.images_per_shard
                     self._offsets[number] = check_places(table[start : start + store.images_per_shard], name)
             else:
-                record = read_record(root, "images", shard)
+                record = read_record(folder, "images", shard)
                 if record is None:
-                    raise CacheUnsealed(f"image shard {shard} of {root} is not built yet")
+                    raise CacheUnsealed(f"image shard {shard} of {folder} is not built yet")
                 places = np.array(record.offsets, dtype=np.int64).reshape(-1, 2)
                 self._offsets[shard] = check_places(places, record_name("images", shard))
         return self._offsets[shard]

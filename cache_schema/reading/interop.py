@@ -21,7 +21,8 @@ from cache_schema.format import layout
 from cache_schema.format.damage import damaged
 from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Manifest
-from cache_schema.storage.files import read_bounded
+from cache_schema.storage.folder import Folder
+from cache_schema.storage.local import LocalFolder
 from cache_schema.stores.images import EXTENSIONS
 from cache_schema.stores.registry import store_of
 from cache_schema.stores.webdataset_store import npy_header
@@ -34,8 +35,12 @@ if TYPE_CHECKING:
 class Samples(Protocol):
     """What a pipeline asks an open cache for; `cache_schema.Cache` is one, and can be sent to worker processes."""
 
-    root: Path
+    folder: Folder
     manifest: Manifest
+
+    @property
+    def root(self) -> Path:
+        """The directory of the cache."""
 
     @property
     def samples(self) -> pa.Table:
@@ -58,6 +63,8 @@ def zarr_array(root: Path, manifest: Manifest, tap: str, part: str) -> zarr.Arra
     """Open one array of the Zarr store of a cache, read-only; raises CacheRequestError, CacheCorrupt."""
     import zarr
 
+    folder = LocalFolder(root)
+
     if manifest.store.kind != "zarr":
         raise CacheRequestError(
             f"cache {manifest.label} has no Zarr arrays, its store is {manifest.store.kind}: convert it to the zarr "
@@ -70,13 +77,12 @@ def zarr_array(root: Path, manifest: Manifest, tap: str, part: str) -> zarr.Arra
     parts += [array.part for array in layout.calibration_layouts(manifest, info)]
     if part not in parts:
         raise CacheRequestError(f"tap {tap} of cache {manifest.label} has no part {part} (has {', '.join(parts)})")
-    folder = root / layout.FEATURES_FOLDER / name
     # Zarr would follow whatever this file says, be it another codec or an array of petabytes.
     document = f"{layout.FEATURES_FOLDER}/{name}/zarr.json"
     expected = store_of(manifest).documents()[document]
-    if read_bounded(root / document, len(expected)) != expected:
-        raise damaged(root, f"{root / document} is not the metadata that the manifest implies")
-    array = zarr.open_array(str(folder), mode="r")
+    if folder.read_bounded(document, len(expected)) != expected:
+        raise damaged(folder, f"{folder.where(document)} is not the metadata that the manifest implies")
+    array = zarr.open_array(folder.where(f"{layout.FEATURES_FOLDER}/{name}"), mode="r")
     assert isinstance(array, zarr.Array)
     return array
 
@@ -138,7 +144,7 @@ class SampleDecoder:
         return description
 
     def _damage(self, sample: dict[str, Any], reason: str) -> CacheCorrupt:
-        return damaged(self.cache.root, f"sample {sample['__key__']} of {sample['__url__']} {reason}")
+        return damaged(self.cache.folder, f"sample {sample['__key__']} of {sample['__url__']} {reason}")
 
 
 def sample_pipeline(

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from cache_schema.encoding.number_formats import Array
-from cache_schema.storage.open_file import OpenFile, Signature
+from cache_schema.storage.folder import Folder, ReadableFile, Signature
 from cache_schema.stores.shard import ShardIndex
 
 # An eighth of what this process may have open, at most 4096: opening a shard again costs more than reading a small
@@ -75,7 +75,7 @@ class OpenShard:
     there are any, are those of all timesteps of a row and view together, for chunks that are read at once.
     """
 
-    file: OpenFile
+    file: ReadableFile
     places: ChunkPlaces
     checksums: memoryview | None
     piece: int
@@ -124,23 +124,25 @@ class OpenShards:
 
     def __init__(
         self,
+        folder: Folder,
         max_files: int = MAX_OPEN_FILES,
         max_index_bytes: int = MAX_INDEX_BYTES,
         max_checksum_bytes: int = MAX_CHECKSUM_BYTES,
     ) -> None:
+        self._folder = folder
         self.shards: RecentlyUsed[tuple[str, int], OpenShard] = RecentlyUsed(max_files, max_index_bytes)
-        self.files: RecentlyUsed[str, OpenFile] = RecentlyUsed(max_files, 0)
+        self.files: RecentlyUsed[str, ReadableFile] = RecentlyUsed(max_files, 0)
         # Both outlive the files they are about: reading them again costs far more than opening a file.
         self._places: RecentlyUsed[tuple[str, str], tuple[Signature, ChunkPlaces]] = RecentlyUsed(
             1 << 20, max_index_bytes
         )
         self._checksums: RecentlyUsed[tuple[str, int], Checksums] = RecentlyUsed(1 << 20, max_checksum_bytes)
 
-    def file(self, path: str) -> OpenFile:
-        """Return the file, open. It stays open while the caller keeps it, even when it is forgotten here."""
-        return self.files.get(path) or self.files.put(path, OpenFile(path))
+    def file(self, name: str) -> ReadableFile:
+        """Return a file, open. It stays open while the caller keeps it, even when it is forgotten here."""
+        return self.files.get(name) or self.files.put(name, self._folder.open(name))
 
-    def places(self, file: OpenFile, array: str, parse: Callable[[OpenFile], ChunkPlaces]) -> ChunkPlaces:
+    def places(self, file: ReadableFile, array: str, parse: Callable[[ReadableFile], ChunkPlaces]) -> ChunkPlaces:
         """Return where the chunks of an array in an open file are, parsed at most once while it is remembered."""
         known = self._places.get((file.path, array))
         if known is not None and known[0] == file.signature:

@@ -22,8 +22,9 @@ from cache_schema.format.samples import MAX_SAMPLES_BYTES, check_against_manifes
 from cache_schema.reading.batch import TORCH_DTYPES, EncodedBatch, stored_batch
 from cache_schema.reading.chunks import ChunkRequest, ChunkSource
 from cache_schema.reading.image_reader import ImageReader
-from cache_schema.reading.open_shards import OpenShards
 from cache_schema.storage.buffers import empty
+from cache_schema.storage.folder import Folder
+from cache_schema.storage.local import LocalFolder, local_folder
 from cache_schema.stores.calibration_files import load_channel, load_components
 
 if TYPE_CHECKING:
@@ -47,29 +48,19 @@ def open_cache(path: str | os.PathLike[str], allow_partial: bool = False, verify
 
     Raises CacheNotFound, CacheUnsealed (an unfinished cache, unless `allow_partial`), CacheCorrupt, UnsupportedSchema.
     """
-    root = local_path(path)
+    folder = local_folder(path)
     try:
-        manifest = load_manifest(root)
+        manifest = load_manifest(folder)
     except CacheCorrupt as error:
         raise CacheCorrupt(f"{error}; copy the cache here again, or build it anew in an empty directory") from error
-    cache = Cache(root, manifest, verify)
+    cache = Cache(folder, manifest, verify)
     if not manifest.sealed and not allow_partial:
         raise CacheUnsealed(
-            f"cache {root} is not sealed: {cache.missing_samples} of {manifest.dataset.feature_rows} samples have no "
+            f"cache {folder} is not sealed: {cache.missing_samples} of {manifest.dataset.feature_rows} samples have no "
             "features yet; run the build again, it resumes, or read what is there with --allow-partial "
             "(in Python: allow_partial=True)"
         )
     return cache
-
-
-def local_path(path: str | os.PathLike[str]) -> Path:
-    """Return the local directory that a path or a file:// URL names; other URLs raise CacheError."""
-    text = os.fspath(path)
-    if text.startswith("file://"):
-        text = text.removeprefix("file://")
-    elif "://" in text:
-        raise CacheError(f"{text} is not a local directory; copy the cache here and open the copy")
-    return Path(text)
 
 
 class Cache:
@@ -78,8 +69,8 @@ class Cache:
     A partial cache is read as it was when it was opened: open it again to see what was built since.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, verify: bool = True) -> None:
-        self.root = root
+    def __init__(self, folder: Folder, manifest: Manifest, verify: bool = True) -> None:
+        self.folder = folder
         self.manifest = manifest
         self.verify = verify
         self._calibrations: dict[str, torch.Tensor] = {}  # by tap, of all timesteps
@@ -88,12 +79,19 @@ class Cache:
         self._layouts: dict[str, list[ArrayLayout]] = {}
         self._open_nothing()
 
+    @property
+    def root(self) -> Path:
+        """The directory of the cache; raises CacheRequestError for one that is not in a directory of this machine."""
+        if isinstance(self.folder, LocalFolder):
+            return self.folder.path
+        raise CacheRequestError(f"cache {self.folder} is not in a directory of this machine; copy it here first")
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return (open_cache, (str(self.root.absolute()), True, self.verify))
+        return (open_cache, (self.folder.location, True, self.verify))
 
     def __repr__(self) -> str:
         state = "sealed" if self.manifest.sealed else "partial"
-        return f"<Cache {self.manifest.label} at {self.root}: {len(self)} samples with features, {state}>"
+        return f"<Cache {self.manifest.label} at {self.folder}: {len(self)} samples with features, {state}>"
 
     def __len__(self) -> int:
         """The number of samples that have features."""
@@ -102,21 +100,23 @@ class Cache:
     @cached_property
     def samples(self) -> pa.Table:
         """The samples table: row i of it is row i of the features, if it has any, and of the images."""
-        path = self.root / layout.SAMPLES_NAME
+        where = self.folder.where(layout.SAMPLES_NAME)
         try:
-            data = read_committed(self.root, "layout", layout.SAMPLES_NAME, MAX_SAMPLES_BYTES)
+            data = read_committed(self.folder, "layout", layout.SAMPLES_NAME, MAX_SAMPLES_BYTES)
             if data is None:
                 if not self.manifest.sealed:
-                    raise CacheUnsealed(f"cache {self.root} has no samples table yet; run the build again, it resumes")
-                raise CacheCorrupt(f"the journal of {self.root} has no record of {layout.SAMPLES_NAME}")
-            table = parse_samples(data, str(path))
+                    raise CacheUnsealed(
+                        f"cache {self.folder} has no samples table yet; run the build again, it resumes"
+                    )
+                raise CacheCorrupt(f"the journal of {self.folder} has no record of {layout.SAMPLES_NAME}")
+            table = parse_samples(data, where)
             check_against_manifest(table, self.manifest)
         except CacheCorrupt as error:
-            raise damaged(self.root, error) from error
+            raise damaged(self.folder, error) from error
         except CacheUnsealed:
             raise
         except CacheError as error:
-            raise damaged(self.root, f"{path} is not that of this cache: {error}") from error
+            raise damaged(self.folder, f"{where} is not that of this cache: {error}") from error
         return table
 
     @cached_property
@@ -190,9 +190,9 @@ class Cache:
             return features
         if tap not in self._components:
             try:
-                stored = load_components(self.root, self.manifest, info)
+                stored = load_components(self.folder, self.manifest, info)
             except CacheCorrupt as error:
-                raise damaged(self.root, f"the components of tap {tap} cannot be used: {error}") from error
+                raise damaged(self.folder, f"the components of tap {tap} cannot be used: {error}") from error
             parts = (torch.from_numpy(array) for array in (stored.amplitude, stored.mean, stored.basis))
             self._components[tap] = (next(parts), next(parts), next(parts))
         amplitude, mean, basis = (array.to(features) for array in self._components[tap])
@@ -258,14 +258,14 @@ class Cache:
     @cached_property
     def _built(self) -> set[int] | None:
         """The feature shards that a partial cache had when this was first asked; None if the cache is sealed."""
-        return None if self.manifest.sealed else committed_shards(self.root, "features")
+        return None if self.manifest.sealed else committed_shards(self.folder, "features")
 
     @cached_property
     def _failed(self) -> frozenset[int]:
         """The rows that the teacher failed on."""
         if self._built is None:
             return frozenset(self.manifest.failed_rows)
-        records = (read_record(self.root, "features", shard) for shard in self._built)
+        records = (read_record(self.folder, "features", shard) for shard in self._built)
         return frozenset(item.row for record in records if record is not None for item in record.failed)
 
     @cached_property
@@ -284,7 +284,7 @@ class Cache:
 
     def _open_nothing(self) -> None:
         self._pid = os.getpid()
-        self._source = ChunkSource(self.root, self.manifest, self.verify, OpenShards())
+        self._source = ChunkSource(self.folder, self.manifest, self.verify)
         self._image_reader = ImageReader(self._source, lambda: self._image_count)
 
     def _tap(self, name: str) -> TapInfo:
@@ -345,7 +345,7 @@ class Cache:
                     f"features: the teacher failed on it, {record} says how; leave it out (Cache.has_features)"
                 )
             if not self.has_features(row):
-                raise CacheUnsealed(f"row {row} of {self.root} has no features yet; run the build again, it resumes")
+                raise CacheUnsealed(f"row {row} of {self.folder} has no features yet; run the build again, it resumes")
 
     def _output(self, out: Buffer | None, shape: tuple[int, ...]) -> torch.Tensor:
         dtype = TORCH_DTYPES[self.manifest.encoding.kind]
@@ -370,9 +370,9 @@ class Cache:
         if channel is None or before != steps:
             if tap.name not in self._calibrations:
                 try:
-                    stored = torch.from_numpy(load_channel(self.root, self.manifest, tap))
+                    stored = torch.from_numpy(load_channel(self.folder, self.manifest, tap))
                 except CacheCorrupt as error:
-                    raise damaged(self.root, f"the calibration of tap {tap.name} cannot be used: {error}") from error
+                    raise damaged(self.folder, f"the calibration of tap {tap.name} cannot be used: {error}") from error
                 self._calibrations[tap.name] = stored
             channel = self._calibrations[tap.name][steps]
             self._channels[tap.name] = steps, channel

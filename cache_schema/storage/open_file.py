@@ -2,11 +2,10 @@
 
 import os
 import stat
+from collections.abc import Sequence
 
 from cache_schema.errors import CacheCorrupt
-
-# Tells a file from another one at the same path: inode, size in bytes, time of the last change in nanoseconds.
-Signature = tuple[int, int, int]
+from cache_schema.storage.folder import Signature
 
 
 class OpenFile:
@@ -39,6 +38,10 @@ class OpenFile:
         buffer = bytearray(size)
         self.read_into(memoryview(buffer), offset)
         return bytes(buffer)
+
+    def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return the bytes of every (offset, size), in their order; raises CacheCorrupt as `read` does."""
+        return [self.read(offset, size) for offset, size in ranges]
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill `view` with the bytes from `offset`; raises CacheCorrupt where the file does not have them."""

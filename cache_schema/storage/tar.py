@@ -4,9 +4,9 @@ Source: https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html, sec
 """
 
 from collections.abc import Iterable
-from typing import Protocol
 
 from cache_schema.errors import CacheCorrupt
+from cache_schema.storage.folder import ReadableFile
 
 BLOCK = 512
 # What an archive's size is a multiple of.
@@ -45,17 +45,7 @@ def archive_end(members: int) -> bytes:
     return bytes(archive_size(members) - members)
 
 
-class ReadablePlaces(Protocol):
-    """A file to read at given places."""
-
-    path: str
-    size: int
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Return `size` bytes from `offset`; raises CacheCorrupt where the file does not have them."""
-
-
-def check_members(file: ReadablePlaces, members: Iterable[tuple[str, int]]) -> None:
+def check_members(file: ReadableFile, members: Iterable[tuple[str, int]]) -> None:
     """Raise CacheCorrupt unless an archive consists of exactly these members (name and size), one after the other.
 
     Every byte that is not contents is compared with what `member_header` and the others here write: there is no link,

@@ -3,7 +3,6 @@
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
@@ -15,7 +14,8 @@ from cache_schema.format.journal import FileRecord, Record, record_name
 from cache_schema.format.layout import ArrayLayout, CalibrationLayout
 from cache_schema.format.manifest import Manifest
 from cache_schema.storage.files import AsideFile
-from cache_schema.storage.open_file import OpenFile
+from cache_schema.storage.folder import ReadableFile
+from cache_schema.storage.local import LocalFolder
 from cache_schema.stores.shard import ShardIndex
 
 
@@ -55,14 +55,16 @@ class FeatureStore(ABC):
         """Return the path of the file that holds a shard of an array."""
 
     @abstractmethod
-    def read_index(self, file: OpenFile, array: ArrayLayout, shard: int) -> ShardIndex:
+    def read_index(self, file: ReadableFile, array: ArrayLayout, shard: int) -> ShardIndex:
         """Return where the chunks of an array are in an open shard file; raises CacheCorrupt."""
 
-    def check_frame(self, file: OpenFile, shard: int) -> None:  # noqa: B027 -- not every store has one
+    def check_frame(self, file: ReadableFile, shard: int) -> None:  # noqa: B027 -- not every store has one
         """Raise CacheCorrupt unless an open shard file is, around the features, what this store writes."""
 
     @abstractmethod
-    def row_writer(self, root: Path, shard: int, samples: pa.Table) -> contextlib.AbstractContextManager[RowWriter]:
+    def row_writer(
+        self, folder: LocalFolder, shard: int, samples: pa.Table
+    ) -> contextlib.AbstractContextManager[RowWriter]:
         """Return the writer of one shard; leaving its context removes what was not published."""
 
     @abstractmethod

@@ -10,6 +10,7 @@ from cache_schema.errors import CacheCorrupt
 from cache_schema.storage import tar
 from cache_schema.storage.checksum import crc32c
 from cache_schema.storage.files import AsideFile
+from cache_schema.storage.folder import ReadableFile
 
 # Far more than the largest student image; a hostile index must not have a whole sparse tar read at once.
 MAX_IMAGE_BYTES = 1 << 28
@@ -35,7 +36,7 @@ def write_tar(
     return offsets, checksums
 
 
-def check_tar(file: tar.ReadablePlaces, rows: range, places: Sequence[tuple[int, int]], image_format: str) -> None:
+def check_tar(file: ReadableFile, rows: range, places: Sequence[tuple[int, int]], image_format: str) -> None:
     """Raise CacheCorrupt unless a file is the tar of the images of these rows, each where `places` says."""
     if len(places) != len(rows):
         raise CacheCorrupt(f"the journal speaks of {len(places)} images in {file.path}, there are {len(rows)}")

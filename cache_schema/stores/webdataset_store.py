@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,8 @@ from cache_schema.format.manifest import Manifest
 from cache_schema.storage import tar
 from cache_schema.storage.checksum import crc32c
 from cache_schema.storage.files import AsideFile
-from cache_schema.storage.open_file import OpenFile
+from cache_schema.storage.folder import ReadableFile
+from cache_schema.storage.local import LocalFolder
 from cache_schema.stores.base import FeatureStore, RowWriter
 from cache_schema.stores.shard import ShardIndex, chunk_bytes
 
@@ -53,7 +53,7 @@ class WebDatasetStore(FeatureStore):
         """Return the path of the shard's tar."""
         return _shard_file(shard)
 
-    def read_index(self, file: OpenFile, array: ArrayLayout, shard: int) -> ShardIndex:
+    def read_index(self, file: ReadableFile, array: ArrayLayout, shard: int) -> ShardIndex:
         """Compute where the chunks of an array are; raises CacheCorrupt for a file of the wrong size."""
         rows = len(layout.rows_of_shard(shard, array.samples_per_shard, array.outer[0]))
         size = tar.archive_size(rows * self._sample_bytes)
@@ -68,12 +68,12 @@ class WebDatasetStore(FeatureStore):
         offsets[rows:], lengths[rows:] = -1, 0
         return ShardIndex(offsets, lengths)
 
-    def check_frame(self, file: OpenFile, shard: int) -> None:
+    def check_frame(self, file: ReadableFile, shard: int) -> None:
         """Raise CacheCorrupt unless a tar has exactly the members of its shard, each with the right .npy header."""
         rows = layout.rows_of_shard(shard, self.manifest.store.samples_per_shard, self.manifest.dataset.feature_rows)
         tar.check_members(file, self._members(file, rows))
 
-    def _members(self, file: OpenFile, rows: range) -> Iterator[tuple[str, int]]:
+    def _members(self, file: ReadableFile, rows: range) -> Iterator[tuple[str, int]]:
         for number, row in enumerate(rows):
             start = number * self._sample_bytes
             for array in self._arrays:
@@ -91,11 +91,11 @@ class WebDatasetStore(FeatureStore):
             yield f"{row:08d}.json", len(text)
 
     @contextlib.contextmanager
-    def row_writer(self, root: Path, shard: int, samples: pa.Table) -> Iterator[RowWriter]:
+    def row_writer(self, folder: LocalFolder, shard: int, samples: pa.Table) -> Iterator[RowWriter]:
         """Write one tar with the label and split of every row as the samples table says them."""
         rows = layout.rows_of_shard(shard, self.manifest.store.samples_per_shard, self.manifest.dataset.feature_rows)
         table = samples.slice(rows.start, len(rows)).select(["label", "split"]).to_pylist()
-        with AsideFile(root / _shard_file(shard)) as aside:
+        with folder.aside(_shard_file(shard)) as aside:
             descriptions = ({"row": row, **sample} for row, sample in zip(rows, table, strict=True))
             yield _TarRowWriter(_shard_file(shard), aside, self._arrays, descriptions)
 

@@ -6,7 +6,6 @@ Source: https://zarr-specs.readthedocs.io/en/latest/v3/core/index.html; the shar
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,8 @@ from cache_schema.format.journal import FileRecord, file_record
 from cache_schema.format.layout import ArrayLayout, CalibrationLayout
 from cache_schema.format.manifest import Manifest
 from cache_schema.storage.files import AsideFile
-from cache_schema.storage.open_file import OpenFile
+from cache_schema.storage.folder import ReadableFile
+from cache_schema.storage.local import LocalFolder
 from cache_schema.stores.base import FeatureStore, RowWriter
 from cache_schema.stores.compression import codec_metadata
 from cache_schema.stores.shard import ShardIndex, ShardWriter, index_size, parse_index
@@ -49,19 +49,19 @@ class ZarrStore(FeatureStore):
         """Return the path of the shard's key in the array's chunk grid."""
         return "/".join([_folder(array.name), "c", str(shard), "0", "0", *("0" for _ in array.inner)])
 
-    def read_index(self, file: OpenFile, array: ArrayLayout, shard: int) -> ShardIndex:
+    def read_index(self, file: ReadableFile, array: ArrayLayout, shard: int) -> ShardIndex:
         """Read and parse the chunk index at the end of an open shard file; raises CacheCorrupt."""
         size = index_size(array)
         if file.size < size:
             raise CacheCorrupt(f"{file.path} is truncated: {file.size} bytes do not hold the index of its chunks")
-        return parse_index(file.read(file.size - size, size), array, file.size, str(file.path))
+        return parse_index(file.read(file.size - size, size), array, file.size, file.path)
 
     @contextlib.contextmanager
-    def row_writer(self, root: Path, shard: int, samples: pa.Table) -> Iterator[RowWriter]:
+    def row_writer(self, folder: LocalFolder, shard: int, samples: pa.Table) -> Iterator[RowWriter]:
         """Write one file per array; the samples table is not needed."""
         with contextlib.ExitStack() as stack:
             writers = {
-                name: ShardWriter(array, stack.enter_context(AsideFile(root / name)))
+                name: ShardWriter(array, stack.enter_context(folder.aside(name)))
                 for name, (array,) in self.shard_files(shard).items()
             }
             yield _ZarrRowWriter(writers)

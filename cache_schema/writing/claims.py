@@ -11,10 +11,10 @@ import os
 import struct
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from cache_schema.format.journal import Kind, is_committed, record_name
 from cache_schema.storage.files import storage_errors
+from cache_schema.storage.local import LocalFolder
 
 # Bytes beyond the end of a file can be locked like any others; each kind of piece has a stretch of its own.
 _STRETCH = 1 << 40
@@ -23,16 +23,16 @@ _TAKEN = {errno.EAGAIN, errno.EACCES}
 
 
 class Claims:
-    """One builder's claims on the pieces of the cache at `root`, which must have been begun.
+    """One builder's claims on the pieces of the cache in a folder, which must have been begun.
 
     Two objects exclude each other, also within one process; `close`, or the end of the process, drops all claims.
     Where the file system or the platform has no such locks every claim is granted: builders may then compute the same
     piece, and the first to commit it wins.
     """
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        path = root / record_name("layout")
+    def __init__(self, folder: LocalFolder) -> None:
+        self._folder = folder
+        path = folder.path / record_name("layout")
         with storage_errors(path):
             # Writable, because only such a file may be locked exclusively; nothing is ever written.
             self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -68,10 +68,10 @@ class Claims:
         wait while holding a claim on a piece that is yet to be computed: two builders could wait for each other.
         """
         for shard in shards:
-            if is_committed(self._root, kind, shard) or not self.take(kind, shard, wait=wait):
+            if is_committed(self._folder, kind, shard) or not self.take(kind, shard, wait=wait):
                 continue
             # It may have been committed between the look and the claim.
-            if is_committed(self._root, kind, shard):
+            if is_committed(self._folder, kind, shard):
                 self.drop(kind, shard)
             else:
                 yield shard

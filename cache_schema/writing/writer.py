@@ -45,18 +45,9 @@ from cache_schema.format.samples import (
     render_samples,
 )
 from cache_schema.read_ahead import ReadAhead
-from cache_schema.reading.reader import local_path
-from cache_schema.storage.files import (
-    AsideFile,
-    directory_lock,
-    is_aside,
-    make_directory,
-    refuse_linked_folders,
-    storage_errors,
-    sweep_aside_files,
-    write_file,
-    write_new_file,
-)
+from cache_schema.storage.files import AsideFile, is_aside
+from cache_schema.storage.folder import Folder
+from cache_schema.storage.local import LocalFolder, local_folder
 from cache_schema.stores.calibration_files import commit_calibration, load_codec
 from cache_schema.stores.images import MAX_IMAGE_BYTES, render_index, write_tar
 from cache_schema.stores.registry import store_of
@@ -75,59 +66,57 @@ def create_cache(path: str | os.PathLike[str], manifest: Manifest, samples: pa.T
     with nothing missing. Raises CacheMismatch where another cache, or the same with another samples table, is there;
     CacheError for a directory that holds something else; CacheStorageError where it cannot be written.
     """
-    root = local_path(path)
+    folder = local_folder(path)
     planned = as_unsealed(manifest)
     check_samples(samples)
     check_against_manifest(samples, planned)
-    existing = _establish_manifest(root, planned)
+    existing = _establish_manifest(folder, planned)
     if existing.cache_id != planned.cache_id:
         differing = ", ".join(differing_fields(existing.document(), planned.document()))
         raise CacheMismatch(
-            f"{root} holds cache {existing.cache_id[:12]}, these inputs make cache {planned.cache_id[:12]}; they "
+            f"{folder} holds cache {existing.cache_id[:12]}, these inputs make cache {planned.cache_id[:12]}; they "
             f"differ in {differing}; choose another directory"
         )
     if not existing.sealed:
-        refuse_linked_folders(root)
-        sweep_aside_files(root)
-        _establish_layout(root, existing, samples)
-    stored = load_samples(root / layout.SAMPLES_NAME)
+        folder.refuse_links()
+        folder.sweep()
+        _establish_layout(folder, existing, samples)
+    stored = load_samples(folder)
     if not stored.equals(samples):
-        raise CacheMismatch(
-            f"cache {root} was begun with other samples: {_first_difference(stored, samples)}; choose another directory"
-        )
+        difference = _first_difference(stored, samples)
+        raise CacheMismatch(f"cache {folder} was begun with other samples: {difference}; choose another directory")
     try:
         check_against_manifest(stored, existing)
     except CacheError as error:
-        raise CacheCorrupt(f"{root / MANIFEST_NAME} is not that of this cache: {error}") from error
-    return CacheWriter(root, existing, stored)
+        raise CacheCorrupt(f"{folder.where(MANIFEST_NAME)} is not that of this cache: {error}") from error
+    return CacheWriter(folder, existing, stored)
 
 
-def _establish_manifest(root: Path, planned: Manifest) -> Manifest:
-    """Return the manifest at `root`, putting `planned` there if there is none: of two builders, one wins."""
+def _establish_manifest(folder: LocalFolder, planned: Manifest) -> Manifest:
+    """Return the manifest in a folder, putting `planned` there if there is none: of two builders, one wins."""
     try:
-        return load_manifest(root)
+        return load_manifest(folder)
     except CacheNotFound:
         pass
-    if root.exists() and not root.is_dir():
-        raise CacheError(f"{root} is not a directory; choose another place for the cache")
-    if root.is_dir() and any(not is_aside(found.name) and found.name != MANIFEST_NAME for found in root.iterdir()):
-        raise CacheError(f"{root} is not empty and not a cache; choose another directory")
-    with storage_errors(root):
-        make_directory(root)
-    write_new_file(root / MANIFEST_NAME, render_manifest(planned))
-    return load_manifest(root)
+    if folder.path.exists() and not folder.path.is_dir():
+        raise CacheError(f"{folder} is not a directory; choose another place for the cache")
+    if any(not is_aside(name) and name != MANIFEST_NAME for name in folder.names()):
+        raise CacheError(f"{folder} is not empty and not a cache; choose another directory")
+    folder.create()
+    folder.write_new(MANIFEST_NAME, render_manifest(planned))
+    return load_manifest(folder)
 
 
-def _establish_layout(root: Path, manifest: Manifest, samples: pa.Table) -> None:
+def _establish_layout(folder: LocalFolder, manifest: Manifest, samples: pa.Table) -> None:
     """Write the samples table and the arrays' metadata once."""
-    with directory_lock(root):
-        if read_record(root, "layout") is not None:
+    with folder.lock():
+        if read_record(folder, "layout") is not None:
             return
         documents = {**store_of(manifest).documents(), layout.SAMPLES_NAME: render_samples(samples)}
-        files = {name: file_record(write_file(root / name, data)) for name, data in documents.items()}
+        files = {name: file_record(folder.write(name, data)) for name, data in documents.items()}
         aside = samples.slice(count_usable(samples)).select(["id", "reason"]).to_pylist()
         quarantined = [QuarantinedSample(**sample) for sample in aside]
-        write_record(root, Record(kind="layout", rows=(0, samples.num_rows), files=files, quarantined=quarantined))
+        write_record(folder, Record(kind="layout", rows=(0, samples.num_rows), files=files, quarantined=quarantined))
 
 
 def _first_difference(ours: pa.Table, theirs: pa.Table) -> str:
@@ -144,21 +133,26 @@ def _first_difference(ours: pa.Table, theirs: pa.Table) -> str:
 class CacheWriter:
     """Adds pieces to a cache. Several writers, in threads, processes or one after the other, may share a directory."""
 
-    def __init__(self, root: Path, manifest: Manifest, samples: pa.Table) -> None:
-        self.root = root
+    def __init__(self, folder: LocalFolder, manifest: Manifest, samples: pa.Table) -> None:
+        self.folder = folder
         self.manifest = manifest
         self.samples = samples
         self._store = store_of(manifest)
         self._codecs: dict[str, TapCodec] = {}
         self._measured: list[FidelitySums] = []
 
+    @property
+    def root(self) -> Path:
+        """The directory of the cache."""
+        return self.folder.path
+
     def missing_shards(self) -> list[int]:
         """Return the feature shards that nobody has committed yet, as the journal stands now."""
-        return sorted(set(range(self.manifest.store.feature_shards)) - committed_shards(self.root, "features"))
+        return sorted(set(range(self.manifest.store.feature_shards)) - committed_shards(self.folder, "features"))
 
     def missing_image_shards(self) -> list[int]:
         """Return the image shards that nobody has committed yet, as the journal stands now."""
-        return sorted(set(range(self.manifest.store.image_shards)) - committed_shards(self.root, "images"))
+        return sorted(set(range(self.manifest.store.image_shards)) - committed_shards(self.folder, "images"))
 
     def shard_rows(self, shard: int) -> range:
         """Return the rows of the samples table whose features belong in a shard."""
@@ -176,8 +170,8 @@ class CacheWriter:
         """Say whether `calibrate` must be called: before the first `write_shard`, or after damage to what it stored."""
         if not self.manifest.encoding.calibrated:
             return False
-        record = read_record(self.root, "calibration")
-        return record is None or not all((self.root / name).exists() for name in record.files)
+        record = read_record(self.folder, "calibration")
+        return record is None or not all(self.folder.exists(name) for name in record.files)
 
     def calibrate(self, features: Mapping[str, Features] | Iterable[Mapping[str, Features]]) -> None:
         """Store the statistics that the encoding rests on, from the teacher's features of a fixed choice of rows.
@@ -216,9 +210,9 @@ class CacheWriter:
             self._store.calibration_file(array): self._store.render_calibration(array, values)
             for array, values in statistics.items()
         }
-        with directory_lock(self.root):
+        with self.folder.lock():
             if self.needs_calibration():
-                commit_calibration(self.root, documents)
+                commit_calibration(self.folder, documents)
 
     def write_shard(
         self, shard: int, features: Mapping[str, Features], failed: Mapping[int, str] | None = None
@@ -234,10 +228,10 @@ class CacheWriter:
         strange = sorted(row for row in failed if row not in rows)
         if strange:
             raise CacheError(f"row {strange[0]} cannot have failed in shard {shard}: it is not one of its rows")
-        if is_committed(self.root, "features", shard):
+        if is_committed(self.folder, "features", shard):
             return
         if self.needs_calibration():
-            raise CacheUnsealed(f"cache {self.root} must be calibrated before its first shard is written")
+            raise CacheUnsealed(f"cache {self.folder} must be calibrated before its first shard is written")
         check_shapes(self.manifest, features, len(rows))
         encoder = RowEncoder(self.manifest, {tap.name: self._codec(tap) for tap in self.manifest.taps})
 
@@ -276,7 +270,7 @@ class CacheWriter:
         What their encoding lost is asked for after the last row.
         """
         rows = self.shard_rows(shard)
-        with self._store.row_writer(self.root, shard, self.samples) as out:
+        with self._store.row_writer(self.folder, shard, self.samples) as out:
             for _, parts in zip(rows, encoded, strict=True):
                 if parts is None:
                     out.add_failed_row()
@@ -298,7 +292,7 @@ class CacheWriter:
         rows = self.image_rows(shard)
         settings = self.manifest.images
         assert settings is not None
-        if is_committed(self.root, "images", shard):
+        if is_committed(self.folder, "images", shard):
             return
         if len(images) != len(rows):
             raise CacheError(f"image shard {shard} has {len(rows)} rows, {len(images)} images were given")
@@ -308,7 +302,7 @@ class CacheWriter:
             if len(image) > MAX_IMAGE_BYTES:
                 raise CacheError(f"the image of {self._name(row)} is larger than {MAX_IMAGE_BYTES} bytes")
         name = layout.image_file(shard)
-        with AsideFile(self.root / name) as aside:
+        with self.folder.aside(name) as aside:
             offsets, checksums = write_tar(aside, rows, images, settings.format)
             files = {name: file_record(aside.finish(), checksums)}
             record = Record(kind="images", shard=shard, rows=(rows.start, rows.stop), files=files, offsets=offsets)
@@ -321,8 +315,8 @@ class CacheWriter:
         committed files are gone or of the wrong size, and LowFidelity if a tap and timestep has a mean cosine below
         `min_cosine`: the cache then stays as it is and can still be sealed by asking for less.
         """
-        with directory_lock(self.root):
-            manifest = load_manifest(self.root)
+        with self.folder.lock():
+            manifest = load_manifest(self.folder)
             if manifest.sealed:
                 self.manifest = manifest
                 if min_cosine is not None:
@@ -334,7 +328,7 @@ class CacheWriter:
             if min_cosine is not None:
                 fidelity.require_cosine(figures, min_cosine, manifest.label)
             images = list(self._records("images", manifest.store.image_shards))
-            calibration = [record for record in [read_record(self.root, "calibration")] if record is not None]
+            calibration = [record for record in [read_record(self.folder, "calibration")] if record is not None]
             sealed = revalidate(
                 manifest.model_copy(
                     update={
@@ -347,25 +341,25 @@ class CacheWriter:
                     }
                 )
             )
-            write_seal(self.root, sealed)
+            write_seal(self.folder, sealed)
             # The last write: up to here the cache is unsealed, and sealing it again writes the same bytes.
-            write_file(self.root / MANIFEST_NAME, render_manifest(sealed))
-        sweep_aside_files(self.root)
-        self.manifest = load_manifest(self.root)
+            self.folder.write(MANIFEST_NAME, render_manifest(sealed))
+        self.folder.sweep()
+        self.manifest = load_manifest(self.folder)
         return self.manifest
 
     def _commit(self, record: Record, asides: list[AsideFile]) -> None:
-        with directory_lock(self.root):
+        with self.folder.lock():
             # Another builder may have been faster; its files and its record belong together, so ours are dropped.
-            if is_committed(self.root, record.kind, record.shard):
+            if is_committed(self.folder, record.kind, record.shard):
                 return
             for aside in asides:
                 aside.publish()
-            write_record(self.root, record)
+            write_record(self.folder, record)
 
     def _codec(self, tap: TapInfo) -> TapCodec:
         if tap.name not in self._codecs:
-            self._codecs[tap.name] = load_codec(self.root, self.manifest, tap)
+            self._codecs[tap.name] = load_codec(self.folder, self.manifest, tap)
         return self._codecs[tap.name]
 
     def _check_complete(self) -> None:
@@ -373,39 +367,38 @@ class CacheWriter:
         for what, missing in parts.items():
             if missing:
                 some = ", ".join(str(shard) for shard in missing[:8]) + (", ..." if len(missing) > 8 else "")
-                raise CacheUnsealed(f"cannot seal {self.root}: {len(missing)} {what} shards are missing ({some})")
+                raise CacheUnsealed(f"cannot seal {self.folder}: {len(missing)} {what} shards are missing ({some})")
         if self.manifest.store.feature_shards and self.needs_calibration():
-            raise CacheUnsealed(f"cannot seal {self.root}: its calibration is missing")
-        if not is_committed(self.root, "layout"):
-            raise CacheUnsealed(f"cannot seal {self.root}: its samples table is missing; create_cache writes it")
+            raise CacheUnsealed(f"cannot seal {self.folder}: its calibration is missing")
+        if not is_committed(self.folder, "layout"):
+            raise CacheUnsealed(f"cannot seal {self.folder}: its samples table is missing; create_cache writes it")
 
     def _records(self, kind: Kind, count: int) -> Iterator[Record]:
         """Yield the records of all shards of a kind, after checking that their files are there."""
         for shard in range(count):
-            record = read_record(self.root, kind, shard)
+            record = read_record(self.folder, kind, shard)
             assert record is not None
             for name, expected in record.files.items():
-                path = self.root / name
-                size = path.stat().st_size if path.is_file() else None
+                size = self.folder.size(name)
                 if size != expected.bytes:
                     found = "is gone" if size is None else f"has {size} bytes instead of {expected.bytes}"
-                    raise CacheCorrupt(f"{path} {found}; {how_to_mend(self.root)}")
+                    raise CacheCorrupt(f"{self.folder.where(name)} {found}; {how_to_mend(self.folder)}")
             yield record
 
     def _name(self, row: int) -> str:
         return f"sample {self.samples['id'][row].as_py()!r} (row {row})"
 
 
-def write_seal(root: Path, manifest: Manifest) -> None:
+def write_seal(folder: Folder, manifest: Manifest) -> None:
     """Write what is derived from a complete cache, and its record: the card and the index of the images."""
     documents = {layout.CARD_NAME: render_card(manifest)}
     if manifest.images is not None:
-        records = (read_record(root, "images", shard) for shard in range(manifest.store.image_shards))
+        records = (read_record(folder, "images", shard) for shard in range(manifest.store.image_shards))
         documents[layout.IMAGE_INDEX_NAME] = render_index(
             [place for record in records if record is not None for place in record.offsets]
         )
-    files = {name: file_record(write_file(root / name, data)) for name, data in documents.items()}
-    write_record(root, Record(kind="seal", files=files))
+    files = {name: file_record(folder.write(name, data)) for name, data in documents.items()}
+    write_record(folder, Record(kind="seal", files=files))
 
 
 def _check_shard(shard: int, count: int, what: str) -> None:

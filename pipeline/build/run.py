@@ -22,6 +22,7 @@ from cache_schema.format.manifest import (
 )
 from cache_schema.format.manifest_file import load_manifest
 from cache_schema.format.samples import samples_table
+from cache_schema.storage.local import LocalFolder
 from cache_schema.writing.claims import Claims
 from cache_schema.writing.writer import CacheWriter
 from pipeline.build.config import BuildConfig
@@ -80,7 +81,7 @@ def build(
     table = samples_table([s.row() for s in scanned])
     manifest = describe_cache(teacher, dataset, config, table)
     # Another cache is not touched; create_cache refuses it.
-    if repair and load_manifest(output).cache_id == manifest.cache_id:
+    if repair and load_manifest(LocalFolder(output)).cache_id == manifest.cache_id:
         for found in mend(output):
             log(str(found))
     writer = create_cache(output, manifest, table)
@@ -110,7 +111,7 @@ def _fill(
     quarantined = len(scanned) - len(usable)
     bad.recount(quarantined + _count_failed(writer))
     stop = Event()
-    with Claims(writer.root) as claims, ThreadPoolExecutor(1) as pool:
+    with Claims(writer.folder) as claims, ThreadPoolExecutor(1) as pool:
         images = pool.submit(write_student_images, writer, claims, dataset, config, usable, stop=stop)
 
         def check() -> None:
@@ -129,7 +130,7 @@ def _fill(
 
 def _count_failed(writer: CacheWriter) -> int:
     """The number of rows that the journal says the teacher failed on."""
-    records = (read_record(writer.root, "features", k) for k in committed_shards(writer.root, "features"))
+    records = (read_record(writer.folder, "features", k) for k in committed_shards(writer.folder, "features"))
     return sum(len(record.failed) for record in records if record)
 
 

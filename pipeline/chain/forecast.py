@@ -11,6 +11,7 @@ from typing import Any
 from cache_schema.errors import CacheNotFound
 from cache_schema.format.journal import committed_shards
 from cache_schema.format.manifest_file import load_manifest
+from cache_schema.storage.local import LocalFolder
 from pipeline.chain.state import RunFolder, State, config_for, lora_for, output_of
 from pipeline.config import RunConfig, Step
 from pipeline.datasets.base import Dataset, split_counts
@@ -188,7 +189,7 @@ def _progress(output: Path) -> tuple[int, float]:
 def _share_left(cache: Path) -> float:
     """The share of a cache's feature shards that is still to be computed."""
     try:
-        shards = load_manifest(cache).store.feature_shards
+        shards = load_manifest(LocalFolder(cache)).store.feature_shards
     except CacheNotFound:
         return 1.0
-    return 1.0 - len(committed_shards(cache, "features")) / max(1, shards)
+    return 1.0 - len(committed_shards(LocalFolder(cache), "features")) / max(1, shards)

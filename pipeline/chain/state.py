@@ -13,6 +13,7 @@ from cache_schema.encoding.fidelity import require_cosine
 from cache_schema.errors import CacheNotFound, DitDistillError, LowFidelity
 from cache_schema.format.identity import canonical_json
 from cache_schema.format.manifest_file import MANIFEST_NAME, load_manifest
+from cache_schema.storage.local import LocalFolder
 from pipeline.chain.records import Record, differences, load_records, save_record, settings_of
 from pipeline.config import RunConfig, Step
 from pipeline.datasets.base import Sample
@@ -175,7 +176,7 @@ class RunFolder:
 
     def _cache_id(self, cache: Path) -> str | None:
         try:
-            manifest = load_manifest(cache)
+            manifest = load_manifest(LocalFolder(cache))
         except CacheNotFound:
             return None
         if not manifest.sealed:

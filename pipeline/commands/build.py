@@ -197,8 +197,9 @@ def _check_begun(cache: Path, option: str) -> None:
     """Raise unless there is a cache to continue, as the option demands."""
     from cache_schema.errors import CacheNotFound
     from cache_schema.format.manifest_file import load_manifest
+    from cache_schema.storage.local import LocalFolder
 
     try:
-        load_manifest(cache)
+        load_manifest(LocalFolder(cache))
     except CacheNotFound:
         raise CacheNotFound(f"{option}: there is no cache at {cache}; leave {option} out to begin one") from None

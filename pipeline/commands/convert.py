@@ -25,8 +25,9 @@ def convert(
 
     from cache_schema.care.convert import convert as copy
     from cache_schema.format.manifest_file import load_manifest
+    from cache_schema.storage.local import LocalFolder
 
-    total = load_manifest(source).dataset.feature_rows
+    total = load_manifest(LocalFolder(source)).dataset.feature_rows
     with tqdm(total=total, desc="convert", unit="sample", delay=1) as bar:
         sealed = copy(
             source,

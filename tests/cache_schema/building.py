@@ -31,6 +31,7 @@ from cache_schema import (
 from cache_schema.encoding.reduction import teacher_shape
 from cache_schema.format.journal import file_record, read_record, write_record
 from cache_schema.storage.files import digest
+from cache_schema.storage.local import LocalFolder
 
 # For property tests; `tests/conftest.py` says how the variable is used.
 _EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "60"))
@@ -192,7 +193,7 @@ def is_in_a_slot(tensor: torch.Tensor) -> bool:
 
 def commit_again(root: Path, kind: str, name: str) -> None:
     """Make the journal agree with a file of the layout, the calibration or the seal, as whoever forged it would."""
-    record = read_record(root, kind)
+    record = read_record(LocalFolder(root), kind)
     assert record is not None
     files = {**record.files, name: file_record(digest((root / name).read_bytes()))}
-    write_record(root, record.model_copy(update={"files": files}))
+    write_record(LocalFolder(root), record.model_copy(update={"files": files}))

@@ -29,6 +29,7 @@ from cache_schema.care.repair import repair
 from cache_schema.care.verify import verify
 from cache_schema.format.manifest_file import load_manifest
 from cache_schema.format.samples import load_samples
+from cache_schema.storage.local import LocalFolder
 
 # What one cache may take beyond the imports, and how long, before it counts as an attack that succeeded.
 ADDRESS_SPACE = 2 << 30
@@ -52,8 +53,8 @@ def images(root: Path) -> None:
 
 def resume(root: Path, twin: Path) -> None:
     """Continue the cache as if it were one's own, from the manifest and samples of an intact one."""
-    manifest = load_manifest(twin)
-    writer = create_cache(root, manifest, load_samples(twin / "samples.parquet"))
+    manifest = load_manifest(LocalFolder(twin))
+    writer = create_cache(root, manifest, load_samples(LocalFolder(twin)))
     writer.missing_shards()
     writer.missing_image_shards()
     if writer.needs_calibration():
@@ -82,7 +83,7 @@ def command(*argv: str) -> None:
 
 def operations(root: Path, twin: Path, scratch: Path) -> dict[str, Callable[[], Any]]:
     def other_store() -> str:
-        return "zarr" if load_manifest(root).store.kind == "webdataset" else "webdataset"
+        return "zarr" if load_manifest(LocalFolder(root)).store.kind == "webdataset" else "webdataset"
 
     return {
         "open": lambda: len(open_cache(root, allow_partial=True)),

@@ -38,6 +38,7 @@ from cache_schema.care.repair import repair
 from cache_schema.care.verify import verify
 from cache_schema.format.manifest_file import load_manifest
 from cache_schema.reading.reader import Cache
+from cache_schema.storage.local import LocalFolder
 
 CacheOf = Callable[..., Path]
 MENDS = r"dit-cache build --resume --repair --output"
@@ -247,7 +248,7 @@ def test_what_does_not_belong_is_reported_and_left_alone(copy: Path) -> None:
 
     assert done == {"notes.txt": "left", "images/00001.tar.tmp-host-1-00000000-0": "removed"}
     assert tree(copy) == {**good, "notes.txt": b"mine"}
-    assert load_manifest(copy).sealed
+    assert load_manifest(LocalFolder(copy)).sealed
 
 
 def test_what_follows_from_the_rest_is_restored_without_a_build(copy: Path) -> None:
@@ -262,7 +263,7 @@ def test_what_follows_from_the_rest_is_restored_without_a_build(copy: Path) -> N
 
 def test_a_manifest_without_its_checksum_is_sealed_again(copy: Path) -> None:
     good = tree(copy)
-    checksum = load_manifest(copy).provenance.checksum
+    checksum = load_manifest(LocalFolder(copy)).provenance.checksum
     assert checksum is not None
     text = (
         good["manifest.json"]

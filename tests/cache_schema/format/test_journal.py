@@ -19,6 +19,7 @@ from cache_schema.format.journal import (
     render_record,
     write_record,
 )
+from cache_schema.storage.local import LocalFolder
 
 counts = st.integers(0, 1 << 34)
 checksums = st.text("0123456789abcdef", min_size=8, max_size=8)
@@ -79,17 +80,17 @@ def test_bytes_that_are_no_record_are_called_corrupt(data: bytes) -> None:
 
 
 def test_a_shard_exists_once_its_record_does(tmp_path: Path) -> None:
-    assert committed_shards(tmp_path, "features") == set()
-    assert read_record(tmp_path, "features", 3) is None
-    write_record(tmp_path, Record(kind="features", shard=3, files={}))
-    write_record(tmp_path, Record(kind="images", shard=1, files={}))
+    assert committed_shards(LocalFolder(tmp_path), "features") == set()
+    assert read_record(LocalFolder(tmp_path), "features", 3) is None
+    write_record(LocalFolder(tmp_path), Record(kind="features", shard=3, files={}))
+    write_record(LocalFolder(tmp_path), Record(kind="images", shard=1, files={}))
     (tmp_path / "journal" / "features-00004.json.tmp-host-1-00000000-0").write_bytes(b"half")
-    assert committed_shards(tmp_path, "features") == {3}
-    assert committed_shards(tmp_path, "images") == {1}
+    assert committed_shards(LocalFolder(tmp_path), "features") == {3}
+    assert committed_shards(LocalFolder(tmp_path), "images") == {1}
 
 
 def test_a_record_under_another_name_is_refused(tmp_path: Path) -> None:
-    write_record(tmp_path, Record(kind="features", shard=3, files={}))
+    write_record(LocalFolder(tmp_path), Record(kind="features", shard=3, files={}))
     (tmp_path / record_name("features", 3)).rename(tmp_path / record_name("features", 4))
     with pytest.raises(CacheCorrupt, match="is that of features 3"):
-        read_record(tmp_path, "features", 4)
+        read_record(LocalFolder(tmp_path), "features", 4)

@@ -30,6 +30,7 @@ from cache_schema.format.identity import canonical_json, compute_cache_id, diffe
 from cache_schema.format.manifest import SCHEMA_VERSION
 from cache_schema.format.manifest_file import load_manifest, parse_manifest, render_document, render_manifest
 from cache_schema.format.schema import SCHEMA_PATH, render_schema
+from cache_schema.storage.local import LocalFolder
 
 text = st.text(max_size=12)
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -233,7 +234,7 @@ def test_a_manifest_is_immutable() -> None:
 
 def test_a_missing_manifest_is_no_cache(tmp_path: Path) -> None:
     with pytest.raises(CacheNotFound, match="no cache at"):
-        load_manifest(tmp_path / "nothing")
+        load_manifest(LocalFolder(tmp_path / "nothing"))
 
 
 @pytest.mark.parametrize(
@@ -297,7 +298,7 @@ def test_a_manifest_larger_than_the_limit_is_not_read(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(1 << 30)
     with pytest.raises(CacheCorrupt, match="larger than"):
-        load_manifest(tmp_path)
+        load_manifest(LocalFolder(tmp_path))
 
 
 def test_the_committed_json_schema_is_that_of_the_models() -> None:

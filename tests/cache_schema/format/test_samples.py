@@ -9,6 +9,7 @@ from cache_building import tiny_manifest, tiny_samples
 
 from cache_schema import CacheCorrupt, CacheError, fingerprint_samples, make_samples, samples_table
 from cache_schema.format.samples import check_against_manifest, load_samples, render_samples
+from cache_schema.storage.local import LocalFolder
 
 
 def row(name: str = "a", **fields: Any) -> dict[str, Any]:
@@ -33,8 +34,8 @@ def test_rows_with_features_come_first_and_quarantined_ones_last() -> None:
 def test_a_table_is_the_same_after_a_round_trip_and_always_the_same_bytes(tmp_path: Path) -> None:
     table, _ = tiny_samples()
     (tmp_path / "samples.parquet").write_bytes(render_samples(table))
-    assert load_samples(tmp_path / "samples.parquet").equals(table)
-    assert render_samples(load_samples(tmp_path / "samples.parquet")) == render_samples(table)
+    assert load_samples(LocalFolder(tmp_path)).equals(table)
+    assert render_samples(load_samples(LocalFolder(tmp_path))) == render_samples(table)
     pieces = pa.concat_tables([table.slice(0, 3), table.slice(3)])
     assert render_samples(pieces) == render_samples(table)
 
@@ -80,4 +81,4 @@ def test_a_table_that_does_not_bear_out_the_manifest_is_refused() -> None:
 def test_a_file_that_is_no_table_is_called_corrupt(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "samples.parquet").write_bytes(data)
     with pytest.raises(CacheCorrupt, match="is not a samples table"):
-        load_samples(tmp_path / "samples.parquet")
+        load_samples(LocalFolder(tmp_path))

@@ -368,7 +368,7 @@ def test_a_forked_process_opens_its_own_files(cache_of: CacheOf, monkeypatch: py
 
 def test_few_files_stay_open_however_many_shards_are_read(tmp_path: Path) -> None:
     cache = open_cache(build(tmp_path / "cache", samples_per_shard=1, kind="int8"))
-    cache._source.opened = OpenShards(max_files=3)
+    cache._source.opened = OpenShards(cache.folder, max_files=3)
     for _ in range(3):
         cache.read(range(FEATURE_ROWS))
         cache.images(range(IMAGE_ROWS))

@@ -15,6 +15,8 @@ from cache_schema.format.layout import ArrayLayout
 from cache_schema.reading.open_shards import ChunkPlaces, OpenShards, RecentlyUsed
 from cache_schema.storage.checksum import crc32c
 from cache_schema.storage.files import AsideFile
+from cache_schema.storage.folder import ReadableFile
+from cache_schema.storage.local import LocalFolder
 from cache_schema.storage.open_file import OpenFile
 from cache_schema.stores.compression import decompress, max_compressed
 from cache_schema.stores.shard import (
@@ -137,25 +139,24 @@ def test_reading_past_the_end_of_a_file_is_called_truncated(tmp_path: Path) -> N
 def test_open_files_and_indexes_are_bounded_and_reused(tmp_path: Path) -> None:
     parsed = []
 
-    def parse(file: OpenFile) -> ChunkPlaces:
+    def parse(file: ReadableFile) -> ChunkPlaces:
         parsed.append(file.path)
         return ChunkPlaces(ShardIndex(np.zeros((1, 1, 1), np.int64), np.zeros((1, 1, 1), np.int64)), None)
 
-    shards = OpenShards(max_files=2, max_index_bytes=3 * 600)
-    paths = []
+    shards = OpenShards(LocalFolder(tmp_path), max_files=2, max_index_bytes=3 * 600)
     for name in "abcd":
         (tmp_path / name).write_bytes(name.encode())
-        paths.append(str(tmp_path / name))
-    kept = shards.file(paths[0])
-    for path in paths:
-        shards.places(shards.file(path), "hidden", parse)
+    paths = [str(tmp_path / name) for name in "abcd"]
+    kept = shards.file("a")
+    for name in "abcd":
+        shards.places(shards.file(name), "hidden", parse)
     assert len(shards.files) == 2
     assert kept.read(0, 1) == b"a", "a file in use stays open when it is pushed out"
-    assert shards.file(paths[3]) is shards.file(paths[3])
-    for path in paths[1:]:
-        shards.places(shards.file(path), "hidden", parse)
+    assert shards.file("d") is shards.file("d")
+    for name in "bcd":
+        shards.places(shards.file(name), "hidden", parse)
     assert parsed == paths, "an index outlives its open file"
-    shards.places(shards.file(paths[0]), "hidden", parse)
+    shards.places(shards.file("a"), "hidden", parse)
     assert parsed == [*paths, paths[0]], "the longest unused index had to go"
     (tmp_path / "d").write_bytes(b"replaced")
     shards.places(OpenFile(paths[3]), "hidden", parse)

@@ -13,13 +13,14 @@ import pytest
 from cache_building import start, tree
 
 from cache_schema.errors import CacheStorageError
+from cache_schema.storage.local import LocalFolder
 from cache_schema.writing.claims import Claims
 
 HOLDER = """
 import signal, sys
-from pathlib import Path
+from cache_schema.storage.local import LocalFolder
 from cache_schema.writing.claims import Claims
-claims = Claims(Path(sys.argv[1]))
+claims = Claims(LocalFolder(sys.argv[1]))
 print([claims.take("features", shard) for shard in (0, 2)], flush=True)
 signal.pause()
 """
@@ -50,20 +51,20 @@ def holder(begun: Path):
 
 
 def test_a_piece_belongs_to_one_builder_at_a_time(begun: Path) -> None:
-    with Claims(begun) as mine, Claims(begun) as theirs:
+    with Claims(LocalFolder(begun)) as mine, Claims(LocalFolder(begun)) as theirs:
         assert mine.take("features", 3)
         assert not theirs.take("features", 3)
         assert theirs.take("images", 3)
         assert theirs.take("calibration")
         mine.drop("features", 3)
         assert theirs.take("features", 3)
-    with Claims(begun) as later:
+    with Claims(LocalFolder(begun)) as later:
         assert later.take("features", 3)
 
 
 def test_only_what_is_neither_committed_nor_claimed_is_missing(begun: Path, holder: subprocess.Popen) -> None:
     (begun / "journal/features-00001.json").touch()
-    with Claims(begun) as claims:
+    with Claims(LocalFolder(begun)) as claims:
         assert list(claims.missing("features", range(4))) == [3]
 
 
@@ -71,7 +72,7 @@ def test_who_waits_gets_what_a_dead_builder_had_and_not_what_it_had_committed(
     begun: Path, holder: subprocess.Popen
 ) -> None:
     (begun / "journal/features-00000.json").touch()
-    with Claims(begun) as claims:
+    with Claims(LocalFolder(begun)) as claims:
         waiting = claims.missing("features", range(3), wait=True)
         assert next(waiting) == 1
         threading.Thread(target=kill_once_awaited, args=[holder]).start()
@@ -80,7 +81,7 @@ def test_who_waits_gets_what_a_dead_builder_had_and_not_what_it_had_committed(
 
 def test_claims_leave_no_trace_in_the_cache(begun: Path) -> None:
     before, written = tree(begun), (begun / "journal/layout-00000.json").stat()
-    with Claims(begun) as claims:
+    with Claims(LocalFolder(begun)) as claims:
         assert list(claims.missing("features", range(3))) == [0, 1, 2]
         assert tree(begun) == before
     after = (begun / "journal/layout-00000.json").stat()
@@ -88,7 +89,7 @@ def test_claims_leave_no_trace_in_the_cache(begun: Path) -> None:
 
 
 def test_claims_are_kept_when_the_same_file_is_read_meanwhile(begun: Path) -> None:
-    with Claims(begun) as mine, Claims(begun) as theirs:
+    with Claims(LocalFolder(begun)) as mine, Claims(LocalFolder(begun)) as theirs:
         assert mine.take("features", 0)
         (begun / "journal/layout-00000.json").read_bytes()
         assert not theirs.take("features", 0)
@@ -98,7 +99,7 @@ def test_without_locks_every_builder_may_compute_everything(begun: Path, monkeyp
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    with Claims(begun) as mine, Claims(begun) as theirs:
+    with Claims(LocalFolder(begun)) as mine, Claims(LocalFolder(begun)) as theirs:
         assert mine.take("features", 0)
         monkeypatch.setattr(fcntl, "fcntl", no_locks)
         assert list(theirs.missing("features", range(3), wait=True)) == [0, 1, 2]
@@ -106,4 +107,4 @@ def test_without_locks_every_builder_may_compute_everything(begun: Path, monkeyp
 
 def test_a_cache_that_was_not_begun_has_nothing_to_claim(tmp_path: Path) -> None:
     with pytest.raises(CacheStorageError, match="layout-00000"):
-        Claims(tmp_path)
+        Claims(LocalFolder(tmp_path))

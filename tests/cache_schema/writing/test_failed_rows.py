@@ -15,6 +15,7 @@ from cache_schema import CacheCorrupt, CacheError, CacheRequestError, CacheUnsea
 from cache_schema.care.describe import describe, describe_text
 from cache_schema.care.verify import verify
 from cache_schema.format.journal import FailedRow, read_record
+from cache_schema.storage.local import LocalFolder
 from cache_schema.writing.writer import CacheWriter
 
 FAILED = {1: "NaN in tap hidden", 3: "out of range", 4: "NaN", 5: "NaN"}
@@ -66,7 +67,7 @@ def test_reading_a_failed_row_names_its_sample_and_where_the_reason_is(cache: Pa
     name = found.samples["id"][4].as_py()
     with pytest.raises(CacheRequestError, match=rf"sample '{name}' \(row 4\) .*journal/features-00001.json says how"):
         found.read([0, 4])
-    record = read_record(cache, "features", 1)
+    record = read_record(LocalFolder(cache), "features", 1)
     assert record is not None
     assert record.failed == [FailedRow(row=row, reason=FAILED[row]) for row in (3, 4, 5)]
 
@@ -159,6 +160,6 @@ def test_a_chunk_that_is_missing_without_a_failure_is_damage(tmp_path: Path) -> 
 
 def test_the_layout_record_lists_the_quarantined_samples(tmp_path: Path, store: str) -> None:
     start(tmp_path / "cache", store=store)
-    record = read_record(tmp_path / "cache", "layout")
+    record = read_record(LocalFolder(tmp_path / "cache"), "layout")
     assert record is not None
     assert [(item.id, item.reason) for item in record.quarantined] == [("sample-10", "the file is empty")]

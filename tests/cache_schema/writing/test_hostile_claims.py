@@ -11,6 +11,7 @@ from cache_hostile import COMMANDS, EVERYTHING, READING, forge_manifest, forge_r
 from cache_schema import open_cache
 from cache_schema.format.identity import compute_cache_id
 from cache_schema.format.manifest_file import load_manifest
+from cache_schema.storage.local import LocalFolder
 
 Attack = Callable[..., Any]
 STORES = ["zarr", "webdataset"]
@@ -51,7 +52,7 @@ def test_nesting_just_as_deep_as_python_bears_is_refused_too(depth: int, tmp_pat
     deep = b'{"schema_version": 2, "provenance": {"checksum": "00000000", "x": %s}}' % (b"[" * depth + b"]" * depth)
     (tmp_path / "manifest.json").write_bytes(deep)
     with pytest.raises(CacheCorrupt):
-        load_manifest(tmp_path)
+        load_manifest(LocalFolder(tmp_path))
 
 
 def test_a_key_given_twice_counts_once_and_is_reported(attack: Attack) -> None:

@@ -18,6 +18,7 @@ from cache_schema.care.describe import describe, describe_text
 from cache_schema.care.verify import verify
 from cache_schema.cli import run
 from cache_schema.format.journal import read_record
+from cache_schema.storage.local import LocalFolder
 from pipeline.build.config import BuildConfig
 from pipeline.build.run import build
 from pipeline.cli import app
@@ -77,7 +78,7 @@ def test_bad_samples_are_left_out_with_their_reason_counted_and_listed(teacher, 
     data, said = damage(tiny_dataset, *REASONS), []
     manifest = build(teacher, data, CONFIG, tmp_path / "c", log=said.append, tolerance=LENIENT)
     cache = open_cache(tmp_path / "c")
-    recorded = {item.id: item.reason for item in read_record(tmp_path / "c", "layout").quarantined}
+    recorded = {item.id: item.reason for item in read_record(LocalFolder(tmp_path / "c"), "layout").quarantined}
     assert {data.damage[name]: reason for name, reason in recorded.items()}.keys() == REASONS.keys()
     assert all(REASONS[data.damage[name]] in reason for name, reason in recorded.items())
     assert recorded == {r["id"]: r["reason"] for r in cache.samples.to_pylist() if r["state"] == "quarantined"}
@@ -193,7 +194,7 @@ def test_a_sample_on_which_the_teacher_fails_is_a_failed_row_and_harms_no_other(
     same = [c.read(good, tap="hidden", timesteps=[16, 28]).decode() for c in (cache, whole)]
     torch.testing.assert_close(*same)
     for row in failed:
-        (found,) = read_record(tmp_path / "c", "features", row // 4).failed
+        (found,) = read_record(LocalFolder(tmp_path / "c"), "features", row // 4).failed
         assert found.row == row
         assert found.reason.endswith("NaN or infinite: tap hidden at timestep 16, view canonical")
     assert verify(tmp_path / "c") == []

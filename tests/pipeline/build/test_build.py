@@ -14,6 +14,7 @@ from cache_schema.care.verify import verify
 from cache_schema.errors import CacheMismatch, DitDistillError, LowFidelity
 from cache_schema.format.manifest_file import load_manifest
 from cache_schema.format.samples import samples_table
+from cache_schema.storage.local import LocalFolder
 from cache_schema.writing.writer import CacheWriter
 from pipeline.build.config import BuildConfig
 from pipeline.build.describe import describe_cache
@@ -100,7 +101,7 @@ def test_a_cache_that_loses_too_much_is_not_sealed_and_can_be_accepted_later(tea
     strict = replace(CONFIG, encoding="float8_e4m3", min_cosine=0.99999)
     with pytest.raises(LowFidelity, match=r"0\.99999"):
         build(teacher, tiny_dataset, strict, tmp_path / "c", log=str)
-    assert not load_manifest(tmp_path / "c").sealed
+    assert not load_manifest(LocalFolder(tmp_path / "c")).sealed
     sealed = build(teacher, tiny_dataset, replace(strict, min_cosine=0.99), tmp_path / "c", log=str)
     assert all(0.99 < figure.cosine_mean < 0.99999 for figure in sealed.fidelity)
 

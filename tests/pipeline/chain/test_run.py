@@ -12,6 +12,7 @@ from run_process import RunProcesses
 from tiny_annotators import photograph
 
 from cache_schema.format.manifest_file import load_manifest
+from cache_schema.storage.local import LocalFolder
 from pipeline.chain.records import Record, load_records, save_record
 
 
@@ -51,7 +52,7 @@ def steps_of(found: dict) -> dict[str, dict]:
 
 
 def test_a_run_makes_everything_and_says_with_what(whole):
-    manifest = load_manifest(whole / "cache")
+    manifest = load_manifest(LocalFolder(whole / "cache"))
     assert manifest.sealed
     assert manifest.teacher.lora_digest == json.loads((whole / "lora/refine.json").read_text())["lora_digest"]
     saved = json.loads((whole / "run.json").read_text())
@@ -109,7 +110,7 @@ def test_overwriting_makes_again_what_the_change_concerns_and_nothing_else(runs,
     before = state_of(folder)
     said = runs.finish(folder, "--set", "build.pool=2", "--overwrite").said
     assert done(said) == ["annotate", "refine"]
-    assert load_manifest(folder / "cache").encoding.pool == 2
+    assert load_manifest(LocalFolder(folder / "cache")).encoding.pool == 2
     after = state_of(folder)
     kept = {name for name in before if name.startswith(("lora/", "conditions/", "annotations"))}
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
@@ -211,7 +212,7 @@ def test_a_bound_that_the_cache_does_not_keep_is_said_even_when_it_is_done(runs,
 
 def test_the_original_teacher_is_cached_without_stage_one(runs, tmp_path):
     runs.finish(tmp_path / "run", "--set", "steps=annotate,build,verify")
-    assert load_manifest(tmp_path / "run/cache").teacher.lora_digest is None
+    assert load_manifest(LocalFolder(tmp_path / "run/cache")).teacher.lora_digest is None
     assert not (tmp_path / "run/lora").exists()
 
 

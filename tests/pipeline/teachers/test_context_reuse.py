@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from cache_schema import open_cache
 from cache_schema.errors import CacheMismatch, DitDistillError
 from cache_schema.format.manifest_file import load_manifest
+from cache_schema.storage.local import LocalFolder
 from cache_schema.writing.writer import CacheWriter
 from pipeline.build.config import BuildConfig
 from pipeline.build.run import build
@@ -283,7 +284,7 @@ def test_a_cache_of_reused_contexts_has_an_id_of_its_own_and_resumes(
         patch.setattr(CacheWriter, "write_shard", fail_at_the_third)
         with pytest.raises(OSError, match="the disk is gone"):
             build(reused, tiny_dataset, BUILD, tmp_path / "cut", log=str)
-    assert not load_manifest(tmp_path / "cut").sealed
+    assert not load_manifest(LocalFolder(tmp_path / "cut")).sealed
     build(reused, tiny_dataset, BUILD, tmp_path / "cut", log=str)
     assert contents(tmp_path / "cut") == contents(tmp_path / "reused")
 
@@ -350,7 +351,7 @@ def test_context_is_an_option_of_refine_probe_and_build(folder, tmp_path):
         assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "lora" / RECORD_NAME).read_text())["context"] == "reused"
     assert json.loads((tmp_path / "probe/probe.json").read_text())["context"] == "reused"
-    assert load_manifest(tmp_path / "cache").teacher.context == "reused"
+    assert load_manifest(LocalFolder(tmp_path / "cache")).teacher.context == "reused"
     refused = dit_cache("build", *common, *small["build"])
     assert refused.exit_code == 1
     assert "was refined with --context reused, not joint" in str(refused.exception or refused.output)

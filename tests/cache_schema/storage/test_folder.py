@@ -1,0 +1,206 @@
+"""What every folder keeps to, wherever its files are: one line in FOLDERS puts another kind of them to these tests."""
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cache_building import many_examples
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache_schema import CacheCorrupt, CacheError
+from cache_schema.storage.files import digest, is_aside
+from cache_schema.storage.folder import Folder
+from cache_schema.storage.local import LocalFolder, local_folder
+
+# From an empty directory of the test to a folder, empty and writable, whose files are there or where else it likes.
+FOLDERS: dict[str, Callable[[Path], Folder]] = {"local": lambda place: LocalFolder(place / "folder")}
+
+
+@pytest.fixture(params=FOLDERS)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    return FOLDERS[request.param](tmp_path)
+
+
+def test_a_folder_in_which_nothing_was_written_is_empty(folder: Folder) -> None:
+    assert folder.writable
+    assert folder.names() == folder.names("journal") == list(folder.walk()) == []
+    assert not folder.exists("a")
+    assert folder.size("a") is None
+    folder.delete("journal/a")
+
+
+def test_what_was_written_is_there_with_its_size_and_its_checksum(folder: Folder) -> None:
+    assert folder.write("journal/features-00001.json", b"contents") == digest(b"contents")
+    assert folder.write("empty", b"") == digest(b"")
+    assert folder.exists("journal/features-00001.json")
+    assert folder.exists("journal")
+    assert [folder.size(name) for name in ("journal/features-00001.json", "empty", "journal")] == [8, 0, None]
+    assert folder.digest("journal/features-00001.json") == digest(b"contents")
+    assert not folder.is_link("journal/features-00001.json")
+
+
+def test_writing_again_replaces_a_file_and_writing_a_new_one_does_not(folder: Folder) -> None:
+    assert folder.write_new("a", b"first")
+    assert not folder.write_new("a", b"second")
+    assert folder.read_bounded("a", 10) == b"first"
+    folder.write("a", b"third, longer")
+    assert folder.read_bounded("a", 13) == b"third, longer"
+
+
+def test_of_many_who_write_a_new_file_one_does(folder: Folder) -> None:
+    won: list[bytes] = []
+
+    def write(data: bytes) -> None:
+        if folder.write_new("a", data):
+            won.append(data)
+
+    writers = [threading.Thread(target=write, args=(bytes([i]) * 1000,)) for i in range(8)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [folder.read_bounded("a", 1000)] == won
+
+
+def test_a_deleted_file_is_gone_and_the_others_stay(folder: Folder) -> None:
+    folder.write("x/a", b"a")
+    folder.write("x/b", b"b")
+    folder.delete("x/a")
+    assert not folder.exists("x/a")
+    assert folder.read_bounded("x/b", 1) == b"b"
+    folder.delete("x/a")
+
+
+def test_names_are_those_of_one_level_and_a_walk_finds_all_in_order(folder: Folder) -> None:
+    for name in ("b/c/d", "b/a", "a", "b.txt"):
+        folder.write(name, b"")
+    assert sorted(folder.names()) == ["a", "b", "b.txt"]
+    assert sorted(folder.names("b")) == ["a", "c"]
+    assert list(folder.walk()) == ["a", "b.txt", "b/a", "b/c/d"]
+
+
+def test_no_more_than_allowed_is_read_whole(folder: Folder) -> None:
+    folder.write("a", b"12345")
+    assert folder.read_bounded("a", 5) == b"12345"
+    with pytest.raises(CacheCorrupt, match="larger than the 4 bytes"):
+        folder.read_bounded("a", 4)
+    with pytest.raises(FileNotFoundError):
+        folder.read_bounded("b", 4)
+
+
+def test_a_file_that_is_not_there_cannot_be_opened(folder: Folder) -> None:
+    folder.write("x/a", b"a")
+    with pytest.raises(CacheCorrupt, match="missing"):
+        folder.open("b")
+    with pytest.raises(CacheCorrupt):
+        folder.open("x")
+    with pytest.raises(CacheCorrupt):
+        folder.read_ranges("b", [(0, 1)])
+
+
+def test_messages_say_where_a_file_is(folder: Folder) -> None:
+    folder.write("x/a", b"a")
+    assert folder.where("x/a").startswith(str(folder))
+    assert folder.where("x/a").endswith("x/a")
+    assert folder.open("x/a").path == folder.where("x/a")
+    with pytest.raises(CacheCorrupt, match="x/b is missing"):
+        folder.open("x/b")
+
+
+def test_a_file_that_was_replaced_is_told_from_the_one_before(folder: Folder) -> None:
+    folder.write("a", b"first")
+    before = folder.open("a")
+    folder.write("a", b"other")
+    assert folder.open("a").signature != before.signature
+    assert folder.open("a").signature == folder.open("a").signature
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+@many_examples
+@given(
+    data=st.binary(max_size=300),
+    ranges=st.lists(st.tuples(st.integers(-2, 310), st.integers(-2, 310)), max_size=8),
+)
+def test_ranges_are_slices_of_the_file_and_others_are_refused(
+    kind: str, data: bytes, ranges: list[tuple[int, int]]
+) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        folder = FOLDERS[kind](Path(place))
+        folder.write("a", data)
+        file = folder.open("a")
+        assert file.size == len(data)
+        inside = [(offset, size) for offset, size in ranges if offset >= 0 <= size and offset + size <= len(data)]
+        expected = [data[offset : offset + size] for offset, size in inside]
+        assert folder.read_ranges("a", inside) == file.read_ranges(inside) == expected
+        for (offset, size), part in zip(inside, expected, strict=True):
+            buffer = bytearray(size)
+            file.read_into(memoryview(buffer), offset)
+            assert buffer == part == file.read(offset, size)
+        if len(inside) < len(ranges):
+            with pytest.raises(CacheCorrupt, match="truncated"):
+                folder.read_ranges("a", ranges)
+        with pytest.raises(CacheCorrupt, match="truncated"):
+            file.read_into(memoryview(bytearray(1)), len(data))
+
+
+def test_one_open_file_is_read_by_many_threads(folder: Folder) -> None:
+    folder.write("a", bytes(range(256)) * 64)
+    file = folder.open("a")
+    wrong: list[int] = []
+
+    def read(start: int) -> None:
+        for offset in range(start, file.size - 256, 97):
+            if file.read(offset, 3) != bytes((offset + i) % 256 for i in range(3)):
+                wrong.append(offset)
+
+    readers = [threading.Thread(target=read, args=(start,)) for start in range(8)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert wrong == []
+
+
+def test_a_local_folder_names_links_and_does_not_follow_them(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/a").write_bytes(b"a")
+    folder = LocalFolder(tmp_path / "folder")
+    folder.create()
+    (folder.path / "folder").symlink_to(tmp_path / "elsewhere")
+    (folder.path / "file").symlink_to(tmp_path / "elsewhere/a")
+    assert list(folder.walk()) == ["file", "folder"]
+    assert folder.is_link("file")
+    assert folder.is_link("folder")
+    with pytest.raises(CacheCorrupt, match="is a link"):
+        folder.refuse_links()
+
+
+def test_a_file_that_grows_in_a_local_folder_is_not_there_before_it_is_published(tmp_path: Path) -> None:
+    folder = LocalFolder(tmp_path)
+    with folder.aside("x/a") as aside:
+        aside.write(b"first")
+        aside.write(b"second")
+        aside.finish()
+        assert not folder.exists("x/a")
+        assert [is_aside(name) for name in folder.walk()] == [True]
+        aside.publish()
+    assert list(folder.walk()) == ["x/a"]
+    assert folder.read_bounded("x/a", 20) == b"firstsecond"
+
+
+def test_a_local_folder_is_found_by_another_process_wherever_that_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert str(LocalFolder("folder")) == "folder"
+    assert LocalFolder("folder").location == os.fspath(tmp_path / "folder")
+
+
+def test_a_path_or_a_file_url_is_a_local_folder_and_another_url_is_none(tmp_path: Path) -> None:
+    assert local_folder(tmp_path).path == local_folder(f"file://{tmp_path}").path == tmp_path
+    with pytest.raises(CacheError, match="not a local directory"):
+        local_folder("https://example.org/cache")
