@@ -1,4 +1,4 @@
-"""Batches made ahead of time, in order, by worker processes or a thread."""
+"""What a loop will need next, made while it works: in order, bounded, by threads or by worker processes."""
 
 from __future__ import annotations
 
@@ -7,109 +7,112 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from cache_schema.errors import LoaderError
 
-PREFETCH = 2  # batches per worker
+PREFETCH = 2  # made ahead per thread or process
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
-class ReadAhead(Generic[T]):
-    """`get(update)` is `make(update)`, made ahead where updates are asked for one after the other.
+class ReadAhead(Generic[T, R]):
+    """Runs `make` on the items of a loop before the loop comes to them.
 
-    `make` is a pure function. `workers` processes, or one thread with `in_thread`, make the next batches while the
-    caller works; without either a batch is made when it is asked for. Only batches before update `stop` are made ahead.
-    A worker leaves Ctrl-C to this process, and ends with it.
+    ```python
+    with ReadAhead(make, threads=4) as ahead:
+        for result in ahead.over(items):  # make(item) for each, in order
+            ...
+    ```
+
+    `threads`, or worker `processes`, run `make` on `depth` items ahead, by default two for each; without either it runs
+    when its result is asked for. Items are drawn in the caller's thread, none before it is among the next `depth`. What
+    `make` raises arrives where its result would have. Processes are given `make` once, by fork or pickled, as
+    `start_method` has it; they leave Ctrl-C to this process, and end with it.
     """
 
     def __init__(
         self,
-        make: Callable[[int], T],
-        workers: int = 0,
+        make: Callable[[T], R],
         *,
-        in_thread: bool = False,
-        stop: int | None = None,
+        threads: int = 0,
+        processes: int = 0,
+        depth: int | None = None,
         start_method: str | None = None,
     ) -> None:
-        self._make, self._workers, self._stop = make, workers, stop
-        self._in_thread = in_thread and not workers
+        self._make, self._threads, self._processes = make, threads, processes
+        workers = processes or threads
+        self.depth = PREFETCH * workers if depth is None or not workers else depth
         self._context = multiprocessing.get_context(start_method)
         self._executor: Executor | None = None
-        self._pending: deque[tuple[int, Future[T]]] = deque()
 
-    @property
-    def depth(self) -> int:
-        """How many batches are made ahead."""
-        return PREFETCH * (self._workers or int(self._in_thread))
+    def over(self, items: Iterable[T]) -> Generator[R, None, None]:
+        """Yield `make(item)` for each item, in order; raises what it raises, and LoaderError if a process died.
 
-    def get(self, update: int) -> T:
-        """Return a batch; raises what `make` raises, and LoaderError if a worker process died."""
-        if not self.depth or (self._stop is not None and update >= self._stop):
-            return self._make(update)
+        Workers stay for a next call. What was made ahead for a loop that is not run to its end is dropped.
+        """
+        source, pending = iter(items), deque[Future[R]]()
+        if not self.depth:
+            for item in source:
+                yield self._make(item)
+            return
         try:
-            if self._pending and self._pending[0][0] != update:
-                self._pending.clear()  # they are made all the same: a pool that breaks may not meet a cancelled one
-            self._submit(update)
-            future = self._pending[0][1]
-            try:
-                batch = future.result()
-            finally:
-                if future.done():
-                    self._pending.popleft()
-            self._submit(update + 1)
+            pending.extend(map(self._start, islice(source, self.depth)))
+            while pending:
+                result = [pending.popleft().result()]
+                pending.extend(map(self._start, islice(source, 1)))
+                yield result.pop()  # not kept here: its memory may be used again as soon as the loop lets go of it
         except BrokenProcessPool as error:
             self.close()
             raise LoaderError(
                 "a worker process of the loader was killed, often because memory ran out; try fewer workers or "
                 "smaller batches"
             ) from error
-        return batch
 
     def close(self) -> None:
-        """End the workers; another `get` would start new ones."""
-        self._pending.clear()
+        """End the workers, after what they are making now; a next `over` would start new ones."""
         executor, self._executor = self._executor, None
         if executor is not None:
             executor.shutdown(wait=True, cancel_futures=True)
 
-    def _submit(self, update: int) -> None:
-        """Ask for `update` and those after it, as many as are made ahead."""
-        after = self._pending[-1][0] + 1 if self._pending else update
-        stop = update + self.depth if self._stop is None else min(update + self.depth, self._stop)
-        for number in range(after, stop):
-            self._pending.append((number, self._start(number)))
+    def __enter__(self) -> ReadAhead[T, R]:
+        return self
 
-    def _start(self, update: int) -> Future[T]:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _start(self, item: T) -> Future[R]:
         if self._executor is None:
             self._executor = self._make_executor()
-        if self._in_thread:
-            return self._executor.submit(self._make, update)
-        return self._executor.submit(_make_in_worker, update)
+        if self._processes:
+            return self._executor.submit(_make_in_worker, item)
+        return self._executor.submit(self._make, item)
 
     def _make_executor(self) -> Executor:
-        if self._in_thread:
-            return ThreadPoolExecutor(1, thread_name_prefix="batches")
+        if not self._processes:
+            return ThreadPoolExecutor(self._threads, thread_name_prefix="ahead")
         return ProcessPoolExecutor(
-            self._workers, mp_context=self._context, initializer=_start_worker, initargs=(self._make,)
+            self._processes, mp_context=self._context, initializer=_start_worker, initargs=(self._make,)
         )
 
 
-_make: Callable[[int], Any] | None = None  # in a worker process
+_make: Callable[[Any], Any] | None = None  # in a worker process
 
 
-def _make_in_worker(update: int) -> Any:
+def _make_in_worker(item: Any) -> Any:
     assert _make is not None
-    return _make(update)
+    return _make(item)
 
 
-def _start_worker(make: Callable[[int], Any]) -> None:
+def _start_worker(make: Callable[[Any], Any]) -> None:
     # A terminal's Ctrl-C and a scheduler's SIGTERM reach every process; the parent alone decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler that a forked process has from its parent

@@ -2,9 +2,7 @@
 
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,6 +16,7 @@ from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Manifest
 from cache_schema.format.manifest_file import MANIFEST_NAME, MAX_MANIFEST_BYTES, load_manifest, render_document
 from cache_schema.format.samples import check_against_manifest, count_usable, load_samples
+from cache_schema.read_ahead import ReadAhead
 from cache_schema.storage.checksum import crc32c
 from cache_schema.storage.files import FileDigest, is_aside
 from cache_schema.storage.folder import Folder, ReadableFile
@@ -91,13 +90,14 @@ def verify(path: str | os.PathLike[str], threads: int = 4) -> list[Problem]:
     store, done = store_of(manifest), set(committed(folder))
     samples = _load_table(folder, manifest)
 
-    def check(piece: Piece) -> list[Problem]:
-        return [_named(problem, piece, samples) for problem in _check_if_due(folder, store, piece, done)]
+    def check(piece: Piece) -> tuple[Piece, list[Problem]]:
+        return piece, [_named(problem, piece, samples) for problem in _check_if_due(folder, store, piece, done)]
 
-    for piece, found in _in_threads(check, _pieces(store, done, samples), threads):
-        problems += found
-        # Files of an uncommitted piece are what a builder was putting in place; it will write them again.
-        known.update([record_name(piece.kind, piece.shard), *piece.files])
+    with ReadAhead(check, threads=threads) as ahead:
+        for piece, found in ahead.over(_pieces(store, done, samples)):
+            problems += found
+            # Files of an uncommitted piece are what a builder was putting in place; it will write them again.
+            known.update([record_name(piece.kind, piece.shard), *piece.files])
     problems += [Problem(name, None, None, reason) for name, reason in _strangers(folder, known)]
     return problems
 
@@ -130,21 +130,6 @@ def _named(problem: Problem, piece: Piece, samples: pa.Table | None) -> Problem:
         return replace(problem, kind=piece.kind)
     ids = (samples["id"][rows[0]].as_py(), samples["id"][rows[1] - 1].as_py())
     return replace(problem, kind=piece.kind, samples=ids)
-
-
-def _in_threads(
-    check: Callable[[Piece], list[Problem]], pieces: Iterable[Piece], threads: int
-) -> Iterator[tuple[Piece, list[Problem]]]:
-    """Yield every piece with its problems, in order, checking a few of them at a time."""
-    with ThreadPoolExecutor(threads) as pool:
-        ahead: deque[tuple[Piece, Future[list[Problem]]]] = deque()
-        for piece in pieces:
-            ahead.append((piece, pool.submit(check, piece)))
-            if len(ahead) > 2 * threads:
-                piece, future = ahead.popleft()
-                yield piece, future.result()
-        for piece, future in ahead:
-            yield piece, future.result()
 
 
 def pieces_of(folder: Folder, manifest: Manifest) -> Iterator[Piece]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -71,7 +72,9 @@ class FeatureLoader:
             dataset.pin_memory()
         self.sampler = EpochSampler(dataset.rows, batch_size, seed, drop_last=drop_last)
         self._dataset = dataset
-        self._ahead = ReadAhead(_Batches(dataset, self.sampler, views), workers, start_method=start_method)
+        make = _Batches(dataset, self.sampler, views)
+        self._ahead = ReadAhead(make, processes=workers, start_method=start_method)
+        self._stream: Iterator[FeatureBatch] | None = None  # from batch `_taken` on
         self._order = {
             "cache_id": cache.manifest.cache_id,
             "rows": hashlib.sha256(dataset.rows.astype("<i8").tobytes()).hexdigest(),
@@ -106,9 +109,11 @@ class FeatureLoader:
                     f"the saved state is of a loader with {name} {theirs}, this one has {mine}; make it with the same"
                 )
         self._taken = state["epoch"] * len(self) + state["batch"]
+        self._stream = None
 
     def close(self) -> None:
         """End the workers; batches that were taken stay valid."""
+        self._stream = None
         self._ahead.close()
 
     def __enter__(self) -> FeatureLoader:
@@ -119,7 +124,13 @@ class FeatureLoader:
 
     def _take(self) -> FeatureBatch:
         self._dataset.reclaim()
-        batch = self._ahead.get(self._taken)
+        if self._stream is None:
+            self._stream = self._ahead.over(itertools.count(self._taken))
+        try:
+            batch = next(self._stream)
+        except BaseException:
+            self._stream = None  # the next one begins with this batch again
+            raise
         self._taken += 1
         return batch
 

@@ -1,6 +1,5 @@
 """Writing a cache, piece by piece, so that whatever is committed stays and the rest can be done later by anyone."""
 
-import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -245,9 +244,8 @@ class CacheWriter:
             return encoder.encode(sample, self._name(row), places[row])
 
         # Rows are encoded by another thread while those before them are written.
-        with contextlib.closing(ReadAhead(encode, in_thread=True, stop=len(rows))) as ahead:
-            encoded = (ahead.get(index) for index in range(len(rows)))
-            written = self.write_encoded_shard(shard, encoded, encoder.fidelity, failed)
+        with ReadAhead(encode, threads=1) as ahead:
+            written = self.write_encoded_shard(shard, ahead.over(range(len(rows))), encoder.fidelity, failed)
         self._measured = fidelity.combine([*self._measured, *written.fidelity])
 
     def check_fidelity(self, min_cosine: float) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cache_schema.read_ahead import ReadAhead
 from cache_schema.storage.buffers import empty
 from cache_schema.writing.claims import Claims
 from cache_schema.writing.writer import CacheWriter
@@ -173,18 +174,11 @@ class FeatureBuilder:
     def _ahead(self, batches: Iterable[Rows]) -> Generator[tuple[Rows, Any], None, None]:
         """Yield batches of rows with what the teacher needs of them, read while the batch before is computed."""
 
-        def read(rows: Sequence[int]) -> Any:
-            return self._source.read([self._usable[row].sample for row in rows])
+        def read(rows: Rows) -> tuple[Rows, Any]:
+            return rows, self._source.read([self._usable[row].sample for row in rows])
 
-        with ThreadPoolExecutor(1) as reader:
-            waiting: tuple[Rows, Future[Any]] | None = None
-            for rows in batches:
-                coming = rows, reader.submit(read, rows)
-                if waiting:
-                    yield waiting[0], waiting[1].result()
-                waiting = coming
-            if waiting:
-                yield waiting[0], waiting[1].result()
+        with ReadAhead(read, threads=1, depth=1) as ahead:
+            yield from ahead.over(batches)
 
     def _compute(self, rows: Sequence[int], given: Any) -> tuple[dict[str, Tensor], dict[int, str]]:
         self._check()

@@ -130,16 +130,16 @@ class ConditionStore:
         if not lacking:
             return 0.0
 
-        def pixels_of(number: int) -> dict[str, Pixels]:
-            sample, views = lacking[number]
+        def pixels_of(needed: tuple[Sample, list[str]]) -> dict[str, Pixels]:
+            sample, views = needed
             return read_pixels(self._dataset, [sample], self._teacher.resolution, views)
 
-        ahead = ReadAhead(pixels_of, in_thread=True, stop=len(lacking))
+        ahead = ReadAhead(pixels_of, threads=1)
         try:
             started = self._load("vae")
-            for number, (sample, views) in enumerate(tqdm(lacking, desc="latents", unit="image")):
+            coming = tqdm(ahead.over(lacking), desc="latents", unit="image", total=len(lacking))
+            for (sample, views), pixels in zip(lacking, coming, strict=True):
                 check()
-                pixels = ahead.get(number)
                 for view in views:
                     if self._latents_file(sample, view).exists():
                         continue

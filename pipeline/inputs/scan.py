@@ -4,21 +4,19 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from cache_schema.format.samples import row_rank
+from cache_schema.read_ahead import ReadAhead
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.inputs.conditions import caption_of
 from pipeline.inputs.decoding import UNREADABLE, decode_with_box
 from pipeline.inputs.tolerance import BadSamples
 from pipeline.inputs.views import object_view
 
-# Images in flight: enough to keep the threads busy, few enough for the memory not to depend on the data set.
-_CHUNK = 64
 _NO_BOX = (0.0, 0.0, 0.0, 0.0)
 
 
@@ -108,7 +106,9 @@ def scan(
 
 def _scan_all(dataset: Dataset, needs_caption: bool) -> Iterator[ScannedSample]:
     """Scan with as many threads as there are processors (decoding and hashing let them run), in the given order."""
-    samples = dataset.samples
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for start in range(0, len(samples), _CHUNK):
-            yield from threads.map(lambda s: scan_sample(dataset, s, needs_caption), samples[start : start + _CHUNK])
+
+    def scan(sample: Sample) -> ScannedSample:
+        return scan_sample(dataset, sample, needs_caption)
+
+    with ReadAhead(scan, threads=os.cpu_count() or 1) as ahead:
+        yield from ahead.over(dataset.samples)

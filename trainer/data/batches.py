@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -106,9 +105,8 @@ class _SourceReader:
 
 def iterate(batches: TrainingBatches, start: int, stop: int, workers: int) -> Generator[Batch, None, None]:
     """Yield batches start..stop-1 in order, made ahead of time by one thread or by `workers` processes."""
-    with closing(ReadAhead(batches.__getitem__, workers, in_thread=True, stop=stop)) as ahead:
-        for update in range(start, stop):
-            yield ahead.get(update)
+    with ReadAhead(batches.__getitem__, processes=workers, threads=1) as ahead:
+        yield from ahead.over(range(start, stop))
 
 
 def _unlabelled_rows(cache: Cache) -> np.ndarray:
