@@ -1,4 +1,10 @@
-"""Feeding a training loop from a cache: `FeatureLoader`."""
+"""Feeding a training loop from a cache: `FeatureLoader`.
+
+Its worker processes are `ReadAhead`'s and not a DataLoader's, whichever is faster (benchmarks/README.md): when one of
+those dies, a signal handler raises a bare RuntimeError wherever the main thread is, be it amid an optimizer step, where
+no loader can turn it into a LoaderError. A scheduler's SIGTERM to all processes of a job kills those as well, while the
+training process still has to finish its step and write a checkpoint.
+"""
 
 from __future__ import annotations
 
