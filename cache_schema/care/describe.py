@@ -3,14 +3,17 @@
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cache_schema.care.description_text import render_description
 from cache_schema.encoding import fidelity
 from cache_schema.errors import CacheCorrupt, CacheError
 from cache_schema.format import layout
+from cache_schema.format.duplicates import find_duplicates
 from cache_schema.format.journal import Kind, Record, committed_shards, read_record
 from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Fidelity, Manifest
@@ -28,7 +31,8 @@ def describe(path: str | os.PathLike[str], shard_table: bool = False) -> dict[st
     images), `samples_with_features`; `arrays` by name: shape, dtype and bytes on disk; `bytes` on disk: features
     (calibration included), images, total; `splits` by name: rows, rows with features, and bytes of features and images
     (a shard that holds rows of several splits is divided by rows); `fidelity` (of a partial cache, that of the shards
-    so far); `quarantined` (id, reason) and `failed` (row, reason: the teacher failed on these), complete lists.
+    so far); `quarantined` (id, reason) and `failed` (row, reason: the teacher failed on these), complete lists;
+    `duplicates` (ids, classes, splits: samples of the same file, under several classes or in train and in test).
     With `shard_table` also that, one entry per shard of features and then of images: kind, shard, rows [first, last
     + 1), committed, and where it is bytes, files, cosine_min (least cosine of what was measured) and failed (rows).
 
@@ -59,6 +63,7 @@ def describe(path: str | os.PathLike[str], shard_table: bool = False) -> dict[st
         "fidelity": [item.model_dump() for item in _fidelity(manifest, records["features"])],
         "quarantined": [] if samples is None else _quarantined(samples),
         "failed": [item.model_dump() for item in failed],
+        "duplicates": [] if samples is None else _duplicates(samples),
     }
     if shard_table:
         if samples is not None:
@@ -140,6 +145,14 @@ def _fidelity(manifest: Manifest, records: Mapping[int, Record]) -> list[Fidelit
 def _quarantined(samples: pa.Table) -> list[dict[str, str]]:
     # They come last.
     return samples.slice(count_usable(samples)).select(["id", "reason"]).to_pylist()
+
+
+def _duplicates(samples: pa.Table) -> list[dict[str, Any]]:
+    columns = ["id", "sha256", "split", "label", "class_name", "state"]
+    times = pc.value_counts(samples["sha256"])
+    repeated = times.field("values").filter(pc.greater(times.field("counts"), 1))
+    rows = samples.filter(pc.is_in(samples["sha256"], value_set=repeated)).select(columns).to_pylist()
+    return [asdict(duplicate) for duplicate in find_duplicates(rows)]
 
 
 def _shard_table(

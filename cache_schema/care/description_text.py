@@ -29,6 +29,11 @@ def render_description(description: dict[str, Any]) -> str:
     parts.append(_listed("quarantined", [(item["id"], item["reason"]) for item in description["quarantined"]]))
     failed = [(f"row {item['row']}", item["reason"]) for item in description["failed"]]
     parts.append(_listed("the teacher failed on", failed))
+    named = [
+        (" = ".join(d["ids"]), f"in {' and '.join(d['splits'])}, class {' and '.join(d['classes'])}")
+        for d in description["duplicates"]
+    ]
+    parts.append(_listed("the same file in several classes, or in train and test", named))
     parts += [_table(*_shards(description))] if "shard_table" in description else []
     return "\n\n".join(parts)
 

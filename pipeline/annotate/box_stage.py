@@ -12,15 +12,8 @@ from pipeline.annotate.models import ModelFiles
 from pipeline.annotate.work import Rows
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.device import choose_device
-from pipeline.inputs.decoding import UNREADABLE, box_on_stored_pixels, decode_image, decode_with_box
+from pipeline.inputs.decoding import UNREADABLE, box_on_stored_pixels, decode_image, decode_with_box, reason_of
 from pipeline.inputs.views import Box
-
-
-def reason_of(error: Exception) -> str:
-    """Why an image could not be read, in one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"cannot be read: {error.strerror}"
-    return f"not a complete image: {error}".splitlines()[0]
 
 
 class BoxStage:

@@ -6,7 +6,6 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline.annotate.box_stage import reason_of
 from pipeline.annotate.captioner import STRICTER, Captioner, crop_object, fill_in
 from pipeline.annotate.config import AnnotateConfig
 from pipeline.annotate.leaks import LeakCheck
@@ -15,7 +14,7 @@ from pipeline.annotate.work import Rows
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.device import choose_device, choose_dtype
 from pipeline.inputs.conditions import caption_of
-from pipeline.inputs.decoding import UNREADABLE, decode_with_box
+from pipeline.inputs.decoding import UNREADABLE, decode_with_box, reason_of
 
 NO_CAPTION: dict[str, Any] = {"caption": None, "caption_source": "none", "leak": ""}
 

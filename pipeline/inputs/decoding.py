@@ -1,18 +1,33 @@
 """From the bytes of an image file to upright RGB pixels, and the box turned with them."""
 
 import io
+import re
 import struct
 
-import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.datasets.base import DataError, Dataset, Sample
+from pipeline.inputs.pixel_range import PixelRangeError, to_rgb
 from pipeline.inputs.views import Box
 
 # What PIL raises for bytes that are no image, or an image cut short or too large to be one.
 UNREADABLE = (
     OSError, ValueError, SyntaxError, EOFError, NotImplementedError, struct.error, Image.DecompressionBombError,
 )  # fmt: skip
+
+
+def reason_of(error: Exception) -> str:
+    """Why an image could not be read, in one line that is the same in every run."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image of a known format"  # Pillow's message is the address of a buffer
+    if isinstance(error, PixelRangeError):
+        return str(error)
+    if isinstance(error, DataError):
+        return f"cannot be read: {error}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read: {error.strerror}"
+    first = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return "not a complete image: " + re.sub(r" at 0x[0-9a-fA-F]+", "", first)
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -24,14 +39,14 @@ def decode_with_box(data: bytes, box: Box | None) -> tuple[Image.Image, Box]:
     """Decode a whole image to RGB, upright, and turn its box with it; without a box, the whole image is the box.
 
     Boxes are drawn on the stored pixels (`Sample.box`): the tools that the data sets were annotated with did not look
-    at EXIF. The returned box is in pixels of the returned image. Sixteen bits per channel are scaled to eight,
-    transparency is put on white. Raises one of `UNREADABLE` if the bytes are not a complete image.
+    at EXIF. The returned box is in pixels of the returned image. How deeper values become 8 bits is in
+    `pixel_range`. Raises one of `UNREADABLE` if the bytes are not a complete image whose values can be understood.
     """
     image = Image.open(io.BytesIO(data))
     # PIL turns TIFF files while it loads them, others not; only before loading can both be seen.
     orientation = image.getexif().get(ExifTags.Base.Orientation)
     image.load()
-    rgb = _to_rgb(image)
+    rgb = to_rgb(image)
     if orientation not in _UPRIGHT:
         return rgb, box or (0.0, 0.0, float(rgb.width), float(rgb.height))
     turn = _UPRIGHT[orientation]
@@ -83,17 +98,6 @@ def _turn_box(box: Box, upright: tuple[int, int], turn: Image.Transpose) -> Box:
         Image.Transpose.ROTATE_90: ((y0, y1), left),
     }[turn]
     return xs[0], ys[0], xs[1], ys[1]
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    # PIL clips deep greys at 255, which turns a 16-bit photograph white.
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        # The colour of a transparent pixel is whatever the encoder left there; no viewer shows it.
-        layers = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
-    return image.convert("RGB")
 
 
 def read_image(dataset: Dataset, sample: Sample) -> tuple[Image.Image, Box]:

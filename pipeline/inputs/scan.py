@@ -6,15 +6,16 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
+from cache_schema.format.duplicates import find_duplicates
 from cache_schema.format.samples import row_rank
 from cache_schema.read_ahead import ReadAhead
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.inputs.conditions import caption_of
-from pipeline.inputs.decoding import UNREADABLE, decode_with_box
-from pipeline.inputs.tolerance import BadSamples
+from pipeline.inputs.decoding import UNREADABLE, decode_with_box, reason_of
+from pipeline.inputs.pixel_range import bits_used
+from pipeline.inputs.tolerance import BadSamples, TooManyBadSamples
 from pipeline.inputs.views import object_view
 
 _NO_BOX = (0.0, 0.0, 0.0, 0.0)
@@ -22,7 +23,10 @@ _NO_BOX = (0.0, 0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class ScannedSample:
-    """A sample with what its file turned out to be, upright. reason is empty unless the sample is quarantined."""
+    """A sample with what its file turned out to be, upright. reason is empty unless the sample is quarantined.
+
+    few_bits: how many bits its values use, where these are suspiciously few of 16 (`bits_used`).
+    """
 
     sample: Sample
     sha256: str
@@ -31,6 +35,7 @@ class ScannedSample:
     box: tuple[float, float, float, float]
     caption: str
     reason: str
+    few_bits: int | None = None
 
     @property
     def ok(self) -> bool:
@@ -68,12 +73,8 @@ def scan_sample(dataset: Dataset, sample: Sample, needs_caption: bool = False) -
         return ScannedSample(sample, digest, 0, 0, _NO_BOX, caption, "the file is empty")
     try:
         image, box = decode_with_box(data, sample.box)
-    except UnidentifiedImageError:
-        # Its message has an address in memory: another one in every run, and reasons are compared when one resumes.
-        return ScannedSample(sample, digest, 0, 0, _NO_BOX, caption, "not an image of a known format")
     except UNREADABLE as error:
-        reason = f"not a complete image: {error}".splitlines()[0]
-        return ScannedSample(sample, digest, 0, 0, _NO_BOX, caption, reason)
+        return ScannedSample(sample, digest, 0, 0, _NO_BOX, caption, reason_of(error))
     reason = ""
     try:
         object_view(image, box, 1)
@@ -82,7 +83,7 @@ def scan_sample(dataset: Dataset, sample: Sample, needs_caption: bool = False) -
     if needs_caption and not sample.caption.strip():
         reason, caption = reason or "its caption is empty", sample.caption
     kept_box = box if all(map(math.isfinite, box)) else _NO_BOX
-    return ScannedSample(sample, digest, image.width, image.height, kept_box, caption, reason)
+    return ScannedSample(sample, digest, image.width, image.height, kept_box, caption, reason, bits_used(data))
 
 
 def scan(
@@ -91,7 +92,8 @@ def scan(
     """Scan a whole data set into cache row order: rows with features first, then the others, quarantined rows last.
 
     With use_captions an image without a caption is set aside if others have one. Bad samples are added to `bad`, which
-    may raise TooManyBadSamples, and checked at the end.
+    may raise TooManyBadSamples, and checked at the end. What may be wrong with the others, the same file in two classes
+    or values of fewer bits than their files, is said with a count; where nothing bad is tolerated, such files raise it.
     """
     needs_caption = use_captions and has_captions(dataset)
     scanned = []
@@ -101,7 +103,33 @@ def scan(
             bad.add(entry.sample.source, entry.reason)
     if bad:
         bad.check()
+        _say_few_bits(scanned, bad)
+        _say_duplicates(scanned, bad)
     return sorted(scanned, key=lambda entry: row_rank(entry.sample.split, entry.state, feature_splits))
+
+
+def _say_few_bits(scanned: Sequence[ScannedSample], bad: BadSamples) -> None:
+    few = [entry for entry in scanned if entry.ok and entry.few_bits]
+    if few:
+        bits = max(entry.few_bits or 0 for entry in few)
+        bad.log(
+            f"warning: {len(few)} images of 16 bits use at most {bits} of them and are read as dark ones, such as "
+            f"{few[0].sample.source}; if {bits} bits are their whole range, save them in 8 bits"
+        )
+
+
+def _say_duplicates(scanned: Sequence[ScannedSample], bad: BadSamples) -> None:
+    found = find_duplicates(entry.row() for entry in scanned)
+    if not found:
+        return
+    leaks = sum(duplicate.leaks for duplicate in found)
+    text = (
+        f"{len(found)} files are in several classes, {leaks} of them in train and in test, such as {found[0]}; "
+        "remove all but one of each"
+    )
+    if bad.tolerance.strict:
+        raise TooManyBadSamples(f"--strict: {text}, or build without --strict")
+    bad.log(f"warning: {text}; `dit-cache info` names them")
 
 
 def _scan_all(dataset: Dataset, needs_caption: bool) -> Iterator[ScannedSample]:

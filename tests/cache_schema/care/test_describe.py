@@ -12,6 +12,7 @@ from cache_building import build, features_of, start, tiny_manifest, tiny_sample
 from cache_schema import CacheCorrupt, CacheNotFound, Provenance, create_cache
 from cache_schema.care.describe import describe, describe_text
 from cache_schema.format.card import format_bytes
+from cache_schema.format.samples import make_samples
 
 STORES = ["zarr", "webdataset"]
 
@@ -118,6 +119,24 @@ def test_long_lists_are_cut_in_the_text_and_whole_in_json(tmp_path: Path) -> Non
     assert text.count("the file is empty") == 10
     assert "quarantined  15" in text
     assert "and 5 more; --json lists all" in text
+
+
+def test_files_that_are_in_train_and_in_test_are_named(tmp_path: Path) -> None:
+    samples, _ = tiny_samples()
+    rows = samples.to_pylist()
+    for row in rows[-2:]:  # a test sample and a quarantined one, which does not count
+        row["sha256"] = rows[0]["sha256"]
+    samples, count = make_samples(rows, ["train"])
+    create_cache(tmp_path / "cache", tiny_manifest(samples, count), samples)
+    (found,) = json.loads(json.dumps(describe(tmp_path / "cache")["duplicates"]))
+    assert found == {
+        "ids": [rows[0]["id"], rows[-2]["id"]],
+        "classes": sorted([rows[0]["class_name"], rows[-2]["class_name"]]),
+        "splits": ["test", "train"],
+    }
+    text = describe_text(tmp_path / "cache")
+    assert "the same file in several classes, or in train and test  1" in text
+    assert f"{rows[0]['id']} = {rows[-2]['id']}  in test and train, class {' and '.join(found['classes'])}" in text
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "samples.parquet", "journal/features-00001.json"])
