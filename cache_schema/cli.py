@@ -41,9 +41,9 @@ def run(
 ) -> NoReturn:
     """Run a typer app and leave the process with a meaningful exit code.
 
-    Exit codes: 0 success, 1 a reported error or an interruption (Ctrl-C, SIGTERM), 2 wrong usage. `--debug`, wherever
-    it stands among the options, adds the full traceback; it is taken out of the arguments, so an app declares it only
-    to list it in its help. `argv` defaults to the process's own arguments, `name` to the program's own name.
+    Exit codes: 0 success, 1 a reported error or an interruption (Ctrl-C, SIGTERM, SIGHUP), 2 wrong usage. `--debug`,
+    wherever it stands among the options, adds the full traceback; it is taken out of the arguments, so an app declares
+    it only to list it in its help. `argv` defaults to the process's own arguments, `name` to the program's own name.
     """
     arguments, debug = _take_debug(sys.argv[1:] if argv is None else argv)
     if not debug:
@@ -69,7 +69,7 @@ def run(
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Make SIGTERM end the command as Ctrl-C does: undoing what is half done. A second signal acts at once."""
+    """Make SIGTERM and SIGHUP end the command as Ctrl-C does, undoing what is half done. A second acts at once."""
 
     changed: dict[signal.Signals, Any] = {}
 
@@ -79,7 +79,12 @@ def _interruptible() -> Iterator[None]:
         raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
-        for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        usual_handlers = {
+            signal.SIGINT: signal.default_int_handler,
+            signal.SIGTERM: signal.SIG_DFL,
+            signal.SIGHUP: signal.SIG_DFL,
+        }
+        for number, usual in usual_handlers.items():
             # A parent that had a signal ignored, as nohup does, wants it ignored.
             if signal.getsignal(number) is usual:
                 changed[number] = usual

@@ -62,7 +62,7 @@ def test_a_full_disk_is_one_line_and_1(capsys: pytest.CaptureFixture[str]) -> No
     assert outcome(capsys, "fail", "full") == (1, "", "error: No space left on device: /data/file\n")
 
 
-@pytest.mark.parametrize("kind", ["interrupt", "SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("kind", ["interrupt", "SIGINT", "SIGTERM", "SIGHUP"])
 def test_an_interrupt_is_one_line_and_1(capsys: pytest.CaptureFixture[str], kind: str) -> None:
     assert outcome(capsys, "fail", kind) == (1, "", "interrupted: try again\n")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -61,3 +61,13 @@ def test_the_description_has_a_line_for_every_field():
     assert "student.depth = 6" in text
     assert "optim.lr = 0.0005" in text
     assert len(text.splitlines()) > 45
+
+
+@pytest.mark.parametrize("preset", ["small", "demo"])
+def test_another_student_than_the_presets_has_nothing_of_its_architecture(preset):
+    config = make_config(preset, student__name="resnet18")
+    assert config.student.timm_kwargs() == {}
+    assert config.optim.lr == make_config(preset).optim.lr  # what is not the network's stays
+    given = make_config(preset, ["student.name=vit_small_patch16_224", "student.img_size=64"])
+    assert given.student.timm_kwargs() == {"img_size": 64}
+    assert make_config(preset, student__name="vit_tiny_patch16_224").student.depth == 6

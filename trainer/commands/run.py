@@ -87,7 +87,7 @@ def _config_of_run(
     output: Path, preset: str | None, settings: list[str], flags: dict[str, Any], resume: bool
 ) -> TrainConfig:
     """The config asked for; a bare `--resume` takes the one the run was started with."""
-    from trainer.config import TrainConfig, free_on_resume
+    from trainer.config import PRESETS, TrainConfig, free_on_resume
     from trainer.methods.settings import load_config, make_config
     from trainer.runs import CONFIG
 
@@ -99,7 +99,13 @@ def _config_of_run(
         config = before.model_copy(update=free)
     else:
         cache = flags["cache"] or (before.cache if before else str(DEFAULT_CACHE))
-        config = make_config(preset or _preset_for(cache), settings, **{**flags, "cache": cache})
+        chosen = preset or _preset_for(cache)
+        config = make_config(chosen, settings, **{**flags, "cache": cache})
+        own = PRESETS[chosen].get("student", {}).get("name", config.student.name)
+        if own != config.student.name:
+            typer.echo(
+                f"note: student {config.student.name} as timm has it, not as preset {chosen} has {own}", err=True
+            )
     if config.cache and "://" not in config.cache:
         config = config.model_copy(update={"cache": str(Path(config.cache).resolve())})
     return config

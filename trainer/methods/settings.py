@@ -19,7 +19,8 @@ def make_config(preset: str, settings: Iterable[str] = (), **flags: Any) -> Trai
     """Build a run's config: preset, then flags, then `settings` such as `student.depth=4`.
 
     `flags` are dotted field names with `__` for the dot (`loss__alpha=2`); those that are None are not given. `mode`
-    stands for `method`. Raises TrainError that names the field and what it accepts.
+    stands for `method`. A preset's student is one network: where another is named, nothing of it applies. Raises
+    TrainError that names the field and what it accepts.
     """
     if preset not in PRESETS:
         raise TrainError(f"unknown preset {preset!r}; there are {', '.join(sorted(PRESETS))}")
@@ -34,7 +35,16 @@ def make_config(preset: str, settings: Iterable[str] = (), **flags: Any) -> Trai
         _assign(asked, name.strip(), _parse(text.strip()))
     method = _take_method(asked)
     values = _merge(PRESETS[preset], config_class(method).presets.get(preset, {}))
+    if names_another_student(preset, asked):
+        del values["student"]  # another network has another architecture
     return validate({**_merge(values, asked), "method": method})
+
+
+def names_another_student(preset: str, asked: Mapping[str, Any]) -> bool:
+    """Whether nested values ask for another network than the preset's, whose architecture then does not apply."""
+    student, own = asked.get("student"), PRESETS[preset].get("student")
+    name = student.get("name") if isinstance(student, Mapping) else None
+    return own is not None and name is not None and name != own["name"]
 
 
 def validate(values: Mapping[str, Any]) -> TrainConfig:

@@ -19,6 +19,12 @@ from trainer.models.weights import load_weights, save_weights
 from trainer.runs import read_json
 
 FORMAT = "dit-distill/student"
+BUILD_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, OSError)
+# timm's arguments that the trainer itself gives, or that would change what a student is.
+OURS = {
+    "num_classes", "in_chans", "features_only", "out_indices", "pretrained", "pretrained_cfg",
+    "pretrained_cfg_overlay", "checkpoint_path",
+}  # fmt: skip
 
 
 class Student(nn.Module):
@@ -27,11 +33,12 @@ class Student(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, kwargs: dict[str, Any], network: nn.Module, normalisation: dict[str, Any]):
+    def __init__(self, name: str, kwargs: dict[str, Any], network: nn.Module, normalisation: dict[str, Any], dim: int):
+        """`normalisation` is the network's input: "size" in pixels, "mean" and "std"; `dim` the width C of E_R."""
         super().__init__()
         self.name, self.kwargs, self.network = name, kwargs, network
         self.input_size = int(normalisation["size"])  # pixels, square
-        self.dim = int(getattr(network, "num_features"))  # noqa: B009
+        self.dim = dim
         for key in ("mean", "std"):
             values = torch.tensor(normalisation[key], dtype=torch.float32).view(1, 3, 1, 1)
             self.register_buffer(key, values, persistent=False)
@@ -61,6 +68,11 @@ def build_student(config: StudentConfig) -> Student:
 
     Raises TrainError for an unknown name, a bad argument, missing or unfitting weights.
     """
+    taken = sorted(OURS & config.extra.keys())
+    if taken:
+        raise TrainError(
+            f"student.extra: {taken[0]} is not free to choose; a student turns RGB images into one embedding"
+        )
     source: dict[str, Any] = {"pretrained": config.pretrained}
     if config.weights is not None:
         _check_weights_file(Path(config.weights), config)
@@ -72,8 +84,8 @@ def build_student(config: StudentConfig) -> Student:
             **source,
             **config.timm_kwargs(),
         )
-    except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except BUILD_ERRORS as error:
+        reason = _first_line(error)
         weights = f" with weights {config.weights}" if config.weights else ""
         raise TrainError(f"cannot build student {config.name}{weights}: {reason}") from error
     return _wrap(config.name, config.timm_kwargs(), network)
@@ -98,9 +110,14 @@ def load_student(path: Path) -> Student:
     about = read_json(description)
     if about.get("format") != FORMAT or about.get("version") != 1:
         raise TrainError(f"{description} does not describe a student of this version")
-    student = _wrap(about["name"], about["kwargs"],
-                    timm.create_model(about["name"], pretrained=False, num_classes=0, **about["kwargs"]),
-                    about["input"])  # fmt: skip
+    try:
+        name, kwargs = about["name"], about["kwargs"]
+        network = timm.create_model(name, pretrained=False, num_classes=0, **kwargs)
+        student = _wrap(name, kwargs, network, about["input"])
+    except (KeyError, *BUILD_ERRORS) as error:
+        raise TrainError(
+            f"{description} does not describe a student that can be built: {_first_line(error)}"
+        ) from error
     tensors = load_weights(weights)
     try:
         student.network.load_state_dict(tensors)
@@ -119,7 +136,32 @@ def _wrap(
             "mean": data["mean"],
             "std": data["std"],
         }
-    return Student(name, kwargs, network, normalisation)
+    dim = embedding_width(name, kwargs, int(normalisation["size"]))
+    return Student(name, kwargs, network, normalisation, dim)
+
+
+def embedding_width(name: str, kwargs: dict[str, Any], size: int) -> int:
+    """The width C of what a timm network makes of images of `size` pixels: measured, for timm's own figure is
+    that of the last stage in some families. Computes shapes alone, on torch's meta device.
+
+    Raises TrainError where the network does not take such images, or gives another thing than (B, C).
+    """
+    try:
+        with torch.device("meta"):
+            twin = timm.create_model(name, pretrained=False, num_classes=0, **kwargs).eval()
+            output = twin(torch.empty(2, 3, size, size))
+    except BUILD_ERRORS as error:
+        raise TrainError(f"student {name} does not take images of {size} pixels: {_first_line(error)}") from error
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if not isinstance(shape, tuple) or len(shape) != 2:
+        raise TrainError(
+            f"student {name} gives {shape} for two images, not an embedding (2, C); choose another network"
+        )
+    return int(shape[1])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _check_weights_file(file: Path, config: StudentConfig) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that wait for the current update, so that what is saved is a state the run went through."""
+"""Ctrl-C, SIGTERM and SIGHUP that wait for the current update, so that a state the run went through is saved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class DeferredInterrupt:
     A second one acts at once, as usual. Outside the main thread, where Python allows no handler, it does nothing.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.requested = False
@@ -22,7 +22,9 @@ class DeferredInterrupt:
 
     def __enter__(self) -> DeferredInterrupt:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._request) for number in self.SIGNALS}
+            # What a parent had ignored, as nohup does with SIGHUP, stays so.
+            heeded = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._request) for number in heeded}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

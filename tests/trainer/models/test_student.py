@@ -1,12 +1,13 @@
 import json
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 
 from trainer.config import StudentConfig
 from trainer.errors import TrainError
-from trainer.models.student import build_student, load_student, save_student
+from trainer.models.student import build_student, embedding_width, load_student, save_student
 
 TINY = StudentConfig(name="vit_tiny_patch16_224", img_size=24, patch_size=12, depth=1, embed_dim=32, num_heads=2)
 
@@ -80,6 +81,9 @@ def test_weights_that_are_not_finite_are_refused_by_name(saved):
     [
         ({"name": "vit_of_nowhere"}, "cannot build student vit_of_nowhere"),
         ({"extra": {"no_such": 1}}, "no_such"),
+        ({"extra": {"in_chans": 1}}, "student.extra: in_chans is not free to choose"),
+        ({"extra": {"features_only": True}}, "student.extra: features_only is not free to choose"),
+        ({"extra": {"global_pool": ""}}, r"gives \(2, 5, 32\) for two images, not an embedding"),
         ({"weights": "absent.safetensors"}, "absent.safetensors: no such file"),
     ],
 )
@@ -98,3 +102,32 @@ def test_a_convolutional_student_takes_no_vit_arguments():
 def test_a_folder_without_a_student_is_reported(tmp_path):
     with pytest.raises(TrainError, match=r"student\.safetensors is missing"):
         load_student(tmp_path)
+
+
+# Whose `num_features` is not the width of what they give, then some of other kinds.
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("mobilenetv3_small_050", 1024), ("efficientvit_b0", 1280), ("lcnet_035", 1280), ("test_vit", 64),
+     ("hgnet_tiny", 2048), ("ghostnet_050", 1280), ("test_resnet", 96), ("repghostnet_050", 1280)],
+)  # fmt: skip
+def test_the_width_of_a_student_is_that_of_its_output(name, width):
+    student = build_student(StudentConfig(name=name)).eval()
+    assert student.dim == width
+    images = torch.zeros(1, 3, student.input_size, student.input_size, dtype=torch.uint8)
+    assert student(images).shape == (1, width)
+
+
+def family_members() -> list[str]:
+    """The model of the shortest name in each of timm's families, which are its modules."""
+    families: dict[str, list[str]] = {}
+    for name in timm.list_models():
+        families.setdefault(timm.model_entrypoint(name).__module__, []).append(name)
+    return [min(names, key=lambda name: ("test_" not in name, len(name), name)) for names in families.values()]
+
+
+def test_every_family_of_timm_gives_one_embedding_per_image():
+    members = family_members()
+    assert len(members) > 80
+    for name in members:
+        config = timm.get_pretrained_cfg(name)
+        assert embedding_width(name, {}, config.input_size[-1] if config else 224) > 0

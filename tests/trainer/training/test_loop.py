@@ -70,7 +70,7 @@ def test_one_seed_gives_one_student_and_another_seed_another(run_of, tiny_config
 
 
 @pytest.mark.parametrize("mode", ["baseline", "distill"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_resumes_to_the_very_same_end(
     run_of, tiny_config, cache, tmp_path, monkeypatch, mode, number
 ):

@@ -15,7 +15,7 @@ class GimConfig(Frozen):
     queries: int = Field(default=32, ge=1)  # k
     bridge_layers: int = Field(default=3, ge=0)  # n; 0 hands the teacher tokens to E_f as they are
     infuse_layers: int = Field(default=1, ge=1)  # m
-    heads: int | None = Field(default=None, ge=1)  # None: one head per 64 channels
+    heads: int | None = Field(default=None, ge=1)  # None: one per 64 channels, or the next lower that divides
     ffn_ratio: float = Field(default=4.0, gt=0)
     position_embedding: bool = True
     timestep_embedding: bool = True

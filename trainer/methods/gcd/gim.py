@@ -131,7 +131,7 @@ class GenerativeInjectionModule(nn.Module):
     def __init__(self, tokens: int, channels: int, dim: int, timesteps: int, config: GimConfig):
         """`tokens` L and `channels` C_t are the tap's, `dim` C the student's, `timesteps` their number P."""
         super().__init__()
-        heads = config.heads or max(1, dim // 64)
+        heads = config.heads or _default_heads(dim)
         if dim % heads:
             raise TrainError(f"gim.heads: {heads} heads do not divide the student's {dim} channels")
         self.config = config
@@ -198,6 +198,11 @@ class GenerativeInjectionModule(nn.Module):
         if masked is None:
             masked = self.draw_mask(tokens) if self.training else False
         return self.infuse(student, self.bridge(tokens), masked)
+
+
+def _default_heads(dim: int) -> int:
+    """One head per 64 channels, or the next lower number that divides the channels."""
+    return next(heads for heads in range(max(1, dim // 64), 0, -1) if dim % heads == 0)
 
 
 def _embedding(wanted: bool, *shape: int) -> nn.Parameter | None:

@@ -122,6 +122,12 @@ def test_tokens_of_another_shape_are_refused_in_words(inputs):
         make_gim().bridge(inputs[1][:, :, :4])
 
 
+def test_a_width_that_64_does_not_divide_gets_fewer_heads():
+    gim = GenerativeInjectionModule(L, CT, 336, P, GimConfig(bridge_layers=1, queries=2))
+    assert gim.bridge_layers[0].attention.heads == 4
+    assert GenerativeInjectionModule(L, CT, 192, P, GimConfig()).bridge_layers[0].attention.heads == 3
+
+
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(TrainError, match="3 heads do not divide"):
         GenerativeInjectionModule(L, CT, C, P, GimConfig(heads=3))
