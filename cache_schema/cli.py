@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import os
+import re
 import signal
 import sys
 import threading
@@ -31,6 +33,9 @@ _USER_ERRNOS = {
     errno.EISDIR,
 }
 
+# Where a path can begin in an argument: `~/x`, `--data=~/x`, `data.root=~/x`, and in a list of paths.
+_HOME = re.compile(r"(?:^|(?<=[=,]))~[\w.-]*(?=/|,|$)")
+
 
 def run(
     app: typer.Typer,
@@ -43,11 +48,13 @@ def run(
 
     Exit codes: 0 success, 1 a reported error or an interruption (Ctrl-C, SIGTERM, SIGHUP), 2 wrong usage. `--debug`,
     wherever it stands among the options, adds the full traceback; it is taken out of the arguments, so an app declares
-    it only to list it in its help. `argv` defaults to the process's own arguments, `name` to the program's own name.
+    it only to list it in its help. `~` at the beginning of a path is a home. `argv` defaults to the process's own
+    arguments, `name` to the program's own name.
     """
     arguments, debug = _take_debug(sys.argv[1:] if argv is None else argv)
     if not debug:
         sys.excepthook = _report_bug
+    arguments = [expand_home(argument) for argument in arguments]
     command = typer.main.get_command(app)
     try:
         with _interruptible():
@@ -65,6 +72,14 @@ def run(
             _interrupted(interrupted_hint)
         raise
     sys.exit(0)
+
+
+def expand_home(argument: str) -> str:
+    """An argument with `~` and `~user` as homes wherever a path begins in it; names of no user are left.
+
+    Shells do so only where `~` begins a word, so that `--data=~/birds` would be a folder called ~.
+    """
+    return _HOME.sub(lambda found: os.path.expanduser(found[0]), argument)  # noqa: PTH111 - Path refuses unknown users
 
 
 @contextlib.contextmanager

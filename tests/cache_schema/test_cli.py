@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from cache_schema import DitDistillError
-from cache_schema.cli import run
+from cache_schema.cli import expand_home, run
 
 app = typer.Typer()
 
@@ -119,3 +119,31 @@ def test_the_command_line_parts_import_nothing_heavy() -> None:
         "assert all(hasattr(cache_schema, name) for name in cache_schema.__all__)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("argument", "expanded"),
+    [
+        ("~", "/home/ada"),
+        ("~/birds", "/home/ada/birds"),
+        ("--data=~/birds", "--data=/home/ada/birds"),
+        ("data.root=~/birds", "data.root=/home/ada/birds"),
+        ("caches=~/a,/b,~/c", "caches=/home/ada/a,/b,/home/ada/c"),
+        ("timm:vit=~/w.safetensors", "timm:vit=/home/ada/w.safetensors"),
+        ("./~/birds", "./~/birds"),
+        ("data/~old", "data/~old"),
+        ("about ~5 birds, ~grey", "about ~5 birds, ~grey"),
+        ("~no-such-user-here/x", "~no-such-user-here/x"),
+    ],
+)
+def test_a_tilde_at_the_beginning_of_a_path_is_a_home(monkeypatch, argument, expanded):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert expand_home(argument) == expanded
+
+
+def test_every_command_gets_paths_with_the_home_in_place_of_a_tilde(monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/ada")
+    with pytest.raises(SystemExit) as leaving:
+        run(app, ["fail", "~/birds"])
+    assert leaving.value.code == 0
+    assert capsys.readouterr().out == "done with /home/ada/birds\n"
