@@ -77,6 +77,8 @@ class TrainConfig(Frozen):
     epochs: int = Field(default=30, ge=1)
     updates: int | None = Field(default=None, ge=1)  # when given, ends the run instead of `epochs`
     batch_size: int = Field(default=32, ge=1)
+    # share of the training classes that is held out: recall is followed on these, never on test classes
+    validation_classes: float = Field(default=0.0, ge=0, lt=1)
     views: Names | None = None  # None: all that the caches have and the trainer can pair
     augment: Literal["none", "color"] = "none"
     device: str = Field(default="auto", json_schema_extra=FREE_ON_RESUME)
@@ -90,7 +92,7 @@ class TrainConfig(Frozen):
     # hold what is read from the cache against its checksums
     verify_reads: bool = Field(default=True, json_schema_extra=FREE_ON_RESUME)
     log_every: int = Field(default=10, ge=1, json_schema_extra=FREE_ON_RESUME)  # updates
-    # epochs; 0: never during training
+    # epochs between measurements of recall on the validation classes; 0: only at the end
     eval_every: int = Field(default=0, ge=0, json_schema_extra=FREE_ON_RESUME)
     # epochs; 0: only when interrupted
     checkpoint_every: int = Field(default=1, ge=0, json_schema_extra=FREE_ON_RESUME)

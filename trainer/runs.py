@@ -43,6 +43,16 @@ def cache_of_run(run: Path) -> str:
     return str(read_config(run / CONFIG).get("cache", ""))
 
 
+def validation_share(run: Path) -> float:
+    """The share of the training classes that a run held out; 0 for a lone student file, which cannot tell."""
+    return float(read_config(run / CONFIG).get("validation_classes", 0.0)) if run.is_dir() else 0.0
+
+
+def scores_file(split: str) -> str:
+    """The file of a run's folder with its scores on a split."""
+    return SCORES if split == "test" else f"eval-{split}.json"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises TrainError that names a file which is not whole."""
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,10 @@ def build_cache(
     views: tuple[str, ...] = VIEWS,
     tokens: int = TOKENS,
     content: str = "",
+    classes: Mapping[str, tuple[int, ...]] = CLASSES,
 ) -> Cache:
     rows = []
-    for split, labels in CLASSES.items():
+    for split, labels in classes.items():
         for label in labels:
             for index in range(per_class):
                 name = f"{split}-{label}-{index}"
@@ -98,7 +99,7 @@ def build_cache(
             protocol="open-set",
             fingerprint=fingerprint_samples(samples),
             superclass="thing",
-            counts={split: per_class * len(labels) for split, labels in CLASSES.items()},
+            counts={split: per_class * len(labels) for split, labels in classes.items()},
             feature_splits=list(feature_splits),
             feature_rows=feature_rows,
         ),
@@ -136,6 +137,12 @@ def cache_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cache(cache_path: Path) -> Cache:
     return open_cache(cache_path)
+
+
+@pytest.fixture(scope="session")
+def wide_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """The same with enough training classes to hold some out: two of five."""
+    return build_cache(tmp_path_factory.mktemp("caches") / "wide", classes={**CLASSES, "train": (0, 1, 2, 3, 4)})
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,30 +12,46 @@ import typer
 from trainer.commands.opening import open_for
 
 
+class EvaluatedSplit(StrEnum):
+    """The classes that a student is scored on."""
+
+    TEST = "test"
+    VALIDATION = "validation"
+
+
+_CLASSES = {
+    EvaluatedSplit.TEST: "classes never trained on",
+    EvaluatedSplit.VALIDATION: "classes held out of the training split",
+}
+
+
 def eval_run(
     run: Annotated[Path, typer.Argument(help="A run's directory, or a student.safetensors.")],
     cache: Annotated[str | None, typer.Option(help="Cache to evaluate on; by default the run's own.")] = None,
+    split: Annotated[
+        EvaluatedSplit, typer.Option(help="test, or validation: the training classes that the run held out.")
+    ] = EvaluatedSplit.TEST,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     save_embeddings: Annotated[Path | None, typer.Option(help="Also write the embeddings (.npz).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Accept an unsealed cache.")] = False,
 ) -> None:
-    """Recall@1/2/4/8 and mAP@R on the test split: every image queries all the others."""
+    """Recall@1/2/4/8 and mAP@R on classes never trained on: every image queries all the others."""
     from trainer.device import choose_device
     from trainer.evaluation import evaluate
     from trainer.evaluation.tables import format_scores
     from trainer.methods.trained import load_trained
-    from trainer.runs import SCORES, cache_of_run
+    from trainer.runs import cache_of_run, scores_file
     from trainer.training.run_folder import write_json
 
     opened = open_for(cache or cache_of_run(run), allow_partial)
-    scores, embeddings, test = evaluate.evaluate_run(run, opened, choose_device(device), load_trained)
+    scores, embeddings, test = evaluate.evaluate_run(run, opened, choose_device(device), load_trained, split.value)
     if run.is_dir():
-        write_json(run / SCORES, scores)
+        write_json(run / scores_file(split.value), scores)
     if save_embeddings is not None:
         evaluate.save_embeddings(save_embeddings, embeddings, test)
     if as_json:
         typer.echo(json.dumps(scores, indent=2))
         return
-    typer.echo(f"{run}: {scores['queries']} queries of {scores['classes']} classes never trained on, percent")
+    typer.echo(f"{run}: {scores['queries']} queries of {scores['classes']} {_CLASSES[split]}, percent")
     typer.echo(format_scores(scores))

@@ -17,7 +17,7 @@ from trainer.config import TrainConfig
 from trainer.data.augmentation import jitter_color
 from trainer.data.features import FeatureSource, Needs, open_sources, shared_views
 from trainer.data.images import ImageStore
-from trainer.data.splits import select_split
+from trainer.data.splits import hold_out_classes, select_split
 from trainer.errors import TrainError
 
 if TYPE_CHECKING:
@@ -47,9 +47,10 @@ class TrainingBatches:
         self.sources = open_sources(cache, needs, config.verify_reads)
         self.views = shared_views(cache, self.sources, config.views)
         # Whatever a method reads, it keeps to the rows with features: all methods train on the same images.
-        split = select_split(cache, "train", need_features=True)
-        if not len(split.rows):
+        whole = select_split(cache, "train", need_features=True)
+        if not len(whole.rows):
             raise TrainError(f"cache {cache.manifest.label} has no train rows with features")
+        split, self.validation = hold_out_classes(whole, config.validation_classes)
         self.classes = split.classes
         self.label_of = dict(zip(split.rows.tolist(), split.labels.tolist(), strict=True))
         self.labelled = EpochSampler(split.rows, config.batch_size, config.seed)

@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trainer.errors import TrainError
+
 if TYPE_CHECKING:
     from cache_schema import Cache
+
+_HELD_OUT = 14  # the stream that says which classes are held out
 
 
 @dataclass(frozen=True)
@@ -31,5 +35,28 @@ def select_split(cache: Cache, split: str, need_features: bool) -> Split:
     ]
     rows = np.array(chosen, dtype=np.int64)
     labels = samples["label"].to_numpy()[rows] if len(rows) else np.zeros(0, dtype=np.int64)
+    return _split(rows, labels)
+
+
+def hold_out_classes(split: Split, share: float) -> tuple[Split, Split]:
+    """Take a share of the classes out of a split, with all their images: what is left, and what was taken.
+
+    Which classes does not depend on the seed of a run: runs of several seeds are compared on the same ones. At least
+    two are taken and two are left; raises TrainError where there are too few. A share of 0 takes nothing.
+    """
+    if not share:
+        return split, Split(split.rows[:0], split.labels[:0], 0)
+    count = max(2, round(share * split.classes))
+    if split.classes - count < 2:
+        raise TrainError(
+            f"{count} of {split.classes} training classes cannot be held out: at least two are needed to train on; "
+            "lower --validation-classes"
+        )
+    order = np.random.Generator(np.random.Philox(key=_HELD_OUT)).permutation(split.classes)
+    held = np.isin(split.labels, order[:count])
+    return _split(split.rows[~held], split.labels[~held]), _split(split.rows[held], split.labels[held])
+
+
+def _split(rows: np.ndarray, labels: np.ndarray) -> Split:
     names, dense = np.unique(labels, return_inverse=True)
     return Split(rows, dense.astype(np.int64), len(names))

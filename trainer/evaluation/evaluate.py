@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.evaluation.embed import Auxiliary, TestSplit, embed_auxiliary, embed_students, open_test_split
+from trainer.evaluation.embed import (
+    Auxiliary,
+    TestSplit,
+    embed_auxiliary,
+    embed_students,
+    open_test_split,
+    open_validation_split,
+)
 from trainer.evaluation.metrics import retrieval_scores
 from trainer.models.student import Student, load_student
-from trainer.runs import load_result
+from trainer.runs import load_result, validation_share
 
 if TYPE_CHECKING:
     from cache_schema import Cache
 
+SplitName = Literal["test", "validation"]
 # Finds what a run offers beside its student, made to fit the features of a cache.
 LoadAuxiliary = Callable[[Path, Student, "Cache"], Auxiliary]
 
@@ -57,12 +65,16 @@ def _score_auxiliary(embeddings: Tensor, labels: Tensor, timesteps: tuple[int, .
 
 
 def evaluate_run(
-    path: Path, cache: Cache, device: torch.device, load_auxiliary: LoadAuxiliary | None = None
+    path: Path,
+    cache: Cache,
+    device: torch.device,
+    load_auxiliary: LoadAuxiliary | None = None,
+    split: SplitName = "test",
 ) -> tuple[dict[str, Any], dict[str, Tensor], TestSplit]:
     """Evaluate a run directory or a lone `student.safetensors` on the cache's test split.
 
-    Returns what `eval.json` holds, the embeddings by name, and the test split. Raises TrainError when the run
-    does not fit the cache.
+    With the split "validation", on the training classes that the run held out. Returns what `eval.json` holds, the
+    embeddings by name, and the rows that were scored. Raises TrainError when the run does not fit the cache.
     """
     if path.is_dir() or not path.exists():
         load_result(path)  # says so if the run is not finished
@@ -70,11 +82,14 @@ def evaluate_run(
     auxiliary = None
     if load_auxiliary is not None and path.is_dir():
         auxiliary = load_auxiliary(path, student, cache)
-    test = open_test_split(cache, student.input_size)
+    if split == "validation":
+        test = open_validation_split(cache, validation_share(path), student.input_size)
+    else:
+        test = open_test_split(cache, student.input_size)
     scores, embeddings = evaluate_modules(student, test, device, auxiliary)
     about = {
         "cache_id": cache.manifest.cache_id,
-        "split": "test",
+        "split": split,
         "queries": len(test.split.rows),
         "classes": test.split.classes,
     }

@@ -12,7 +12,7 @@ from trainer.config import TrainConfig
 from trainer.data.batches import TrainingBatches
 from trainer.device import choose_device
 from trainer.errors import TrainError
-from trainer.evaluation.embed import TestSplit, open_test_split
+from trainer.evaluation.embed import TestSplit, open_rows
 from trainer.methods.method import Method
 from trainer.methods.registry import find_method
 from trainer.models.student import build_student
@@ -33,7 +33,7 @@ class Parts:
     cache: Cache
     device: torch.device
     batches: TrainingBatches
-    test: TestSplit | None  # only where recall is followed during training
+    validation: TestSplit | None  # the classes held out, where there are any
     method: Method
     optimizer: torch.optim.Optimizer
 
@@ -51,10 +51,18 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
     student = build_student(config.student)
     kind = find_method(config.method)
     batches = TrainingBatches(cache, config, student.input_size, kind.needs(config))
-    test = open_test_split(cache, student.input_size, config.image_memory_gb) if config.eval_every else None
+    if config.eval_every and not config.validation_classes:
+        raise TrainError(
+            "eval_every: recall is followed on classes held out of the training split; add --validation-classes 0.2"
+        )
+    validation = None
+    if config.validation_classes:
+        validation = open_rows(cache, batches.validation, student.input_size, config.image_memory_gb)
     shapes = {name: source.shape for name, source in batches.sources.items()}
     method = kind(config, student, batches.classes, shapes).to(device)
-    return Parts(config, cache, device, batches, test, method, make_optimizer(method.parameter_groups(), config.optim))
+    return Parts(
+        config, cache, device, batches, validation, method, make_optimizer(method.parameter_groups(), config.optim)
+    )
 
 
 def start(parts: Parts, run: Path, resume: bool) -> Progress:

@@ -81,13 +81,15 @@ def _due(epoch: float, every: int) -> bool:
 
 
 def _evaluate(parts: Parts) -> dict[str, Any]:
-    assert parts.test is not None
-    return evaluate_modules(parts.method.student, parts.test, parts.device, parts.method)[0]
+    assert parts.validation is not None
+    return evaluate_modules(parts.method.student, parts.validation, parts.device, parts.method)[0]
 
 
 def _describe(parts: Parts, run: Path, seconds: float) -> dict[str, Any]:
     batches, total = parts.batches, parts.updates
     return {
+        **({"validation": _evaluate(parts)} if parts.validation else {}),
+        "validation_classes": batches.validation.classes,
         "method": parts.config.method,
         "mode": mode_name(parts.config.method),
         "seed": parts.config.seed,

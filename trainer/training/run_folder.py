@@ -13,11 +13,11 @@ from trainer.methods.method import Method
 from trainer.methods.registry import find_method
 from trainer.methods.settings import load_config
 from trainer.models.student import save_student
-from trainer.runs import CONFIG, LOG, RESULT, SCORES, is_finished
+from trainer.runs import CONFIG, LOG, RESULT, SCORES, is_finished, scores_file
 from trainer.training.checkpoint import remove_checkpoints
 
 # Of any method; result.json first, so that what is left of a removed run is never taken for a finished one.
-FILES = (RESULT, SCORES, "student.safetensors", "student.json", LOG)
+FILES = (RESULT, SCORES, scores_file("validation"), "student.safetensors", "student.json", LOG)
 
 
 def check_run(run: Path, config: TrainConfig, resume: bool = False, overwrite: bool = False) -> None:

@@ -86,7 +86,7 @@ class Toy(Method):
 @pytest.fixture
 def other_cache(make_cache):
     """The same images and more: a sample stands in another row than in the run's own cache."""
-    return make_cache(per_class=7)
+    return make_cache(per_class=7, classes={"train": (0, 1, 2, 3, 4), "test": (10, 11), "unlabeled": (20,)})
 
 
 @pytest.fixture
@@ -123,9 +123,9 @@ def test_a_method_trains_and_resumes_to_the_very_same_end(toy_config, cache, tmp
     assert (result["method"], set(result["final_losses"])) == ("toy", {"loss", "own", "other"})
 
 
-def test_a_method_is_evaluated_and_reported_with_what_it_offers(toy_config, cache, tmp_path):
-    run = tmp_path / "run"
-    train(toy_config("eval_every=1"), cache, run)
+def test_a_method_is_evaluated_and_reported_with_what_it_offers(toy_config, wide_cache, tmp_path):
+    cache, run = wide_cache, tmp_path / "run"
+    train(toy_config("eval_every=1", "validation_classes=0.4"), cache, run)
     scores, embeddings, test = evaluate_run(run, cache, CPU, load_trained)
     assert scores["auxiliary_names"] == Toy.auxiliary_names
     assert set(scores["auxiliary"]["projected"]) == {"mean"}  # (N, C): nothing to average

@@ -118,8 +118,10 @@ def test_a_run_that_died_resumes_from_its_last_epoch_to_the_very_same_end(
     assert log_without_speed(run) == log_without_speed(whole)
 
 
-def test_evaluating_during_training_changes_nothing_but_the_log(run_of, tiny_config):
-    plain, watched = run_of(tiny_config(*RANDOM), "plain"), run_of(tiny_config(*RANDOM, "eval_every=1"), "watched")
+def test_evaluating_during_training_changes_nothing_but_the_log(wide_cache, tiny_config, tmp_path):
+    held, plain, watched = (*RANDOM, "validation_classes=0.4"), tmp_path / "plain", tmp_path / "watched"
+    train(tiny_config(*held), wide_cache, plain)
+    train(tiny_config(*held, "eval_every=1"), wide_cache, watched)
     assert weights(plain) == weights(watched)
     measured = [record for record in read_metrics(watched / "metrics.jsonl") if "eval" in record]
     assert [record["epoch"] for record in measured] == [1, 2]

@@ -1,0 +1,56 @@
+"""Recall is followed on classes that a run holds out of its training split, never on test classes."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from trainer.cli import app
+from trainer.errors import TrainError
+from trainer.runs import load_result, read_metrics
+from trainer.training.assembly import assemble
+from trainer.training.loop import train
+
+HELD = "validation_classes=0.4"
+
+
+def test_held_out_images_are_never_trained_on(tiny_config, wide_cache):
+    parts = assemble(tiny_config(HELD), wide_cache)
+    held = set(parts.batches.validation.rows.tolist())
+    assert held
+    for update in range(2 * parts.batches.per_epoch):
+        assert not held & set(parts.batches.labelled.batch(update).tolist())
+    assert (
+        parts.batches.classes + parts.batches.validation.classes == assemble(tiny_config(), wide_cache).batches.classes
+    )
+
+
+def test_a_run_says_how_it_does_on_the_classes_it_held_out(tiny_config, wide_cache, tmp_path):
+    config = tiny_config(HELD, "eval_every=1")
+    train(config, wide_cache, tmp_path / "run")
+    result = load_result(tmp_path / "run")
+    assert result["validation_classes"] == 2
+    last = [record["eval"] for record in read_metrics(tmp_path / "run/metrics.jsonl") if "eval" in record]
+    assert last
+    done = CliRunner().invoke(
+        app, ["eval", str(tmp_path / "run"), "--cache", str(wide_cache.root), "--split", "validation"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "2 classes held out of the training split" in done.output
+    scores = json.loads((tmp_path / "run/eval-validation.json").read_text())
+    assert (scores["split"], scores["student"]) == ("validation", result["validation"]["student"])
+    assert not (tmp_path / "run/eval.json").exists()
+
+
+def test_following_recall_without_such_classes_is_refused(tiny_config, wide_cache, tmp_path):
+    with pytest.raises(TrainError, match="add --validation-classes"):
+        train(tiny_config("eval_every=1"), wide_cache, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_such_classes_cannot_be_scored_on_them(tiny_config, wide_cache, tmp_path):
+    train(tiny_config(), wide_cache, tmp_path / "run")
+    command = ["eval", str(tmp_path / "run"), "--cache", str(wide_cache.root), "--split", "validation"]
+    done = CliRunner().invoke(app, command)
+    assert isinstance(done.exception, TrainError)
+    assert "held no classes out" in str(done.exception)
