@@ -103,9 +103,7 @@ def _config_of_run(
         config = make_config(chosen, settings, **{**flags, "cache": cache})
         own = PRESETS[chosen].get("student", {}).get("name", config.student.name)
         if own != config.student.name:
-            typer.echo(
-                f"note: student {config.student.name} as timm has it, not as preset {chosen} has {own}", err=True
-            )
+            typer.echo(f"note: student {config.student.name} as timm has it; preset {chosen} is of {own}", err=True)
     if config.cache and "://" not in config.cache:
         config = config.model_copy(update={"cache": str(Path(config.cache).resolve())})
     return config
