@@ -175,7 +175,7 @@ def test_print_config_shows_every_field_as_json_and_starts_nothing(here, tmp_pat
 
 def test_which_students_architecture_applies_is_said(here, tmp_path):
     _, output, said = here("run", "--preset", "small", "--student", "resnet18", "--output", tmp_path, "--print-config")
-    assert "student resnet18 as timm has it, not as preset small has vit_tiny_patch16_224" in said
+    assert "student resnet18 as timm has it; preset small is of vit_tiny_patch16_224" in said
     assert json.loads(output)["student"]["img_size"] is None
 
 
