@@ -27,7 +27,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = ("refine.steps=3", "refine.batch=2", "refine.validation_images=2", "build.samples_per_shard=32")
     options = [word for setting in settings for word in ("--set", setting)]
     said = command("dit-cache", "run", "--limit", "40", *options, cwd=folder)
-    assert said.splitlines()[-1] == "runs/demo/cache: every file is as it was written"
+    assert said.splitlines()[-2:] == [
+        "runs/demo/cache: every file is as it was written",
+        "the cache is in runs/demo/cache; next: dit-train run --cache runs/demo/cache",
+    ]
     return folder
 
 

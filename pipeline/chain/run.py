@@ -9,6 +9,7 @@ from pathlib import Path
 from cache_schema.errors import DitDistillError
 from cache_schema.storage.files import make_directory, storage_errors
 from pipeline.chain import steps as work
+from pipeline.chain.next_step import next_line
 from pipeline.chain.process import run_process
 from pipeline.chain.state import RunFolder, State, config_for, lora_for, output_of, stale_results
 from pipeline.config import RunConfig, Step, save_config
@@ -53,6 +54,9 @@ def run_steps(
                 # From here on a second run helps, as a second builder does.
                 held.release()
             _do(run, step, held.descriptor, repair and step == "build", log)
+        last = config.steps[-1]
+        seen = config_for(config, folder, last)
+        log(next_line(last, seen, output_of(folder, last), lora_for(config, folder)))
 
 
 def _do(run: RunFolder, step: Step, held: int, repair: bool, log: Log) -> None:
@@ -78,13 +82,13 @@ def do_step(config: RunConfig, folder: Path, step: Step, *, repair: bool = False
     """Do one step in this process, whatever is recorded of it."""
     seen, output = config_for(config, folder, step), output_of(folder, step)
     if step == "annotate":
-        work.annotate_images(seen, output)
+        work.annotate_images(seen, output, alone=False)
     elif step == "refine":
-        work.refine_teacher(seen, output)
+        work.refine_teacher(seen, output, alone=False)
     elif step == "probe":
-        work.probe_teacher(seen, lora_for(config, folder), output)
+        work.probe_teacher(seen, lora_for(config, folder), output, alone=False)
     elif step == "build":
-        work.build_cache(seen, lora_for(config, folder), output, repair=repair)
+        work.build_cache(seen, lora_for(config, folder), output, repair=repair, alone=False)
     else:
         work.verify_cache(output)
 

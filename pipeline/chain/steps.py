@@ -2,20 +2,25 @@
 
 Every step goes on where it was interrupted, leaves a finished result as it is, and refuses one that other settings
 made. The data set is opened first and scanned, where it needs to be, before a teacher is loaded: a wrong path or a
-broken image should not wait for 24 GB of weights. Model libraries are imported by the step that needs them.
+broken image should not wait for 24 GB of weights. Model libraries are imported by the step that needs them. A step that
+is a command of its own (`alone`) ends with where its result is and what comes next.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from cache_schema.errors import DitDistillError
+from pipeline.chain.next_step import next_line
 from pipeline.config import RunConfig
 from pipeline.opening import open_data, open_teacher
 from pipeline.teachers.base import Teacher, is_image_encoder
 
 
-def annotate_images(config: RunConfig, output: Path, *, sheet: Path | None = None, sheet_images: int = 24) -> None:
+def annotate_images(
+    config: RunConfig, output: Path, *, sheet: Path | None = None, sheet_images: int = 24, alone: bool = True
+) -> None:
     """Boxes and captions of every image into the Parquet file `output`; sheet: a picture of some of them."""
     from pipeline.annotate.run import annotate
     from pipeline.annotate.sheet import draw_sheet
@@ -27,9 +32,11 @@ def annotate_images(config: RunConfig, output: Path, *, sheet: Path | None = Non
     if sheet is not None:
         draw_sheet(opened, rows, sheet_images, sheet)
         print(f"wrote {sheet}")
+    if alone:
+        print(next_line("annotate", config, output))
 
 
-def refine_teacher(config: RunConfig, output: Path) -> None:
+def refine_teacher(config: RunConfig, output: Path, *, alone: bool = True) -> None:
     """Stage I: a LoRA into the folder `output`. Raises for a way to hold the teacher in which it cannot be trained."""
     if config.teacher.compile and config.teacher.quantize != "none":
         raise DitDistillError(
@@ -45,18 +52,25 @@ def refine_teacher(config: RunConfig, output: Path) -> None:
     from pipeline.refine import refine
 
     refine(cast(Teacher, loaded), opened, config.refine, output, conditions=config.conditions)
+    # Of the processes that torchrun starts, one says so.
+    if alone and os.environ.get("RANK", "0") == "0":
+        print(next_line("refine", config, output))
 
 
-def probe_teacher(config: RunConfig, lora: Path | None, output: Path) -> None:
+def probe_teacher(config: RunConfig, lora: Path | None, output: Path, *, alone: bool = True) -> None:
     """Which taps and timesteps tell most: table and heat map into the folder `output`."""
     opened = open_data(config.data)
     loaded = open_teacher(config.teacher, lora)
     from pipeline.probe.run import probe
 
     probe(loaded, opened, config.probe, output, conditions=config.conditions)
+    if alone:
+        print(next_line("probe", config, output, lora))
 
 
-def build_cache(config: RunConfig, lora: Path | None, output: Path, *, repair: bool = False) -> None:
+def build_cache(
+    config: RunConfig, lora: Path | None, output: Path, *, repair: bool = False, alone: bool = True
+) -> None:
     """The cache into the folder `output`. repair: look for damage first, and build again exactly what is damaged."""
     from pipeline.build.run import build, scan_for
 
@@ -67,6 +81,8 @@ def build_cache(config: RunConfig, lora: Path | None, output: Path, *, repair: b
         loaded, opened, config.build, output,
         tolerance=config.tolerance, scanned=scanned, repair=repair, conditions=config.conditions,
     )  # fmt: skip
+    if alone:
+        print(next_line("build", config, output))
 
 
 def verify_cache(cache: Path) -> None:

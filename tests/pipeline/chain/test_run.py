@@ -200,7 +200,8 @@ def test_repair_builds_again_what_is_damaged(runs, folder):
     said = runs.finish(folder, "--repair").said
     assert done(said) == ["annotate", "refine"]
     assert any("features/hidden/c/3" in line for line in said)
-    assert said[-1].endswith("every file is as it was written")
+    assert said[-2].endswith("every file is as it was written")
+    assert said[-1] == f"the cache is in {folder / 'cache'}; next: dit-train run --cache {folder / 'cache'}"
     assert contents(folder / "cache") == before
 
 
