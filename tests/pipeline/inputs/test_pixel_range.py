@@ -1,6 +1,8 @@
 """Deep and floating-point images: scaled where their range is known, set aside with the reason where it is not."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, TiffImagePlugin
 
+from pipeline.annotate.box_stage import BoxStage
+from pipeline.annotate.config import AnnotateConfig
 from pipeline.datasets import open_dataset
 from pipeline.inputs.decoding import decode_image, reason_of
 from pipeline.inputs.pixel_range import PixelRangeError, bits_used
@@ -57,18 +61,33 @@ def test_values_of_a_known_range_fill_eight_bits(data):
     assert bits_used(data) is None
 
 
+def tiff_by_hand(packed, bits, photometric):
+    """An uncompressed TIFF of 8 × 8 greys in a way that Pillow reads but does not write."""
+    tags = {256: 8, 257: 8, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 8, 279: len(packed)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack("<2sHI", b"II", 42, 8 + len(packed)) + packed + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_twelve_bits_that_a_file_declares_fill_eight():
+    values = ramp(4095, int).reshape(-1)
+    packed = b"".join(int(a << 12 | b).to_bytes(3, "big") for a, b in zip(values[::2], values[1::2], strict=True))
+    data = tiff_by_hand(packed, 12, 1)
+    grey = np.asarray(decode_image(data))[..., 0].reshape(-1).astype(int)
+    assert np.abs(grey - np.linspace(0, 255, 64)).max() <= 1.5
+    assert bits_used(data) is None
+
+
 @given(st.floats(0, 1, width=32))
 def test_a_float_from_0_to_1_is_the_nearest_of_256_greys(value):
     pixel = decode_image(tiff(np.full((2, 2), value, np.float32))).getpixel((0, 0))
     assert abs(pixel[0] - 255 * value) <= 0.5 + 1e-4
 
 
-def test_a_float_image_whose_zero_is_white_is_turned():
-    data = tiff(ramp(1, np.float32), {262: (SHORT, 0)})
-    with Image.open(io.BytesIO(data)) as image:
-        declared = image.tag_v2.get(262)
-    first = decode_image(data).getpixel((0, 0))
-    assert first == ((255,) * 3 if declared == 0 else (0,) * 3)
+@pytest.mark.parametrize(("photometric", "first"), [(0, 255), (1, 0)])
+def test_deep_greys_whose_zero_is_white_are_turned(photometric, first):
+    pixels = decode_image(tiff_by_hand(ramp(65535, "<u2").tobytes(), 16, photometric))
+    assert pixels.getpixel((0, 0)) == (first,) * 3
+    assert pixels.getpixel((7, 7)) == (255 - first,) * 3
 
 
 @pytest.mark.parametrize(
@@ -96,10 +115,8 @@ def test_fewer_bits_than_the_file_has_are_noticed(last, bits):
     assert bits_used(png(ramp(min(last, 255), np.uint8))) is None
 
 
-def test_fewer_bits_are_noticed_in_deep_colours_too(tmp_path):
+def test_fewer_bits_are_noticed_in_deep_colours_too():
     """Pillow reads but does not write them, so that the file is put together here: 12 bits in each of 16."""
-    import struct
-    import zlib
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -131,7 +148,8 @@ def test_the_reason_for_a_damaged_file_has_no_address_in_memory(tmp_path, data):
     save_image(tmp_path / "a/2.png")
     (tmp_path / "a/1.png").write_bytes(data)
     folder = open_dataset("folder", tmp_path)
-    reason = scan_sample(folder, folder.samples[0]).reason
-    assert reason
-    assert "0x" not in reason
-    assert "object at" not in reason
+    annotated = BoxStage(folder, AnnotateConfig(boxes="full", captions="none"), None)([0])[0]["reason"]
+    for reason in (scan_sample(folder, folder.samples[0]).reason, annotated):
+        assert reason
+        assert "0x" not in reason
+        assert "object at" not in reason
