@@ -5,11 +5,9 @@ checksum. The copy is written like any cache: piece by piece, resumable, by seve
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from cache_schema.encoding.number_formats import Array
@@ -20,14 +18,11 @@ from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Compression, Manifest, StoreInfo, StoreKind
 from cache_schema.format.manifest_file import load_manifest, manifest_checksum, revalidate
 from cache_schema.format.samples import load_samples
-from cache_schema.storage.checksum import crc32c
 from cache_schema.storage.folder import ReadableFile
 from cache_schema.storage.local import LocalFolder, local_folder
 from cache_schema.stores.calibration_files import load_calibration
-from cache_schema.stores.compression import decompress
-from cache_schema.stores.images import check_places
+from cache_schema.stores.checked_rows import ArrayRows, ImageRows
 from cache_schema.stores.registry import store_of
-from cache_schema.stores.shard import ShardIndex, chunk_bytes
 from cache_schema.stores.webdataset_store import check_member_sizes
 from cache_schema.writing.writer import CacheWriter, EncodedRow, create_cache
 
@@ -156,16 +151,6 @@ def _copy_shard(original: "_Source", writer: CacheWriter, shard: int) -> None:
     writer.write_encoded_shard(shard, encoded(), lambda: sums, failed)
 
 
-@dataclass(frozen=True)
-class _OpenArray:
-    """One shard of an array, open: its chunks' places and checksums, by chunk (S, V, T) or else by row."""
-
-    file: ReadableFile
-    index: ShardIndex
-    by_chunk: Array | None
-    by_row: Sequence[int]
-
-
 class _Source:
     """The cache that is copied, read row by row, everything checked against its journal."""
 
@@ -177,9 +162,9 @@ class _Source:
         self._store = store_of(self.manifest)
         self.samples = self._load_samples()
         self._arrays = layout.all_layouts(self.manifest)
-        self._opened: tuple[int, dict[str, _OpenArray]] | None = None
+        self._opened: tuple[int, dict[str, ArrayRows]] | None = None
         self._records: dict[int, Record] = {}
-        self._images: tuple[int, Record, ReadableFile] | None = None
+        self._images: tuple[int, ImageRows] | None = None
 
     def records_of(self, rows: range) -> list[Record]:
         """Return the records of the shards that hold any of the rows, which can be read from then on."""
@@ -193,29 +178,23 @@ class _Source:
         shard, local = divmod(row, self.manifest.store.samples_per_shard)
         if self._opened is None or self._opened[0] != shard:
             self._opened = (shard, {array.name: self._open(array, shard) for array in self._arrays})
-        opened = self._opened[1]
-        return {array.name: self._read(array, opened[array.name], row, local) for array in self._arrays}
+        found = {}
+        for name, rows in self._opened[1].items():
+            values = rows.values(local)
+            if values is None:
+                raise self._damaged(rows.file, row, shard)
+            found[name] = values
+        return found
 
     def image(self, row: int) -> bytes:
         """Return the encoded image of a row."""
         shard, local = divmod(row, self.manifest.store.images_per_shard)
-        name = layout.image_file(shard)
         if self._images is None or self._images[0] != shard:
-            record = read_record(self.folder, "images", shard)
-            if record is None or name not in record.files:
-                raise CacheCorrupt(f"{self.folder.where(record_name('images', shard))} is missing or of another file")
-            self._images = (shard, record, self.folder.open(name))
-        _, record, file = self._images
-        checksums = record.files[name].piece_checksums()
-        if checksums is None or not local < len(checksums) == len(record.offsets):
-            raise CacheCorrupt(
-                f"{self.folder.where(record_name('images', shard))} does not have the checksums of {name}"
-            )
-        if local == 0:
-            check_places(np.array(record.offsets, dtype=np.int64).reshape(-1, 2), record_name("images", shard))
-        image = file.read(*record.offsets[local])
-        if crc32c(image) != checksums[local]:
-            raise self._damaged(file, row, shard)
+            self._images = (shard, self._open_images(shard))
+        images = self._images[1]
+        image = images.image(local) if local < len(images) else None
+        if image is None:
+            raise self._damaged(images.file, row, shard)
         return image
 
     def _load_samples(self) -> pa.Table:
@@ -240,37 +219,15 @@ class _Source:
             raise CacheCorrupt(f"{self.folder.where(record_name('features', shard))} is missing or of other rows")
         return record
 
-    def _open(self, array: ArrayLayout, shard: int) -> _OpenArray:
-        record, name = self._records[shard], self._store.array_file(array, shard)
-        by_chunk = self._store.chunk_checksums(record, array)
-        by_row = record.files[name].piece_checksums()
-        assert by_row is not None
-        file = self.folder.open(name)
-        return _OpenArray(file, self._store.read_index(file, array, shard), by_chunk, by_row.tolist())
+    def _open(self, array: ArrayLayout, shard: int) -> ArrayRows:
+        file = self.folder.open(self._store.array_file(array, shard))
+        return ArrayRows(self._store, file, self._records[shard], array)
 
-    def _read(self, array: ArrayLayout, opened: _OpenArray, row: int, local: int) -> Array:
-        shard, size = row // array.samples_per_shard, chunk_bytes(array)
-        chunks, found, crc = [], [], 0
-        for offset, length in zip(opened.index.offsets[local].flat, opened.index.lengths[local].flat, strict=True):
-            if offset < 0:
-                raise self._damaged(opened.file, row, shard)
-            chunks.append(opened.file.read(int(offset), int(length)))
-            found.append(crc32c(chunks[-1]))
-            crc = crc32c(chunks[-1], crc)
-        if opened.by_chunk is None:
-            intact = crc == opened.by_row[local]
-        else:
-            intact = found == opened.by_chunk[local].ravel().tolist()
-        if not intact:
-            raise self._damaged(opened.file, row, shard)
-        values = np.empty(array.row_shape, dtype=np.dtype(array.dtype).newbyteorder("<"))
-        target = values.reshape(len(chunks), -1).view(np.uint8)
-        for chunk, data in enumerate(chunks):
-            if array.compression == "none":
-                target[chunk] = np.frombuffer(data, dtype=np.uint8, count=size)
-            else:
-                decompress(data, target[chunk], array.compression, opened.file.path)
-        return values
+    def _open_images(self, shard: int) -> ImageRows:
+        record, name = read_record(self.folder, "images", shard), layout.image_file(shard)
+        if record is None:
+            raise CacheCorrupt(f"{self.folder.where(record_name('images', shard))} is missing")
+        return ImageRows(self.folder.open(name), record, name)
 
     def _damaged(self, file: ReadableFile, row: int, shard: int) -> CacheCorrupt:
         return CacheCorrupt(

@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import pyarrow as pa
 
 from cache_schema.errors import CacheCorrupt, CacheError, printable
@@ -17,14 +16,13 @@ from cache_schema.format.manifest import Manifest
 from cache_schema.format.manifest_file import MANIFEST_NAME, MAX_MANIFEST_BYTES, load_manifest, render_document
 from cache_schema.format.samples import check_against_manifest, count_usable, load_samples
 from cache_schema.read_ahead import ReadAhead
-from cache_schema.storage.checksum import crc32c
 from cache_schema.storage.files import FileDigest, is_aside
-from cache_schema.storage.folder import Folder, ReadableFile
+from cache_schema.storage.folder import Folder
 from cache_schema.storage.local import local_folder
 from cache_schema.stores.base import FeatureStore
-from cache_schema.stores.images import check_places, check_tar, render_index
+from cache_schema.stores.checked_rows import ArrayRows, ImageRows
+from cache_schema.stores.images import check_tar, render_index
 from cache_schema.stores.registry import store_of
-from cache_schema.stores.shard import ShardIndex
 
 _KINDS_WITH_SHARDS: tuple[Kind, Kind] = ("features", "images")
 
@@ -295,35 +293,11 @@ def damaged_rows(folder: Folder, store: FeatureStore, record: Record, name: str)
     """
     file = folder.open(name)
     if record.kind == "images":
-        checksums = record.files[name].piece_checksums()
-        if checksums is None or len(checksums) != len(record.offsets):
-            raise CacheCorrupt(f"{record_name('images', record.shard)} does not have the checksums of {name}")
-        check_places(np.array(record.offsets, dtype=np.int64).reshape(-1, 2), record_name("images", record.shard))
-        pieces = enumerate(zip(record.offsets, checksums.tolist(), strict=True))
-        return [row for row, (place, crc) in pieces if crc32c(file.read(*place)) != crc]
-    bad: set[int] = set()
-    for array in store.shard_files(record.shard)[name]:
-        index = store.read_index(file, array, record.shard)
-        bad.update(_damaged_array_rows(file, index, store, record, array))
-    return sorted(bad)
-
-
-def _damaged_array_rows(
-    file: ReadableFile, index: ShardIndex, store: FeatureStore, record: Record, array: ArrayLayout
-) -> Iterator[int]:
-    checksums = store.chunk_checksums(record, array)
-    whole_rows = record.files[store.array_file(array, record.shard)].piece_checksums()
-    for row in range(record.rows[1] - record.rows[0]):
-        crc, found = 0, []
-        for offset, size in zip(index.offsets[row].flat, index.lengths[row].flat, strict=True):
-            chunk = file.read(int(offset), int(size)) if size else b""
-            found.append(crc32c(chunk))
-            crc = crc32c(chunk, crc)
-        if checksums is not None:
-            if found != checksums[row].ravel().tolist():
-                yield row
-        elif whole_rows is None or crc != int(whole_rows[row]):
-            yield row
+        images = ImageRows(file, record, name)
+        return [row for row in range(len(images)) if images.image(row) is None]
+    rows = range(record.rows[1] - record.rows[0])
+    arrays = [ArrayRows(store, file, record, array) for array in store.shard_files(record.shard)[name]]
+    return [row for row in rows if any(array.chunks(row) is None for array in arrays)]
 
 
 def _ranges(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:

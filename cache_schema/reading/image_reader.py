@@ -2,16 +2,14 @@
 
 from collections.abc import Callable
 
-import numpy as np
-
 from cache_schema.encoding.number_formats import Array
 from cache_schema.errors import CacheCorrupt, CacheUnsealed
 from cache_schema.format import layout
 from cache_schema.format.damage import damaged
-from cache_schema.format.journal import read_committed, read_record, record_name
+from cache_schema.format.journal import read_committed, read_record
 from cache_schema.reading.chunks import ChunkSource
 from cache_schema.storage.checksum import crc32c
-from cache_schema.stores.images import check_places, index_size, parse_index
+from cache_schema.stores.images import check_places, index_size, parse_index, recorded_places
 
 
 class ImageReader:
@@ -32,7 +30,7 @@ class ImageReader:
             if offset < 0 or size < 0 or offset + size > file.size:
                 raise CacheCorrupt(f"{file.path} is truncated: an image is not inside it")
             image = file.read(offset, size)
-            if source.verify and crc32c(image) != source.checksums("images", shard, name)[local]:
+            if source.verify and crc32c(image) != source.checksums("images", shard, name).values[local]:
                 raise CacheCorrupt(f"{file.path} does not match its checksum")
         except CacheCorrupt as error:
             raise damaged(source.folder, error, shard, row) from error
@@ -57,6 +55,5 @@ class ImageReader:
                 record = read_record(folder, "images", shard)
                 if record is None:
                     raise CacheUnsealed(f"image shard {shard} of {folder} is not built yet")
-                places = np.array(record.offsets, dtype=np.int64).reshape(-1, 2)
-                self._offsets[shard] = check_places(places, record_name("images", shard))
+                self._offsets[shard] = recorded_places(record)
         return self._offsets[shard]

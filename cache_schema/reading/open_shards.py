@@ -11,6 +11,7 @@ import numpy as np
 
 from cache_schema.encoding.number_formats import Array
 from cache_schema.storage.folder import Folder, ReadableFile, Signature
+from cache_schema.stores.base import PieceChecksums
 from cache_schema.stores.shard import ShardIndex
 
 # An eighth of what this process may have open, at most 4096: opening a shard again costs more than reading a small
@@ -157,9 +158,9 @@ class OpenShards:
         known = self._checksums.get((kind, shard))
         if known is None:
             known = load()
-            self._checksums.put((kind, shard), known, 512 + sum(table.nbytes for table in known.values()))
+            self._checksums.put((kind, shard), known, 512 + sum(table.values.nbytes for table in known.values()))
         return known
 
 
-# The CRC-32C of every piece: of the arrays of a feature shard, by their names, or of the images of a tar, by its name.
-Checksums = dict[str, memoryview]
+# Of the arrays of a feature shard, by their names, or of the images of a tar, by its name.
+Checksums = dict[str, PieceChecksums]

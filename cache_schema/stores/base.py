@@ -3,7 +3,7 @@
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import pyarrow as pa
 
@@ -17,6 +17,16 @@ from cache_schema.storage.files import AsideFile
 from cache_schema.storage.folder import ReadableFile
 from cache_schema.storage.local import LocalFolder
 from cache_schema.stores.shard import ShardIndex
+
+
+class PieceChecksums(NamedTuple):
+    """The CRC-32C of the pieces of an array in a shard, or of an image tar, one after the other, as uint32.
+
+    A piece is `chunks` chunks as they lie in the file: one or, in caches that schema version 1 wrote, those of a row.
+    """
+
+    values: memoryview
+    chunks: int
 
 
 class RowWriter(Protocol):
@@ -83,21 +93,21 @@ class FeatureStore(ABC):
     def calibration_size(self, array: CalibrationLayout) -> int:
         """Return the size in bytes of a statistic's file."""
 
-    def chunk_checksums(self, record: Record, array: ArrayLayout) -> Array | None:
-        """Return the CRC-32C of every chunk of an array in a shard, uint32 (rows, V, T); missing chunks have 0.
+    def piece_checksums(self, record: Record, array: ArrayLayout) -> PieceChecksums:
+        """Return the checksums of an array in a shard; raises CacheCorrupt for a record that does not fit the cache.
 
-        None for shards that schema version 1 wrote: these have one checksum per row, over its chunks as they lie in
-        the file. Raises CacheCorrupt for a record that does not fit the cache.
+        Missing chunks have the checksum 0, which is that of no bytes.
         """
         name = self.array_file(array, record.shard)
         rows = layout.rows_of_shard(record.shard, array.samples_per_shard, array.outer[0])
         arrays = self.shard_files(record.shard)[name]
         checksums = record.files[name].piece_checksums() if name in record.files else None
-        each = len(rows) * array.outer[1] * array.outer[2]
+        per_row = array.outer[1] * array.outer[2]
+        each = len(rows) * per_row
         if checksums is not None and record.rows == (rows.start, rows.stop):
             if len(checksums) == each * len(arrays):
                 start = each * [other.name for other in arrays].index(array.name)
-                return checksums[start : start + each].reshape(len(rows), *array.outer[1:])
+                return PieceChecksums(checksums[start : start + each].data, 1)
             if len(checksums) == len(rows) and len(arrays) == 1:
-                return None
+                return PieceChecksums(checksums.data, per_row)
         raise CacheCorrupt(f"{record_name('features', record.shard)} does not have the checksums of {name}")

@@ -7,6 +7,7 @@ import numpy as np
 
 from cache_schema.encoding.number_formats import Array
 from cache_schema.errors import CacheCorrupt
+from cache_schema.format.journal import Record, record_name
 from cache_schema.storage import tar
 from cache_schema.storage.checksum import crc32c
 from cache_schema.storage.files import AsideFile
@@ -76,6 +77,12 @@ def _index_header(rows: int) -> bytes:
     stream = BytesIO()
     np.lib.format.write_array_header_1_0(stream, {"descr": "<i8", "fortran_order": False, "shape": (rows, 2)})
     return stream.getvalue()
+
+
+def recorded_places(record: Record) -> Array:
+    """Return where the images of a shard are by its record, int64 (rows, 2); raises CacheCorrupt as `check_places`."""
+    places = np.array(record.offsets, dtype=np.int64).reshape(-1, 2)
+    return check_places(places, record_name("images", record.shard))
 
 
 def check_places(places: Array, where: str) -> Array:
