@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     from cache_schema.loading.loader import FeatureLoader
     from cache_schema.reading.batch import EncodedBatch
     from cache_schema.reading.reader import Cache, open_cache
+    from cache_schema.writing.creation import create_cache
     from cache_schema.writing.plan import plan_manifest
-    from cache_schema.writing.writer import CacheWriter, create_cache
+    from cache_schema.writing.writer import CacheWriter
 
 _LAZY = {
     "EncodedBatch": "reading.batch",
@@ -68,7 +69,7 @@ _LAZY = {
     "make_samples": "format.samples",
     "samples_table": "format.samples",
     "CacheWriter": "writing.writer",
-    "create_cache": "writing.writer",
+    "create_cache": "writing.creation",
 }
 
 __all__ = [

@@ -24,7 +24,8 @@ from cache_schema.stores.calibration_files import load_calibration
 from cache_schema.stores.checked_rows import ArrayRows, ImageRows
 from cache_schema.stores.registry import store_of
 from cache_schema.stores.webdataset_store import check_member_sizes
-from cache_schema.writing.writer import CacheWriter, EncodedRow, create_cache
+from cache_schema.writing.creation import create_cache
+from cache_schema.writing.writer import CacheWriter, EncodedRow
 
 
 def convert(
