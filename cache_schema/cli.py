@@ -1,4 +1,4 @@
-"""The one way both commands run: errors in one line, exit codes that scripts can rely on."""
+"""The one way both commands run: errors in one line with what helps, exit codes that scripts can rely on."""
 
 import contextlib
 import errno
@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from cache_schema.advice import advised
 from cache_schema.errors import DitDistillError, printable
 
 EXIT_ERROR = 1
@@ -60,7 +61,7 @@ def run(
         with _interruptible():
             command.main(args=arguments, prog_name=name, standalone_mode=True)
     except DitDistillError as error:
-        _fail(str(error), debug)
+        _fail(advised(error), debug)
     except OSError as error:
         if error.errno not in _USER_ERRNOS:
             raise

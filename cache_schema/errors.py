@@ -1,10 +1,13 @@
 """What can go wrong with a cache, in words meant for the person at the keyboard.
 
 Every class here is a *user-facing* error: its message is one clear line that says what is wrong, where, and what to
-do about it. A programming mistake raises an ordinary Python exception instead.
+do about it. A programming mistake raises an ordinary Python exception instead. No command is named here: what the one
+in use has for such a case, `cache_schema.advice` says from the facts that an error carries.
 """
 
 import unicodedata
+from collections.abc import Sequence
+from typing import Any
 
 # ruff: noqa: N818 -- the names below are part of the public contract and read as what happened.
 
@@ -29,7 +32,16 @@ class DitDistillError(Exception):
 
 
 class CacheError(DitDistillError):
-    """Something is wrong with a cache."""
+    """Something is wrong with a cache: the `problem` and, where Python has one, after it a remedy.
+
+    `facts` become attributes; each class says which it may have, None where one is not known.
+    """
+
+    def __init__(self, problem: object = "", *, remedy: str = "", **facts: Any) -> None:
+        super().__init__(f"{problem}; {remedy}" if remedy else str(problem))
+        self.problem = str(problem)
+        for name, value in facts.items():
+            setattr(self, name, value)
 
 
 class CacheNotFound(CacheError):
@@ -37,11 +49,23 @@ class CacheNotFound(CacheError):
 
 
 class CacheUnsealed(CacheError):
-    """The cache, or the part asked for, is not complete yet."""
+    """The cache, or the part asked for, is not complete yet; of a whole one, how many samples are missing."""
+
+    missing_samples: int | None = None
 
 
 class CacheCorrupt(CacheError):
-    """A file of the cache does not contain what its journal or its format promises."""
+    """A file of the cache does not contain what its journal or its format promises.
+
+    `cache` says where the cache is whose build can mend it, `shard`, `row` and `sample` (its id) what of it is damaged;
+    `copied` whether that was found while the cache was copied.
+    """
+
+    cache: str | None = None
+    shard: int | None = None
+    row: int | None = None
+    sample: str | None = None
+    copied: bool = False
 
 
 class CacheMismatch(CacheError):
@@ -53,7 +77,12 @@ class UnsupportedSchema(CacheError):
 
 
 class CacheRequestError(CacheError):
-    """The cache is fine but does not hold what was asked for (row, tap, timestep, view, buffer)."""
+    """The cache is fine but does not hold what was asked for (row, tap, timestep, view, buffer).
+
+    `timesteps` are all that it would have to hold, where one of them is lacking.
+    """
+
+    timesteps: Sequence[int] | None = None
 
 
 class InvalidFeatures(CacheError):

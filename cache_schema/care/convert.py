@@ -7,6 +7,7 @@ checksum. The copy is written like any cache: piece by piece, resumable, by seve
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -207,9 +208,7 @@ class _Source:
             )
         if self.folder.digest(layout.SAMPLES_NAME).crc32c != record.files[layout.SAMPLES_NAME].crc32c:
             where = self.folder.where(layout.SAMPLES_NAME)
-            raise CacheCorrupt(
-                f"{where} does not match its checksum; `dit-cache verify {self.folder}` lists all damage"
-            )
+            raise _damaged(self.folder, f"{where} does not match its checksum")
         return table
 
     def _record(self, shard: int) -> Record:
@@ -231,7 +230,10 @@ class _Source:
         return ImageRows(self.folder.open(name), record, name)
 
     def _damaged(self, file: ReadableFile, row: int, shard: int) -> CacheCorrupt:
-        return CacheCorrupt(
-            f"{file.path} (shard {shard}) is damaged: sample {self.samples['id'][row].as_py()!r} (row {row}) does not "
-            f"match its checksum; `dit-cache verify {self.folder}` lists all damage"
-        )
+        name = self.samples["id"][row].as_py()
+        problem = f"{file.path} (shard {shard}) is damaged: sample {name!r} (row {row}) does not match its checksum"
+        return _damaged(self.folder, problem, shard=shard, row=row, sample=name)
+
+
+def _damaged(folder: LocalFolder, problem: str, **facts: Any) -> CacheCorrupt:
+    return CacheCorrupt(problem, remedy="verify lists all damage", cache=str(folder), copied=True, **facts)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
+from cache_schema.advice import how_to_mend
 from cache_schema.errors import CacheCorrupt, CacheError, printable
 from cache_schema.format import layout
-from cache_schema.format.damage import how_to_mend
 from cache_schema.format.journal import JOURNAL_FOLDER, FileRecord, Kind, Record, committed, read_record, record_name
 from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Manifest

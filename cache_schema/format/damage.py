@@ -1,21 +1,9 @@
-"""What a reader says about damage: which file, shard, sample, view and timestep, and the command that mends it."""
-
-import shlex
+"""What a reader says about damage: which file, shard, sample, view and timestep."""
 
 from cache_schema.errors import CacheCorrupt, CacheError
 from cache_schema.format.manifest import Manifest
 from cache_schema.format.samples import load_samples
 from cache_schema.storage.folder import Folder
-
-
-def mending_command(where: object) -> str:
-    """Return the command that mends the cache at `where`, to be given with the options the cache was built with."""
-    return f"dit-cache build --resume --repair --output {shlex.quote(str(where))}"
-
-
-def how_to_mend(where: object) -> str:
-    """Return the end of a message about damage to the cache at `where`."""
-    return f"mend it with `{mending_command(where)}` and the build's other options"
 
 
 def sample_id(folder: Folder, row: int) -> str | None:
@@ -30,13 +18,20 @@ def sample_id(folder: Folder, row: int) -> str | None:
 def damaged(
     folder: Folder, reason: object, shard: int | None = None, row: int | None = None, more: str = ""
 ) -> CacheCorrupt:
-    """Return the error that says what is damaged, where, and what mends it; `more` names a view and a timestep."""
+    """Return the error that says what of a cache is damaged, and where; `more` names a view and a timestep."""
     where = [] if shard is None else [f"shard {shard}"]
+    name = None if row is None else sample_id(folder, row)
     if row is not None:
-        name = sample_id(folder, row)
         where.append(f"row {row}" if name is None else f"sample {name!r} (row {row})")
     where += [more] if more else []
-    return CacheCorrupt(f"{reason}{': ' if where else ''}{', '.join(where)}; {how_to_mend(folder)}")
+    return CacheCorrupt(
+        f"{reason}{': ' if where else ''}{', '.join(where)}",
+        remedy="let the build that made the cache repair it",
+        cache=str(folder),
+        shard=shard,
+        row=row,
+        sample=name,
+    )
 
 
 def view_and_timestep(manifest: Manifest, view: int, step: int) -> str:

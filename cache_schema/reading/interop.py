@@ -160,7 +160,7 @@ def sample_pipeline(
     if manifest.store.kind != "webdataset":
         raise CacheRequestError(
             f"cache {manifest.label} has no tars of features, its store is {manifest.store.kind}: convert it to the "
-            "webdataset store (dit-cache convert CACHE COPY --store webdataset), or use Cache.zarr"
+            "webdataset store, or use Cache.zarr"
         )
     try:
         import webdataset

@@ -57,8 +57,9 @@ def open_cache(path: str | os.PathLike[str], allow_partial: bool = False, verify
     if not manifest.sealed and not allow_partial:
         raise CacheUnsealed(
             f"cache {folder} is not sealed: {cache.missing_samples} of {manifest.dataset.feature_rows} samples have no "
-            "features yet; run the build again, it resumes, or read what is there with --allow-partial "
-            "(in Python: allow_partial=True)"
+            "features yet",
+            remedy="run the build again, it resumes, or read what is there with allow_partial=True",
+            missing_samples=cache.missing_samples,
         )
     return cache
 
@@ -300,10 +301,10 @@ class Cache:
             return list(range(len(have)))
         lacking = [step for step in timesteps if step not in have]
         if lacking:
-            wanted = ",".join(str(step) for step in sorted({*have, *lacking}))
             raise CacheRequestError(
-                f"cache {self.manifest.label} lacks timestep {lacking[0]} (has {', '.join(map(str, have))}); "
-                f"rebuild with --timesteps {wanted}"
+                f"cache {self.manifest.label} lacks timestep {lacking[0]} (has {', '.join(map(str, have))})",
+                remedy="build one that has it as well",
+                timesteps=sorted({*have, *lacking}),
             )
         return [have.index(step) for step in timesteps]
 

@@ -14,13 +14,12 @@ from cache_schema.encoding.codec import TapCodec
 from cache_schema.encoding.number_formats import Array, Features, as_features
 from cache_schema.encoding.row_encoder import RowEncoder, check_finite, check_shapes
 from cache_schema.errors import (
-    CacheCorrupt,
     CacheError,
     CacheUnsealed,
 )
 from cache_schema.format import layout
 from cache_schema.format.card import render_card
-from cache_schema.format.damage import how_to_mend
+from cache_schema.format.damage import damaged
 from cache_schema.format.journal import (
     FailedRow,
     FidelitySums,
@@ -303,7 +302,7 @@ class CacheWriter:
                 size = self.folder.size(name)
                 if size != expected.bytes:
                     found = "is gone" if size is None else f"has {size} bytes instead of {expected.bytes}"
-                    raise CacheCorrupt(f"{self.folder.where(name)} {found}; {how_to_mend(self.folder)}")
+                    raise damaged(self.folder, f"{self.folder.where(name)} {found}")
             yield record
 
     def _name(self, row: int) -> str:

@@ -39,6 +39,7 @@ from cache_schema import (
     create_cache,
     open_cache,
 )
+from cache_schema.advice import advised
 from cache_schema.care.convert import convert
 from cache_schema.care.verify import verify
 from cache_schema.format.layout import PAYLOAD_DTYPES
@@ -195,9 +196,11 @@ def test_damage_is_named_and_not_copied(cache_of: CacheOf, tmp_path: Path, store
         data = (source / name).read_bytes()
         place = data.index(b"00000004.single.3.scale.npy") + 512 + 128
     damage(source / name, place)
-    expected = rf"{name} \(shard 1\) is damaged: sample '{sample}' \(row 4\).*`dit-cache verify .*` lists all damage"
-    with pytest.raises(CacheCorrupt, match=expected):
+    expected = rf"{name} \(shard 1\) is damaged: sample '{sample}' \(row 4\).*lists all damage"
+    with pytest.raises(CacheCorrupt, match=expected) as caught:
         convert(source, tmp_path / "copy", other)
+    assert (caught.value.shard, caught.value.row, caught.value.sample) == (1, 4, sample)
+    assert advised(caught.value).endswith(f"; `dit-cache verify {source}` lists all damage")
     with pytest.raises(CacheUnsealed, match="4 of 7 samples have no features yet"):
         open_cache(tmp_path / "copy")
     assert verify(tmp_path / "copy") == []

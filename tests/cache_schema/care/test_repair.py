@@ -34,6 +34,7 @@ from cache_schema import (
     create_cache,
     open_cache,
 )
+from cache_schema.advice import advised
 from cache_schema.care.repair import repair
 from cache_schema.care.verify import verify
 from cache_schema.format.manifest_file import load_manifest
@@ -100,11 +101,11 @@ def positions(root: Path, count: int) -> list[tuple[str, int]]:
 
 
 def refusal(root: Path, expected: list[bytes]) -> str | None:
-    """The message with which reading is refused, or None if what is read is what was written."""
+    """The line with which a command refuses to read, or None if what is read is what was written."""
     try:
         assert read_everything(open_cache(root)) == expected
     except CacheCorrupt as error:
-        return str(error)
+        return advised(error)
     return None
 
 
@@ -172,7 +173,9 @@ def test_every_flipped_byte_of_a_sample_is_refused_with_its_sample(copy: Path, w
             with pytest.raises(CacheCorrupt, match=r"shard 1, sample 'sample-\d' \(row \d\)") as caught:
                 _ = cache.images([3, 4]) if name is None else cache.read([0, 3])
             assert str(path) in str(caught.value)
-            assert MENDS in str(caught.value)
+            assert MENDS in advised(caught.value)
+            assert (caught.value.cache, caught.value.shard) == (str(copy), 1)
+            assert f"sample {caught.value.sample!r} (row {caught.value.row})" in str(caught.value)
             if name is not None:
                 assert "sample 'sample-3' (row 3), view canonical, timestep 10" in str(caught.value)
                 unchecked = open_cache(copy, verify=False)
@@ -216,8 +219,10 @@ def test_missing_truncated_and_replaced_files_are_refused_and_mended(copy: Path,
 
     assert name in {problem.file for problem in verify(copy)}
     if not name.endswith((".md", "zarr.json")) and name != "journal/layout-00000.json":
-        with pytest.raises(CacheCorrupt, match=MENDS):
+        with pytest.raises(CacheCorrupt) as caught:
             read_everything(open_cache(copy))
+        assert caught.value.cache == str(copy)
+        assert MENDS in advised(caught.value)
 
     assert repair(copy)
     resume(copy)
@@ -231,8 +236,9 @@ def test_a_directory_in_the_place_of_a_file_is_refused_and_never_emptied(copy: P
     (copy / name).mkdir()
     (copy / name / "mine").write_text("kept")
     assert name in {problem.file for problem in verify(copy)}
-    with pytest.raises(CacheCorrupt, match=r"shard 1, sample 'sample-3' \(row 3\).*" + MENDS):
+    with pytest.raises(CacheCorrupt, match=r"shard 1, sample 'sample-3' \(row 3\)") as caught:
         open_cache(copy).read([3])
+    assert MENDS in advised(caught.value)
     with pytest.raises(CacheStorageError, match=name):
         repair(copy)
     assert (copy / name / "mine").read_text() == "kept"
