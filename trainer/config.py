@@ -9,24 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
+from cache_schema.fields import Setting
 from cache_schema.storage.files import write_file
-
-
-def _split_commas(value: Any) -> Any:
-    """Let `10,16` and `canonical,hflip` stand for lists, so that every field can be set from a shell."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return [value] if isinstance(value, int) else value
-
-
-Timesteps = Annotated[tuple[int, ...], BeforeValidator(_split_commas)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
-
-
-# A field with this changes neither the numbers nor their order.
-FREE_ON_RESUME: dict[str, Any] = {"free_on_resume": True}
 
 
 class Frozen(BaseModel):
@@ -71,31 +57,40 @@ class TrainConfig(Frozen):
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # what a method adds to the presets below
 
-    cache: str = Field(default="", json_schema_extra=FREE_ON_RESUME)
+    cache: Annotated[str, Setting("Teacher cache to train from.", resumable=True)] = ""
     method: str
-    seed: int = Field(default=0, ge=0)
-    epochs: int = Field(default=30, ge=1)
-    updates: int | None = Field(default=None, ge=1)  # when given, ends the run instead of `epochs`
-    batch_size: int = Field(default=32, ge=1)
-    # share of the training classes that is held out: recall is followed on these, never on test classes
-    validation_classes: float = Field(default=0.0, ge=0, lt=1)
-    views: Names | None = None  # None: all that the caches have and the trainer can pair
+    seed: Annotated[int, Setting("The one seed of the run.")] = Field(default=0, ge=0)
+    epochs: Annotated[int, Setting("Passes over the labelled images.")] = Field(default=30, ge=1)
+    updates: Annotated[int | None, Setting("Student updates, instead of epochs.")] = Field(default=None, ge=1)
+    batch_size: Annotated[int, Setting("Labelled images per update.")] = Field(default=32, ge=1)
+    validation_classes: Annotated[
+        float, Setting("Share of the training classes held out to follow recall on; never test classes.")
+    ] = Field(default=0.0, ge=0, lt=1)
+    views: Annotated[
+        tuple[str, ...] | None, Setting("Views to train on; all that the caches have and the trainer can pair.")
+    ] = None
     augment: Literal["none", "color"] = "none"
-    device: str = Field(default="auto", json_schema_extra=FREE_ON_RESUME)
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the forward pass; weights are always float32
-    # 0: one prefetch thread
-    workers: int = Field(default=0, ge=0, json_schema_extra=FREE_ON_RESUME)
-    # None: torch's own choice
-    threads: int | None = Field(default=None, ge=1, json_schema_extra=FREE_ON_RESUME)
-    # decoded images stay in memory up to this
-    image_memory_gb: float = Field(default=1.0, ge=0, json_schema_extra=FREE_ON_RESUME)
-    # hold what is read from the cache against its checksums
-    verify_reads: bool = Field(default=True, json_schema_extra=FREE_ON_RESUME)
-    log_every: int = Field(default=10, ge=1, json_schema_extra=FREE_ON_RESUME)  # updates
-    # epochs between measurements of recall on the validation classes; 0: only at the end
-    eval_every: int = Field(default=0, ge=0, json_schema_extra=FREE_ON_RESUME)
-    # epochs; 0: only when interrupted
-    checkpoint_every: int = Field(default=1, ge=0, json_schema_extra=FREE_ON_RESUME)
+    device: Annotated[str, Setting("auto, cpu, cuda, cuda:1, …", resumable=True)] = "auto"
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"], Setting("Of the forward pass; weights are always float32.")
+    ] = "auto"
+    workers: Annotated[int, Setting("Loader processes; 0: one thread.", resumable=True)] = Field(default=0, ge=0)
+    threads: Annotated[int | None, Setting("Of torch; its own choice by default.", resumable=True)] = Field(
+        default=None, ge=1
+    )
+    image_memory_gb: Annotated[float, Setting("Decoded images stay in memory up to this.", resumable=True)] = Field(
+        default=1.0, ge=0
+    )
+    verify_reads: Annotated[
+        bool, Setting("Hold what is read from the cache against its checksums.", resumable=True)
+    ] = True
+    log_every: Annotated[int, Setting("Updates between records of the log.", resumable=True)] = Field(default=10, ge=1)
+    eval_every: Annotated[
+        int, Setting("Epochs between measurements of recall on validation classes; 0: only at the end.", resumable=True)
+    ] = Field(default=0, ge=0)
+    checkpoint_every: Annotated[
+        int, Setting("Epochs between checkpoints; 0: only when interrupted.", resumable=True)
+    ] = Field(default=1, ge=0)
     student: StudentConfig = StudentConfig()
     optim: OptimConfig = OptimConfig()
 
@@ -121,31 +116,3 @@ PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "small": _SMALL, "demo": _SMA
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write the config as indented JSON."""
     write_file(path, (config.model_dump_json(indent=2) + "\n").encode())
-
-
-def free_on_resume(config: type[BaseModel]) -> set[str]:
-    """Names of the fields that change neither the numbers nor their order: a run may be resumed with others."""
-    return {name for name, field in config.model_fields.items() if field.json_schema_extra == FREE_ON_RESUME}
-
-
-def differing_fields(a: TrainConfig, b: TrainConfig) -> list[str]:
-    """Dotted names of the fields in which two configs would train differently."""
-    left, right = flatten(a.model_dump()), flatten(b.model_dump())
-    changed = {name for name in left.keys() | right.keys() if left.get(name) != right.get(name)}
-    return sorted(changed - free_on_resume(type(a)))
-
-
-def describe(config: TrainConfig) -> str:
-    """The whole config, one `name = value` line per field."""
-    return "\n".join(f"  {name} = {value}" for name, value in flatten(config.model_dump()).items())
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values as one mapping with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

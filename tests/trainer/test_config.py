@@ -1,8 +1,8 @@
 import pytest
 
-from trainer.config import PRESETS, describe, differing_fields, save_config
+from trainer.config import PRESETS, save_config
 from trainer.errors import TrainError
-from trainer.methods.settings import load_config, make_config
+from trainer.methods.settings import changes, differing_fields, load_config, make_config, settings_of
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -57,7 +57,7 @@ def test_only_fields_that_change_the_training_count_as_a_difference():
 
 
 def test_the_description_has_a_line_for_every_field():
-    text = describe(make_config("demo"))
+    text = settings_of("gcd").describe(make_config("demo"))
     assert "student.depth = 6" in text
     assert "optim.lr = 0.0005" in text
     assert len(text.splitlines()) > 45
@@ -71,3 +71,20 @@ def test_another_student_than_the_presets_has_nothing_of_its_architecture(preset
     given = make_config(preset, ["student.name=vit_small_patch16_224", "student.img_size=64"])
     assert given.student.timm_kwargs() == {"img_size": 64}
     assert make_config(preset, student__name="vit_tiny_patch16_224").student.depth == 6
+
+
+def test_what_is_said_of_a_config_is_what_its_preset_does_not_say():
+    assert changes(make_config("demo", cache="somewhere"), "demo") == ""
+    said = changes(make_config("demo", ["loss.tau=0.1", "workers=2"]), "demo").splitlines()
+    assert [line.split(" = ")[0].strip() for line in said] == ["workers", "loss.tau"]
+
+
+def test_a_field_that_is_not_there_is_answered_with_the_nearest_one():
+    with pytest.raises(TrainError, match=r"no such field: student.dept; did you mean student.depth\?"):
+        make_config("demo", ["student.dept=4"])
+
+
+def test_a_mode_and_a_method_that_disagree_are_refused():
+    assert make_config("demo", ["mode=baseline"]).method == make_config("demo", mode="baseline").method == "baseline"
+    with pytest.raises(TrainError, match="mode distill is method gcd, not baseline"):
+        make_config("demo", mode="distill", method="baseline")

@@ -59,11 +59,11 @@ def run(
         "student__weights": student_weights,
     }  # fmt: skip
     output = output or _default_output(cache, mode, method)
-    config = _config_of_run(output, preset, settings or [], flags, resume)
+    config, said = _config_of_run(output, preset, settings or [], flags, resume)
     if print_config:
         typer.echo(config.model_dump_json(indent=2))
         return
-    _train(config, output, resume, overwrite, allow_partial)
+    _train(config, said, output, resume, overwrite, allow_partial)
 
 
 def _default_output(cache: str | None, mode: str | None, method: str | None) -> Path:
@@ -85,15 +85,16 @@ def _preset_for(cache: str) -> str:
 
 def _config_of_run(
     output: Path, preset: str | None, settings: list[str], flags: dict[str, Any], resume: bool
-) -> TrainConfig:
-    """The config asked for; a bare `--resume` takes the one the run was started with."""
-    from trainer.config import PRESETS, TrainConfig, free_on_resume
-    from trainer.methods.settings import load_config, make_config
+) -> tuple[TrainConfig, str]:
+    """The config asked for, and what to say of it; a bare `--resume` takes the one the run was started with."""
+    from trainer.methods.registry import DEFAULT
+    from trainer.methods.settings import changes, load_config, make_config, preset_student, settings_of
     from trainer.runs import CONFIG
 
     started = output / CONFIG
     before = load_config(started) if resume and started.is_file() else None
-    free = {name: value for name, value in flags.items() if name in free_on_resume(TrainConfig) and value is not None}
+    resumable = settings_of(DEFAULT if before is None else before.method).resumable()
+    free = {name: value for name, value in flags.items() if name in resumable and value is not None}
     asked = preset or settings or any(value is not None for name, value in flags.items() if name not in free)
     if before is not None and not asked:
         config = before.model_copy(update=free)
@@ -101,17 +102,18 @@ def _config_of_run(
         cache = flags["cache"] or (before.cache if before else str(DEFAULT_CACHE))
         chosen = preset or _preset_for(cache)
         config = make_config(chosen, settings, **{**flags, "cache": cache})
-        own = PRESETS[chosen].get("student", {}).get("name", config.student.name)
-        if own != config.student.name:
+        own = preset_student(chosen)
+        if own not in (None, config.student.name):
             typer.echo(f"note: student {config.student.name} as timm has it; preset {chosen} is of {own}", err=True)
     if config.cache and "://" not in config.cache:
         config = config.model_copy(update={"cache": str(Path(config.cache).resolve())})
-    return config
+    if before is not None and not asked:
+        return config, f"method {config.method}, as the run was started"
+    return config, f"method {config.method}, preset {chosen}\n{changes(config, chosen)}".rstrip()
 
 
-def _train(config: TrainConfig, output: Path, resume: bool, overwrite: bool, allow_partial: bool) -> None:
+def _train(config: TrainConfig, said: str, output: Path, resume: bool, overwrite: bool, allow_partial: bool) -> None:
     from cache_schema import CacheNotFound
-    from trainer.config import describe
     from trainer.errors import TrainError
     from trainer.runs import is_finished, load_result
     from trainer.training.run_folder import check_run
@@ -125,7 +127,7 @@ def _train(config: TrainConfig, output: Path, resume: bool, overwrite: bool, all
         cache = open_for(config.cache, allow_partial, config.verify_reads)
     except CacheNotFound as error:
         raise TrainError(f"{error}; make one with dit-cache build, or name one with --cache") from None
-    typer.echo(f"cache {cache.manifest.label}: {len(cache)} rows with features\n{describe(config)}")
+    typer.echo(f"cache {cache.manifest.label}: {len(cache)} rows with features; {said}")
 
     from trainer.training.loop import train
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
+from cache_schema.settings import Settings, Values, merge, unflatten
 from trainer.config import PRESETS, TrainConfig
 from trainer.errors import TrainError
 from trainer.methods.registry import DEFAULT, config_class, method_name
 from trainer.runs import read_config
+
+
+def settings_of(method: str) -> Settings[TrainConfig]:
+    """What is done with the configs of a method; raises TrainError for a method that is not there."""
+    return _settings_of(method, config_class(method))
 
 
 def make_config(preset: str, settings: Iterable[str] = (), **flags: Any) -> TrainConfig:
@@ -24,46 +30,43 @@ def make_config(preset: str, settings: Iterable[str] = (), **flags: Any) -> Trai
     """
     if preset not in PRESETS:
         raise TrainError(f"unknown preset {preset!r}; there are {', '.join(sorted(PRESETS))}")
-    asked: dict[str, Any] = {}
-    for name, value in flags.items():
-        if value is not None:
-            _assign(asked, name.replace("__", "."), value)
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise TrainError(f"--set {setting}: write it as field=value, for example student.depth=4")
-        _assign(asked, name.strip(), _parse(text.strip()))
-    method = _take_method(asked)
-    values = _merge(PRESETS[preset], config_class(method).presets.get(preset, {}))
-    if names_another_student(preset, asked):
-        del values["student"]  # another network has another architecture
-    return validate({**_merge(values, asked), "method": method})
+    method, named, rest = _take_method(flags, settings)
+    known = settings_of(method)
+    asked = known.given(
+        {name: known.parse(name, value) if isinstance(value, str) else value for name, value in named.items()}, rest
+    )
+    values = merge(PRESETS[preset], known.kind.presets.get(preset, {}))
+    if asked.get("student.name") not in (None, preset_student(preset)):
+        values.pop("student", None)  # another network has another architecture
+    return known.validate(merge(values, unflatten(asked), {"method": method}))
 
 
-def names_another_student(preset: str, asked: Mapping[str, Any]) -> bool:
-    """Whether nested values ask for another network than the preset's, whose architecture then does not apply."""
-    student, own = asked.get("student"), PRESETS[preset].get("student")
-    name = student.get("name") if isinstance(student, Mapping) else None
-    return own is not None and name is not None and name != own["name"]
-
-
-def validate(values: Mapping[str, Any]) -> TrainConfig:
-    """Turn plain values into the config of their method; raises TrainError with one line about the first bad field."""
-    method = str(values.get("method", DEFAULT))
-    try:
-        return config_class(method).model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part != "function-before")
-        if first["type"] == "extra_forbidden":
-            where = f"(method {method}); `dit-train run --method {method} --print-config` lists them"
-            raise TrainError(f"no such field: {field} {where}") from None
-        raise TrainError(f"{field}: {first['msg']} (got {first['input']!r})") from None
+def preset_student(preset: str) -> str | None:
+    """The network whose architecture a preset has, if it has one."""
+    return PRESETS[preset].get("student", {}).get("name")
 
 
 def load_config(path: Path) -> TrainConfig:
     """Read a config written by `save_config`, now or by an older version; raises TrainError when it is not one."""
-    return validate(migrate(read_config(path)))
+    values = read_config(path)
+    try:
+        values = migrate(values)
+        return settings_of(str(values.get("method", DEFAULT))).validate(values)
+    except TrainError as error:
+        raise TrainError(f"{path}: {error}") from None
+
+
+def differing_fields(a: TrainConfig, b: TrainConfig) -> list[str]:
+    """Dotted names of the fields in which two configs would train differently."""
+    if a.method != b.method:
+        return ["method"]
+    return settings_of(a.method).differing(a, b)
+
+
+def changes(config: TrainConfig, preset: str) -> str:
+    """What of a config its preset does not say, one `name = value` line per field."""
+    base = make_config(preset, method=config.method).model_copy(update={"cache": config.cache})
+    return settings_of(config.method).changes(config, base)
 
 
 def migrate(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,40 +95,26 @@ def _known(values: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
     return kept
 
 
-def _take_method(values: dict[str, Any]) -> str:
-    """Take `method` or `mode`, which stands for it, out of the values; raises TrainError where they disagree."""
-    mode, method = values.pop("mode", None), values.pop("method", None)
-    if mode is None:
-        return DEFAULT if method is None else str(method)
-    named = method_name(str(mode))
-    if method is not None and method != named:
-        raise TrainError(f"mode {mode} is method {named}, not {method}; give one of the two")
-    return named
+def _take_method(flags: Mapping[str, Any], settings: Iterable[str]) -> tuple[str, Values, list[str]]:
+    """The method that flags and settings name, and the rest of both; raises TrainError where they disagree."""
+    named = {name.replace("__", "."): value for name, value in flags.items() if value is not None}
+    said: dict[str, str] = {name: str(named.pop(name)) for name in ("mode", "method") if name in named}
+    rest = []
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if equals and name.strip() in ("mode", "method"):
+            said[name.strip()] = text.strip()
+        else:
+            rest.append(setting)
+    method = said.get("method")
+    if "mode" in said:
+        of_mode = method_name(said["mode"])
+        if method not in (None, of_mode):
+            raise TrainError(f"mode {said['mode']} is method {of_mode}, not {method}; give one of the two")
+        method = of_mode
+    return method or DEFAULT, named, rest
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested values, those of `above` winning."""
-    merged = {name: _merge(value, {}) if isinstance(value, Mapping) else value for name, value in below.items()}
-    for name, value in above.items():
-        old = merged.get(name)
-        merged[name] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
-
-
-def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    for parent in parents:
-        inner = values.setdefault(parent, {})
-        if not isinstance(inner, dict):
-            raise TrainError(f"no such field: {dotted} ({parent} has no parts)")
-        values = inner
-    values[last] = value
-
-
-def _parse(text: str) -> Any:
-    if text.lower() in ("none", "true", "false"):
-        return {"none": None, "true": True, "false": False}[text.lower()]
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+@functools.cache
+def _settings_of(method: str, kind: type[TrainConfig]) -> Settings[TrainConfig]:
+    return Settings(kind, command=f"dit-train run --method {method}", example="student.depth=4", error=TrainError)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cache_schema.settings import flatten
 from cache_schema.storage.files import write_file
-from trainer.config import TrainConfig, flatten
+from trainer.config import TrainConfig
 from trainer.errors import TrainError
 from trainer.evaluation.embed import embed_students, open_test_split
 from trainer.evaluation.evaluate import evaluate_run

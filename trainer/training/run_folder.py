@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from cache_schema.storage.files import write_file
-from trainer.config import TrainConfig, differing_fields, save_config
+from trainer.config import TrainConfig, save_config
 from trainer.errors import TrainError
 from trainer.methods.method import Method
 from trainer.methods.registry import find_method
-from trainer.methods.settings import load_config
+from trainer.methods.settings import differing_fields, load_config
 from trainer.models.student import save_student
 from trainer.runs import CONFIG, LOG, RESULT, SCORES, is_finished, scores_file
 from trainer.training.checkpoint import remove_checkpoints

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from trainer.config import Frozen, OptimConfig, Timesteps, TrainConfig
+from trainer.config import Frozen, OptimConfig, TrainConfig
 
 
 class GimConfig(Frozen):
@@ -67,7 +67,7 @@ class GcdConfig(TrainConfig):
     method: Literal["gcd"] = "gcd"
     unlabeled_per_batch: int = Field(default=0, ge=0)  # extra rows per batch that only CAL sees
     tap: str = "hidden"
-    timesteps: Timesteps | None = None  # None: all that the cache has
+    timesteps: tuple[int, ...] | None = None  # None: all that the cache has
     gim: GimConfig = GimConfig()
     loss: LossConfig = LossConfig()
     optim: GcdOptimConfig = GcdOptimConfig()
