@@ -133,13 +133,13 @@ def _shards(description: dict[str, Any]) -> Iterator[list[str]]:
     yield ["shard", ">number", ">rows", "state", ">on disk", ">files", ">least cosine", "failed rows"]
     for entry in description["shard_table"]:
         first, end = entry["rows"]
-        place = [entry["kind"], str(entry["shard"]), f"{first}-{end - 1}"]
+        cells = [entry["kind"], str(entry["shard"]), f"{first}-{end - 1}"]
         if not entry["committed"]:
-            yield [*place, "missing", "", "", "", ""]
+            yield [*cells, "missing", "", "", "", ""]
             continue
         cosine, failed = entry["cosine_min"], entry["failed"]
         yield [
-            *place,
+            *cells,
             "committed",
             format_bytes(entry["bytes"]),
             str(entry["files"]),

@@ -120,8 +120,9 @@ class _Damage:
                 self.rebuilt.add(piece)
                 covered = layout.rows_of_shard(piece[1], store.samples_per_shard, rows)
                 reason = "it was encoded with a calibration that is lost"
-                place = (covered.start, covered.stop)
-                self.consequences.append(Problem(record_name(*piece), piece[1], place, reason, "features"))
+                self.consequences.append(
+                    Problem(record_name(*piece), piece[1], (covered.start, covered.stop), reason, "features")
+                )
 
     def _take_out(self) -> None:
         taken = self.rebuilt | ({_SEAL} if self.unseals else set())

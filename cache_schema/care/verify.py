@@ -51,8 +51,8 @@ class Problem:
             if self.samples is not None:
                 names = [repr(name) for name in self.samples]
                 where.append(f"sample {names[0]}" if one else f"samples {names[0]} to {names[1]}")
-        place = f" ({', '.join(where)})" if where else ""
-        return printable(f"{self.file}{place}: {self.reason}")
+        address = f" ({', '.join(where)})" if where else ""
+        return printable(f"{self.file}{address}: {self.reason}")
 
 
 @dataclass(frozen=True)

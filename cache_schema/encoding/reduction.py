@@ -29,10 +29,10 @@ class PrincipalComponents:
     def project(self, features: FloatArray) -> Array:
         """Return the coordinates (V, T, L, K), float32, of features (V, T, L, C); raises InvalidFeatures."""
         coordinates = np.empty((*features.shape[:-1], len(self.basis)), dtype=np.float32)
-        for place in np.ndindex(features.shape[:2]):
+        for chunk in np.ndindex(features.shape[:2]):
             with np.errstate(over="ignore", invalid="ignore"):
-                normalised = features[place].astype(np.float32) / self.amplitude - self.mean
-                np.matmul(normalised, self.basis.T, out=coordinates[place])
+                normalised = features[chunk].astype(np.float32) / self.amplitude - self.mean
+                np.matmul(normalised, self.basis.T, out=coordinates[chunk])
         if not np.isfinite(coordinates).all():
             raise InvalidFeatures("a value is beyond the range of its channel's calibration; calibrate on more samples")
         return coordinates

@@ -25,36 +25,41 @@ class RowEncoder:
     def __init__(self, manifest: Manifest, codecs: Mapping[str, TapCodec]) -> None:
         self._manifest = manifest
         self._codecs = codecs
-        self._measured: dict[tuple[int, str], list[FidelitySums]] = {}  # by place and tap, of every timestep
+        self._measured: dict[tuple[int, str], list[FidelitySums]] = {}  # by position and tap, of every timestep
 
-    def encode(self, features: Mapping[str, Features], who: str, place: int) -> dict[str, Array]:
+    def encode(self, features: Mapping[str, Features], who: str, position: int) -> dict[str, Array]:
         """Return the stored arrays (V, T, *inner) of a sample by name, from features (V, T, L, C) of every tap.
 
-        `place` counts the samples of the shard from 0; they may be encoded in any order and by several threads. Raises
-        InvalidFeatures, naming the tap and `who` the sample is, for NaN, infinities and values beyond the encoding's
-        range.
+        `position` counts the samples of the shard from 0; they may be encoded in any order and by several threads.
+        Raises InvalidFeatures, naming the tap and `who` the sample is, for NaN, infinities and values beyond the
+        encoding's range.
         """
         parts: dict[str, Array] = {}
         for tap in self._manifest.taps:
-            parts |= self._encode_tap(tap, features[tap.name], who, place)
+            parts |= self._encode_tap(tap, features[tap.name], who, position)
         return parts
 
     def fidelity(self) -> list[FidelitySums]:
         """Return what the samples so far lost, for every tap and timestep; nothing if there were none."""
-        places = sorted({place for place, _ in self._measured})
+        positions = sorted({position for position, _ in self._measured})
         return fidelity.combine(
-            [item for tap in self._manifest.taps for place in places for item in self._measured[place, tap.name]]
+            [
+                item
+                for tap in self._manifest.taps
+                for position in positions
+                for item in self._measured[position, tap.name]
+            ]
         )
 
-    def _encode_tap(self, tap: TapInfo, sample: Features, who: str, place: int) -> dict[str, Array]:
+    def _encode_tap(self, tap: TapInfo, sample: Features, who: str, position: int) -> dict[str, Array]:
         codec = self._codecs[tap.name]
         try:
             encoded = codec.encode(sample)
         except InvalidFeatures as error:
             check_finite(as_features(sample), tap, who)
             raise InvalidFeatures(f"tap {tap.name} of {who}: {error}") from error
-        if place < fidelity.MEASURED_SAMPLES:
-            self._measured[place, tap.name] = self._measure(tap, codec.pooled(sample), encoded)
+        if position < fidelity.MEASURED_SAMPLES:
+            self._measured[position, tap.name] = self._measure(tap, codec.pooled(sample), encoded)
         parts = {}
         for array in layout.feature_layouts(self._manifest, tap):
             part = encoded.payload if array.part == "payload" else encoded.scale

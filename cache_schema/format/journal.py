@@ -10,7 +10,7 @@ from pydantic import Field, FiniteFloat, ValidationError
 
 from cache_schema.errors import CacheCorrupt
 from cache_schema.format.identity import canonical_json
-from cache_schema.format.manifest import Count, Part
+from cache_schema.format.manifest import Count, FrozenModel
 from cache_schema.storage.checksum import crc32c
 from cache_schema.storage.files import FileDigest, digest
 from cache_schema.storage.folder import Folder
@@ -25,7 +25,7 @@ Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
 _NAME = re.compile(r"(?P<kind>layout|calibration|features|images|seal)-(?P<shard>[0-9]{5,10})\.json")
 
 
-class FileRecord(Part):
+class FileRecord(FrozenModel):
     """A file's size and CRC-32C and, for shards, the CRC-32C of every piece, so that damage has an address.
 
     A piece is what can be read alone: a chunk (one sample, view and timestep of an array), or an image. Checksums are
@@ -44,21 +44,21 @@ class FileRecord(Part):
         return np.frombuffer(bytes.fromhex(self.piece_crc32c), dtype=">u4").astype(np.uint32)
 
 
-class FailedRow(Part):
+class FailedRow(FrozenModel):
     """A row on whose features the teacher failed, and how."""
 
     row: Count
     reason: str
 
 
-class QuarantinedSample(Part):
+class QuarantinedSample(FrozenModel):
     """An image that was set aside before the build, and why."""
 
     id: str
     reason: str
 
 
-class FidelitySums(Part):
+class FidelitySums(FrozenModel):
     """What `cache_schema.encoding.fidelity` needs of one shard to compute the figures of the whole cache."""
 
     tap: str
@@ -71,7 +71,7 @@ class FidelitySums(Part):
     channel_error: Annotated[FiniteFloat, Field(ge=0)]
 
 
-class Record(Part):
+class Record(FrozenModel):
     """One committed piece: the rows `[a, b)` it covers, its files and, where it has them, fidelity and image places.
 
     `offsets` holds, for every row of an image shard, the first byte and the length of its image inside the tar file;

@@ -16,7 +16,7 @@ CARD_NAME = "README.md"
 IMAGE_INDEX_NAME = "images/index.npy"
 FEATURES_FOLDER = "features"
 
-Part = Literal["payload", "scale"]
+ArrayPart = Literal["payload", "scale"]
 # "channel": amplitudes that scaled number formats are relative to. The others are those of PCA.
 CalibrationPart = Literal["amplitude", "mean", "basis", "channel"]
 
@@ -39,7 +39,7 @@ class ArrayLayout:
     """
 
     name: str
-    part: Part
+    part: ArrayPart
     dtype: str
     outer: tuple[int, int, int]
     inner: tuple[int, ...]
@@ -82,7 +82,7 @@ class CalibrationLayout:
 
 def feature_layouts(manifest: Manifest, tap: TapInfo) -> list[ArrayLayout]:
     """Return the layouts of everything that is stored per sample for one tap: payload and, where scaled, scales."""
-    parts: list[Part] = ["payload", "scale"] if manifest.encoding.scaled else ["payload"]
+    parts: list[ArrayPart] = ["payload", "scale"] if manifest.encoding.scaled else ["payload"]
     return [_layout(manifest, tap, part) for part in parts]
 
 
@@ -115,7 +115,7 @@ def all_calibrations(manifest: Manifest) -> list[CalibrationLayout]:
     return [array for tap in manifest.taps for array in calibration_layouts(manifest, tap)]
 
 
-def _layout(manifest: Manifest, tap: TapInfo, part: Part) -> ArrayLayout:
+def _layout(manifest: Manifest, tap: TapInfo, part: ArrayPart) -> ArrayLayout:
     payload = part == "payload"
     return ArrayLayout(
         name=tap.name if payload else f"{tap.name}.{part}",

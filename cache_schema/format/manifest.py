@@ -40,13 +40,13 @@ def _ascending(values: list[int]) -> list[int]:
     return values
 
 
-class Part(BaseModel):
-    """A part of the manifest: immutable, and refusing fields it does not know."""
+class FrozenModel(BaseModel):
+    """A part of a manifest or of a journal record: immutable, and refusing fields it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class DatasetInfo(Part):
+class DatasetInfo(FrozenModel):
     """The data set a cache was made from; `fingerprint` digests its samples and its split.
 
     `quarantined` counts the images that were set aside before the build, which have a row but neither features nor a
@@ -63,7 +63,7 @@ class DatasetInfo(Part):
     quarantined: Count = 0
 
 
-class TeacherInfo(Part):
+class TeacherInfo(FrozenModel):
     """The teacher; `digests` maps each component (transformer, vae, ...) to the SHA-256 of its weights.
 
     quantization: number format of the transformer's weights in memory, None as they were saved. context: whether the
@@ -86,7 +86,7 @@ class TeacherInfo(Part):
     input: Literal["object", "image"] = "object"
 
 
-class Curriculum(Part):
+class Curriculum(FrozenModel):
     """Which scheduler steps are cached: step p of `num_steps` (1 the noisiest) at noise level `sigmas[i]`."""
 
     num_steps: Positive
@@ -103,7 +103,7 @@ class Curriculum(Part):
         return self
 
 
-class TapInfo(Part):
+class TapInfo(FrozenModel):
     """Where in the teacher features are read, and the shape in which they are stored.
 
     `tokens` (grid height x width) of `channels` values, after pooling and PCA; `teacher_channels` is the number before
@@ -128,7 +128,7 @@ class TapInfo(Part):
         return self
 
 
-class Encoding(Part):
+class Encoding(FrozenModel):
     """How features become bytes.
 
     First the mean over `pool` x `pool` tokens, then the `pca` strongest principal components of the channels (None
@@ -151,7 +151,7 @@ class Encoding(Part):
         return self.scaled or self.pca is not None
 
 
-class ImagesInfo(Part):
+class ImagesInfo(FrozenModel):
     """The student images: longest side in pixels, file format, and quality where the format has one."""
 
     size: Positive
@@ -159,7 +159,7 @@ class ImagesInfo(Part):
     quality: Annotated[int, Field(ge=1, le=100)] | None = None
 
 
-class StoreInfo(Part):
+class StoreInfo(FrozenModel):
     """How rows are grouped into files. Never part of the cache id."""
 
     kind: StoreKind = "zarr"
@@ -169,7 +169,7 @@ class StoreInfo(Part):
     image_shards: Count
 
 
-class Fidelity(Part):
+class Fidelity(FrozenModel):
     """How close stored features of one tap and timestep are to what the teacher computed, after pooling.
 
     Compared are teacher features, pooled where the encoding pools, with decoded ones, returned to the teacher's
@@ -188,7 +188,7 @@ class Fidelity(Part):
     channel_error: FiniteFloat
 
 
-class Provenance(Part):
+class Provenance(FrozenModel):
     """Everything about one build that another build of the same cache would not repeat.
 
     `converted` says of a copy in another store what it was copied from; the rest is that of the original build.
@@ -204,7 +204,7 @@ class Provenance(Part):
     checksum: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")] | None = None
 
 
-class Manifest(Part):
+class Manifest(FrozenModel):
     """What a cache holds and what made it. See the parts for their fields; all sizes are bytes.
 
     `failed_rows` are those of the rows meant to have features on which the teacher failed (NaN or infinite values);

@@ -79,8 +79,8 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         return Manifest.model_validate(_migrate(document, version, where))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "document"
-        raise CacheCorrupt(f"{where} is not a valid manifest: {place}: {first['msg']}") from error
+        field = ".".join(str(part) for part in first["loc"]) or "document"
+        raise CacheCorrupt(f"{where} is not a valid manifest: {field}: {first['msg']}") from error
 
 
 def revalidate(manifest: Manifest) -> Manifest:

@@ -38,10 +38,16 @@ def choose_samples_per_shard(
     views: int,
     timesteps: int,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    batch: int = 1,
 ) -> int:
-    """Return how many samples make the largest stored tap's shard files about `shard_bytes` long (1 to 512)."""
+    """Return how many samples make the largest stored tap's shard files about `shard_bytes` long (1 to 512).
+
+    They are whole batches of `batch` samples, where one fits: batches begin at a shard's first row, so that the last
+    one would otherwise be nearly empty.
+    """
     largest = max(row_bytes(tap, encoding, views, timesteps) for tap in taps)
-    return min(MAX_SAMPLES_PER_SHARD, max(1, round(shard_bytes / largest)))
+    samples = min(MAX_SAMPLES_PER_SHARD, max(1, round(shard_bytes / largest)))
+    return max(samples - samples % batch, min(samples, batch))
 
 
 def plan_manifest(
@@ -57,20 +63,22 @@ def plan_manifest(
     samples_per_shard: int | None = None,
     images_per_shard: int | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    batch: int = 1,
     provenance: Provenance | None = None,
     store: StoreKind = "zarr",
 ) -> Manifest:
     """Return the unsealed manifest of a cache, with its id and the sizes of its shards.
 
     `taps` have the shapes in which the teacher computes them; those in which they are stored follow from `encoding`.
-    `image_rows` is the number of samples that are not quarantined; it is ignored where `images` is None. Both stores
-    group samples in the same way, so that one can be converted into the other shard by shard. Raises InvalidEncoding
-    if a tap cannot be pooled or has too few channels for PCA, pydantic.ValidationError if the parts contradict each
-    other, CacheError for samples too large for the store.
+    Shards whose size is not given hold whole batches of `batch` samples. `image_rows` is the number of samples that are
+    not quarantined; it is ignored where `images` is None. Both stores group samples in the same way, so that one can be
+    converted into the other shard by shard. Raises InvalidEncoding if a tap cannot be pooled or has too few channels
+    for PCA, pydantic.ValidationError if the parts contradict each other, CacheError for samples too large for the
+    store.
     """
     stored = [stored_tap(tap, encoding) for tap in taps]
     per_shard = samples_per_shard or choose_samples_per_shard(
-        stored, encoding, len(views), len(curriculum.timesteps), shard_bytes
+        stored, encoding, len(views), len(curriculum.timesteps), shard_bytes, batch
     )
     images_each = images_per_shard or DEFAULT_IMAGES_PER_SHARD
     manifest = Manifest(

@@ -99,7 +99,7 @@ class CacheWriter:
 
         `features` are (n, V, T, L, C) of every tap, or batches of them, of which one at a time is held in memory. Does
         nothing, and takes no batch, for encodings without calibration and where one is stored already: the first one
-        counts. Raises InvalidFeatures, naming the sample by its place, for NaN and infinities, and CacheMismatch if
+        counts. Raises InvalidFeatures, naming the sample by its number, for NaN and infinities, and CacheMismatch if
         shards are there that were encoded with another calibration than the one that follows from these features.
         """
         if not self.needs_calibration():
@@ -156,14 +156,14 @@ class CacheWriter:
         check_shapes(self.manifest, features, len(rows))
         encoder = RowEncoder(self.manifest, {tap.name: self._codec(tap) for tap in self.manifest.taps})
 
-        places = {row: place for place, row in enumerate(row for row in rows if row not in failed)}
+        positions = {row: position for position, row in enumerate(row for row in rows if row not in failed)}
 
         def encode(index: int) -> EncodedRow:
             row = rows[index]
             if row in failed:
                 return None
             sample = {name: values[index] for name, values in features.items()}
-            return encoder.encode(sample, self._name(row), places[row])
+            return encoder.encode(sample, self._name(row), positions[row])
 
         # Rows are encoded by another thread while those before them are written.
         with ReadAhead(encode, threads=1) as ahead:

@@ -67,10 +67,3 @@ class BuildConfig:
     def batch_images(self) -> int:
         """How many images are read and computed together."""
         return AUTO_BATCH if self.batch == "auto" else self.batch
-
-    def whole_batches(self, samples: int) -> int:
-        """The number of samples in a shard that is to hold about `samples`: a multiple of the batch where one fits.
-
-        Batches start at a shard's first row: a shard of whole batches keeps the last of them from being nearly empty.
-        """
-        return max(samples - samples % self.batch_images, min(samples, self.batch_images))

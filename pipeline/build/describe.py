@@ -1,7 +1,5 @@
 """The manifest of a build that is about to start: what it will hold, made from what."""
 
-from functools import partial
-
 import pyarrow as pa
 
 from cache_schema.errors import DitDistillError
@@ -34,8 +32,7 @@ def describe_cache(teacher: AnyTeacher, dataset: Dataset, config: BuildConfig, s
     sigmas = teacher.sigmas(config.num_steps)
     quality = config.image_quality if config.image_format == "jpeg" else None
     images = ImagesInfo(size=config.image_size, format=config.image_format, quality=quality)
-    plan = partial(
-        plan_manifest,
+    return plan_manifest(
         dataset=DatasetInfo(
             name=dataset.name,
             protocol=dataset.protocol,
@@ -73,7 +70,6 @@ def describe_cache(teacher: AnyTeacher, dataset: Dataset, config: BuildConfig, s
         images=images if config.with_images else None,
         image_rows=len(splits),
         store=config.store,
+        samples_per_shard=config.samples_per_shard,
+        batch=config.batch_images,
     )
-    if config.samples_per_shard:
-        return plan(samples_per_shard=config.samples_per_shard)
-    return plan(samples_per_shard=config.whole_batches(plan().store.samples_per_shard))

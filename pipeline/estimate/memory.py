@@ -204,8 +204,9 @@ def _shard_bytes(teacher: DiffusersTeacher, config: BuildConfig) -> int:
     encoding = Encoding(kind=config.encoding, pool=config.pool, pca=config.pca)
     taps = [TapInfo(name=s.name, tokens=s.tokens, channels=s.channels, grid=s.grid) for s in shapes]
     stored = [stored_tap(tap, encoding) for tap in taps]
-    by_bytes = choose_samples_per_shard(stored, encoding, len(config.views), len(config.timesteps))
-    samples = config.samples_per_shard or config.whole_batches(by_bytes)
+    samples = config.samples_per_shard or choose_samples_per_shard(
+        stored, encoding, len(config.views), len(config.timesteps), batch=config.batch_images
+    )
     passes = len(config.views) * len(config.timesteps)
     return samples * passes * sum(s.tokens * s.channels for s in shapes) * teacher.dtype.itemsize
 
