@@ -25,7 +25,7 @@ class Setting:
     help: a sentence. least, most: inclusive limits; above: exclusive. resumable: whether an interrupted piece of work
     goes on with another value of it, because its result does not depend on it. option: how the option is called, where
     not like the field. reads: text as typed → plain value, for what has a notation of its own (raises ValueError).
-    metavar: what help shows for the value of the option.
+    metavar: what help shows for the value of the option, and shown for its default ("" for nothing).
     """
 
     help: str = ""
@@ -36,6 +36,7 @@ class Setting:
     option: str | None = None
     reads: Callable[[str], Any] | None = None
     metavar: str | None = None
+    shown: str | None = None
 
     def check(self, value: Any) -> str | None:
         """What is wrong with a value, as the end of a sentence; words are not compared with limits."""

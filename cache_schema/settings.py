@@ -96,6 +96,23 @@ class Settings(Generic[C]):
                 raise self.error(f"{name}: {error}") from None
         return parse_value(text, field.kind)
 
+    def accept(self, name: str, text: str) -> Any:
+        """What was typed for one field as a plain value, checked; raises ValueError with what the field accepts."""
+        from pydantic import TypeAdapter, ValidationError
+
+        field = self.field(name)
+        reads = field.setting.reads
+        value = reads(text) if reads and not _means_none(text, field) else parse_value(text, field.kind)
+        try:
+            TypeAdapter(field.kind).validate_json(json.dumps(value, default=_plain), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{first['msg']} (got {first['input']!r})") from None
+        wrong = field.setting.check(value)
+        if wrong:
+            raise ValueError(wrong)
+        return value
+
     def read(self, settings: Iterable[str]) -> Values:
         """Settings such as `refine.steps=200` as plain values by dotted name; the last of a name counts."""
         found: Values = {}

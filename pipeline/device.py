@@ -1,17 +1,20 @@
 """Where models run and in which precision: what `auto` means on this machine."""
 
 import os
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from cache_schema.errors import DitDistillError
+
+if TYPE_CHECKING:
+    import torch
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def choose_device(device: str) -> torch.device:
+def choose_device(device: str) -> "torch.device":
     """The device that --device names; raises DitDistillError if there is none such."""
+    import torch
+
     try:
         target = torch.device(
             "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
@@ -26,8 +29,10 @@ def choose_device(device: str) -> torch.device:
     return target
 
 
-def choose_dtype(dtype: DtypeName, device: torch.device) -> torch.dtype:
+def choose_dtype(dtype: DtypeName, device: "torch.device") -> "torch.dtype":
     """The precision that --dtype names on this device."""
+    import torch
+
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, dtype)

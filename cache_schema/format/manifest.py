@@ -9,6 +9,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from cache_schema.format.identity import compute_cache_id
+from cache_schema.format.vocabulary import (
+    Compression,
+    ContextMode,
+    EncoderInput,
+    EncodingKind,
+    Quantization,
+    StoreKind,
+    TextCondition,
+)
 
 SCHEMA_VERSION: Literal[2] = 2
 
@@ -22,10 +31,6 @@ MAX_SHARD_CHUNKS = 1 << 24
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=MAX_ROWS)]
 Positive = Annotated[int, Field(ge=1, le=MAX_ROWS)]
-EncodingKind = Literal["float32", "float16", "bfloat16", "int8", "float8_e4m3"]
-# The blosc ones shuffle bytes by the size of the stored type.
-Compression = Literal["none", "zstd", "blosc:lz4", "blosc:zstd"]
-StoreKind = Literal["zarr", "webdataset"]
 
 
 def _distinct(values: list) -> list:
@@ -79,11 +84,11 @@ class TeacherInfo(FrozenModel):
     lora_digest: Sha256 | None = None
     dtype: str
     resolution: Positive
-    text: Literal["caption", "none"]
+    text: TextCondition
     guidance: FiniteFloat | None = None
-    quantization: Literal["int8", "fp8"] | None = None
-    context: Literal["joint", "reused"] = "joint"
-    input: Literal["object", "image"] = "object"
+    quantization: Quantization | None = None
+    context: ContextMode = "joint"
+    input: EncoderInput = "object"
 
 
 class Curriculum(FrozenModel):

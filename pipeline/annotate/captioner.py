@@ -5,18 +5,11 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from pipeline.annotate.models import AnnotateError, ModelFiles, load_model
+from pipeline.annotate.config import AnnotateError
+from pipeline.annotate.models import ModelFiles, load_model
 from pipeline.inputs.views import Box
 
 OPTION = "--captioner"
-DEFAULT = "Qwen/Qwen2.5-VL-7B-Instruct"
-
-# {superclass} stands for the word of the data set. The paper gives no wording, only its content: describe the
-# features of the [cls], do not name the class.
-INSTRUCTION = (
-    "Describe the visual features of the {superclass} in this image in one or two sentences: its colours, shape, "
-    "patterns and the parts that stand out. Do not name the class of the {superclass}."
-)
 # Added when an answer named the class. It does not quote the name: that would tell the model what to look for.
 STRICTER = (
     " Say only what can be seen. Never say or guess which species, breed, variety, make or model it is; call it "

@@ -1,46 +1,69 @@
-"""The configuration of an annotation."""
+"""The configuration of an annotation. Nothing heavy is imported: options of the command line are made from it."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from pipeline.annotate.captioner import DEFAULT as DEFAULT_CAPTIONER
-from pipeline.annotate.captioner import INSTRUCTION
-from pipeline.annotate.detector import DEFAULT as DEFAULT_DETECTOR
-from pipeline.annotate.models import AnnotateError
+from cache_schema.errors import DitDistillError
+from cache_schema.fields import Setting, check_limits
 from pipeline.device import DtypeName
+
+# {superclass} stands for the word of the data set. The paper gives no wording, only its content: describe the
+# features of the [cls], do not name the class.
+INSTRUCTION = (
+    "Describe the visual features of the {superclass} in this image in one or two sentences: its colours, shape, "
+    "patterns and the parts that stand out. Do not name the class of the {superclass}."
+)
+
+
+class AnnotateError(DitDistillError):
+    """A model cannot be loaded, or the annotations at a place are of another run; one line says what to do."""
 
 
 @dataclass(frozen=True)
 class AnnotateConfig:
-    """What to annotate with what.
+    """What to annotate with what."""
 
-    box_threshold: a detection's score must be above it. padding: share of a detected box's sides that is added around
-    it. crop_side: the longer side of what the captioner sees, in pixels, at most. dtype: of the captioner. batch:
-    images per forward pass. save_every: images after which a resumed run need not do them again.
-    """
-
-    boxes: Literal["detector", "dataset", "full"] = "detector"
-    captions: Literal["vlm", "dataset", "none"] = "vlm"
-    detector: str = DEFAULT_DETECTOR
-    detector_revision: str | None = None
-    box_threshold: float = 0.3
-    padding: float = 0.05
-    captioner: str = DEFAULT_CAPTIONER
-    captioner_revision: str | None = None
-    instruction: str = INSTRUCTION
-    max_new_tokens: int = 96
-    crop_side: int = 768
-    dtype: DtypeName = "auto"
-    device: str = "auto"
-    batch: int = 8
-    save_every: int = 64
+    boxes: Annotated[
+        Literal["detector", "dataset", "full"],
+        Setting("Where boxes come from: a detector, the data set, or the whole image is the box."),
+    ] = "detector"
+    captions: Annotated[
+        Literal["vlm", "dataset", "none"],
+        Setting("Where captions come from: a vision-language model, the data set, or none."),
+    ] = "vlm"
+    detector: Annotated[str, Setting("Zero-shot detector: hub repository or folder.")] = (
+        "IDEA-Research/grounding-dino-base"
+    )
+    detector_revision: Annotated[str | None, Setting("Revision of the detector's repository.")] = None
+    box_threshold: Annotated[float, Setting("A detection's score must be above this.", least=0, most=1)] = 0.3
+    padding: Annotated[float, Setting("Share of a detected box's sides to add around it.", least=0, most=1)] = 0.05
+    captioner: Annotated[str, Setting("Image-text-to-text chat model: hub repository or folder.")] = (
+        "Qwen/Qwen2.5-VL-7B-Instruct"
+    )
+    captioner_revision: Annotated[str | None, Setting("Revision of the captioner's repository.")] = None
+    instruction: Annotated[
+        str,
+        Setting(
+            "What the captioner is told; {superclass} stands for the data set's word. Default: describe its features, "
+            "do not name its class.",
+            shown="",
+        ),
+    ] = INSTRUCTION
+    max_new_tokens: Annotated[int, Setting("Longest caption, in tokens of the captioner.", least=1)] = 96
+    crop_side: Annotated[
+        int, Setting("Longer side, in pixels, of the crop that the captioner sees; larger ones shrink.", least=1)
+    ] = 768
+    dtype: Annotated[
+        DtypeName,
+        Setting("Precision of the captioner; auto is bfloat16 on a GPU. The detector runs in float32."),
+    ] = "auto"
+    device: Annotated[str, Setting("Where models run; auto takes the GPU if there is one.", resumable=True)] = "auto"
+    batch: Annotated[int, Setting("Images per forward pass.", least=1, resumable=True)] = 8
+    save_every: Annotated[
+        int, Setting("Images after which an interrupted run need not do them again.", least=1, resumable=True)
+    ] = 64
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "crop_side", "batch", "save_every"):
-            if getattr(self, name) < 1:
-                raise AnnotateError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("box_threshold", "padding"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise AnnotateError(f"--{name.replace('_', '-')} must lie from 0 to 1, not {getattr(self, name)}")
+        check_limits(self, AnnotateError)
         if not self.instruction.strip():
             raise AnnotateError("--instruction is empty; leave it out to use the built-in one")

@@ -11,7 +11,6 @@ from pipeline.annotate.models import ModelFiles, load_model
 from pipeline.inputs.views import Box
 
 OPTION = "--detector"
-DEFAULT = "IDEA-Research/grounding-dino-base"
 _MOST_ELONGATED = 50
 
 

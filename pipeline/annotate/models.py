@@ -8,15 +8,11 @@ from typing import Any
 
 import torch
 
-from cache_schema.errors import DitDistillError
+from pipeline.annotate.config import AnnotateError
 from pipeline.teachers.weights import component_digest, file_digest
 
 # Weights in other formats are copies of these, and some of them are pickles.
 _FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
-
-
-class AnnotateError(DitDistillError):
-    """A model cannot be loaded, or the annotations at a place are of another run; one line says what to do."""
 
 
 @dataclass(frozen=True)

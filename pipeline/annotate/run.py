@@ -16,8 +16,8 @@ from pipeline.annotate import captioner, detector
 from pipeline.annotate.box_stage import BoxStage
 from pipeline.annotate.caption_stage import NO_CAPTION, CaptionStage
 from pipeline.annotate.captioner import STRICTER
-from pipeline.annotate.config import AnnotateConfig
-from pipeline.annotate.models import AnnotateError, ModelFiles, locate_model, release_memory
+from pipeline.annotate.config import AnnotateConfig, AnnotateError
+from pipeline.annotate.models import ModelFiles, locate_model, release_memory
 from pipeline.annotate.table import counts, read_annotations, write_annotations
 from pipeline.annotate.work import Rows, WorkFolder, check_settings, remove_work
 from pipeline.datasets.base import Dataset

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache_schema.storage.files import write_file
-from pipeline.annotate.models import AnnotateError
+from pipeline.annotate.config import AnnotateError
 
 FORMAT = 1
 _METADATA_KEY = b"dit-distill.annotations"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_schema.storage.files import write_file
-from pipeline.annotate.models import AnnotateError
+from pipeline.annotate.config import AnnotateError
 
 Rows = dict[int, dict[str, Any]]  # index of the sample → columns
 

@@ -1,10 +1,11 @@
-"""What a cache build computes and stores, as one typed value."""
+"""What a cache build computes and stores, as one typed value. Nothing heavy: command line options are made from it."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from cache_schema.errors import DitDistillError
-from cache_schema.format.manifest import Compression, EncodingKind, StoreKind
+from cache_schema.fields import Setting, check_limits
+from cache_schema.format.vocabulary import Compression, EncodingKind, StoreKind, TextCondition
 from pipeline.curriculum import DEFAULT_STEPS, DEFAULT_TIMESTEPS, check_timesteps
 from pipeline.datasets.base import SPLITS
 from pipeline.inputs.views import VIEWS
@@ -12,34 +13,64 @@ from pipeline.inputs.views import VIEWS
 AUTO_BATCH = 32
 
 
+def read_batch(text: str) -> int | Literal["auto"]:
+    """A number of images or auto. Raises ValueError."""
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal():
+        raise ValueError(f"{text!r} is neither a number of images nor auto")
+    return int(text)
+
+
 @dataclass(frozen=True)
 class BuildConfig:
     """What to cache and how. taps, timesteps, views and splits as in the manifest.
 
     batch: images per forward pass, each at all timesteps; "auto" begins with AUTO_BATCH and halves the pass on
-    out-of-memory, down to one image at one timestep.
-    min_cosine: the least mean cosine, per tap and timestep, between stored and computed tokens; None accepts any.
+    out-of-memory, down to one image at one timestep. min_cosine: per tap and timestep; None accepts any.
     """
 
-    taps: tuple[str, ...] = ("hidden",)
-    timesteps: tuple[int, ...] = DEFAULT_TIMESTEPS
-    num_steps: int = DEFAULT_STEPS
-    views: tuple[str, ...] = ("canonical",)
-    feature_splits: tuple[str, ...] = ("train", "unlabeled")
-    store: StoreKind = "zarr"
-    encoding: EncodingKind = "int8"
-    pool: int = 1
-    pca: int | None = None
-    compression: Compression = "none"
-    min_cosine: float | None = None
-    seed: int = 0
-    text: Literal["caption", "none"] = "caption"
-    batch: int | Literal["auto"] = 8
-    image_size: int = 224
-    image_format: Literal["jpeg", "png"] = "jpeg"
-    image_quality: int = 95
-    with_images: bool = True
-    samples_per_shard: int | None = None
+    taps: Annotated[tuple[str, ...], Setting("Where features are read: hidden, velocity, double.N, single.N.")] = (
+        "hidden",
+    )
+    timesteps: Annotated[tuple[int, ...], Setting("Curriculum P.")] = DEFAULT_TIMESTEPS
+    num_steps: Annotated[int, Setting("Length T of the scheduler; 1 is the noisiest step, T the clearest.")] = (
+        DEFAULT_STEPS
+    )
+    views: Annotated[tuple[str, ...], Setting("canonical, hflip or both; each gets features of its own.")] = (
+        "canonical",
+    )
+    feature_splits: Annotated[
+        tuple[str, ...], Setting("Splits that get features: train, unlabeled, test.", option="--features")
+    ] = ("train", "unlabeled")
+    store: Annotated[StoreKind, Setting("Zarr v3 arrays, or WebDataset tar files.")] = "zarr"
+    encoding: Annotated[EncodingKind, Setting("Number format in which features are stored.")] = "int8"
+    pool: Annotated[int, Setting("Store the mean over N × N tokens.", least=1, most=64)] = 1
+    pca: Annotated[int | None, Setting("Store the K strongest principal components.", least=1)] = None
+    compression: Annotated[Compression, Setting("Lossless compression of the stored bytes.")] = "none"
+    min_cosine: Annotated[
+        float | None,
+        Setting(
+            "Refuse a cache whose mean cosine to the teacher is below this, e.g. 0.995.",
+            least=-1, most=1, resumable=True,
+        ),
+    ] = None  # fmt: skip
+    seed: Annotated[int, Setting("Seed of the noise; one noise per image and view.")] = 0
+    text: Annotated[TextCondition, Setting("Condition on captions, or on an empty prompt.")] = "caption"
+    batch: Annotated[
+        int | Literal["auto"],
+        Setting(
+            "Images per forward pass, each at all timesteps; auto: 32, halved when memory runs out.",
+            least=1, resumable=True, reads=read_batch, metavar="N|auto",
+        ),
+    ] = 8  # fmt: skip
+    image_size: Annotated[int, Setting("Side of the student's images.", least=1)] = 224
+    image_format: Annotated[Literal["jpeg", "png"], Setting("File format of the student's images.")] = "jpeg"
+    image_quality: Annotated[int, Setting("JPEG quality of the student's images.", least=1, most=100)] = 95
+    with_images: Annotated[bool, Setting("Store the student's images.", option="--images")] = True
+    samples_per_shard: Annotated[
+        int | None, Setting("Samples in a file of features; default: about 64 MB, at most 512 samples.", least=1)
+    ] = None
 
     def __post_init__(self) -> None:
         check_timesteps(list(self.timesteps), self.num_steps)
@@ -52,12 +83,7 @@ class BuildConfig:
                 raise DitDistillError(f"{option} {','.join(value)}: name one or more of {', '.join(known)}, each once")
         if len(set(self.taps)) != len(self.taps) or not self.taps:
             raise DitDistillError(f"--taps {','.join(self.taps)}: name at least one tap, each once")
-        for name in ("batch", "image_size", "pool", "pca"):
-            value = getattr(self, name)
-            if value not in (None, "auto") and value < 1:
-                raise DitDistillError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-        if self.min_cosine is not None and not -1 <= self.min_cosine <= 1:
-            raise DitDistillError(f"--min-cosine must be between -1 and 1, not {self.min_cosine}")
+        check_limits(self)
         if self.store == "webdataset" and self.compression != "none":
             raise DitDistillError(
                 f"--store webdataset is not compressed; leave out --compression {self.compression}, or use --store zarr"

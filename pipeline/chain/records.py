@@ -9,7 +9,7 @@ from typing import Any
 from cache_schema.errors import DitDistillError
 from cache_schema.storage.files import write_file
 from pipeline.annotate.config import AnnotateConfig
-from pipeline.config import RunConfig, Step, flatten, plain_values
+from pipeline.config import SETTINGS, RunConfig, Step
 
 RECORDS_NAME = "steps.json"
 
@@ -22,15 +22,6 @@ _PARTS: dict[Step, tuple[str, ...]] = {
     "verify": (),
 }
 
-# Fields that may change while a step is under way, and after it: where and how fast it runs, how much is tolerated, and
-# where files are whose contents count as inputs.
-FREE = {
-    "data.root", "data.annotations", "teacher.device", "teacher.offload", "teacher.compile",
-    "annotate.device", "annotate.batch", "annotate.save_every",
-    "refine.gradient_checkpointing", "refine.validate_every", "refine.checkpoint_every", "refine.pictures_every",
-    "refine.picture_images", "refine.num_steps", "refine.timesteps",
-    "probe.batch", "build.batch", "build.min_cosine",
-}  # fmt: skip
 _OF_DETECTOR = {"detector", "detector_revision", "box_threshold", "padding"}
 _OF_CAPTIONER = {"captioner", "captioner_revision", "instruction", "max_new_tokens", "crop_side", "dtype"}
 
@@ -46,11 +37,12 @@ class Record:
 
 def settings_of(config: RunConfig, step: Step) -> dict[str, Any]:
     """The settings that a step's result depends on, by dotted name, as plain values."""
-    unused = {f"annotate.{name}" for name in _unused(config.annotate)}
+    # What may change while a step is under way may change after it too.
+    unused = SETTINGS.resumable() | {f"annotate.{name}" for name in _unused(config.annotate)}
     return {
         name: value
-        for name, value in flatten(plain_values(config)).items()
-        if name.partition(".")[0] in _PARTS[step] and name not in FREE and name not in unused
+        for name, value in SETTINGS.flat(config).items()
+        if name.partition(".")[0] in _PARTS[step] and name not in unused
     }
 
 

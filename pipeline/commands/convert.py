@@ -6,14 +6,14 @@ from typing import Annotated
 import typer
 
 from cache_schema.errors import printable
-from pipeline.commands.build import Compression, Store
+from cache_schema.format.vocabulary import Compression, StoreKind
 from pipeline.commands.options import DebugOption
 
 
 def convert(
     source: Annotated[Path, typer.Argument(help="A sealed cache.")],
     target: Annotated[Path, typer.Argument(help="Folder of the copy; a conversion begun there is continued.")],
-    store: Annotated[Store, typer.Option(help="How the copy stores features.")],
+    store: Annotated[StoreKind, typer.Option(help="How the copy stores features.")],
     compression: Annotated[
         Compression | None, typer.Option(help="Lossless compression of a zarr copy; default that of the source.")
     ] = None,
@@ -32,8 +32,8 @@ def convert(
         sealed = copy(
             source,
             target,
-            store.value,
-            None if compression is None else compression.value,
+            store,
+            compression,
             samples_per_shard,
             bar.update,
         )

@@ -6,42 +6,30 @@ from typing import Annotated, cast
 
 import typer
 
+from cache_schema.options import Exposed
+from cache_schema.settings import Values
 from pipeline.commands.options import (
-    AnnotationsOption,
-    CompileOption,
-    ConditionsOption,
-    ContextOption,
-    DataOption,
+    ANNOTATIONS,
+    CONDITIONS,
+    FORWARD,
+    IMAGES,
+    LIMIT,
+    TEACHER,
     DebugOption,
-    DeviceOption,
-    DtypeOption,
-    GuidanceOption,
-    LimitOption,
-    OffloadOption,
-    QuantizeOption,
-    ResolutionOption,
-    RevisionOption,
-    SuperclassOption,
-    TeacherOption,
-    TrainClassesOption,
-    TrainRatioOption,
-    parse_classes,
+    configured_by,
 )
+from pipeline.config import SETTINGS, STEPS, Step, configure
 from pipeline.datasets import dataset_names
 from pipeline.presets import run_folder
 
 
+@configured_by(
+    Exposed("data.name", help=f"Data set: {', '.join(dataset_names())}.", shown="demo"),
+    *IMAGES, ANNOTATIONS, LIMIT, *TEACHER, CONDITIONS, "teacher.dtype",
+    Exposed("teacher.device", also=("annotate.device",)), *FORWARD, "teacher.offload", "teacher.compile",
+)  # fmt: skip
 def run(
-    dataset: Annotated[
-        str | None, typer.Option(help=f"Data set: {', '.join(dataset_names())}.", show_default="demo")
-    ] = None,
-    data: DataOption = None,
-    train_classes: TrainClassesOption = None,
-    train_ratio: TrainRatioOption = None,
-    superclass: SuperclassOption = None,
-    annotations: AnnotationsOption = None,
-    teacher: TeacherOption = None,
-    revision: RevisionOption = None,
+    given: Values,
     output: Annotated[Path | None, typer.Option(help="Folder of everything; default runs/<dataset>.")] = None,
     saved: Annotated[
         Path | None,
@@ -52,16 +40,6 @@ def run(
         typer.Option("--set", metavar="FIELD=VALUE", help="Any field, e.g. refine.steps=200; repeatable."),
     ] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Also compare taps and timesteps before the build.")] = False,
-    conditions: ConditionsOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    resolution: ResolutionOption = None,
-    guidance: GuidanceOption = None,
-    context: ContextOption = None,
-    quantize: QuantizeOption = None,
-    offload: OffloadOption = None,
-    compile_blocks: CompileOption = None,
-    limit: LimitOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove results of another configuration and make them again.")
     ] = False,
@@ -96,22 +74,12 @@ def run(
         raise typer.BadParameter("is the form of a plan; add --dry-run", param_hint="--json")
     from dataclasses import replace
 
-    from pipeline.config import STEPS, Step, describe, make_config, render_config
-
-    config = make_config(
-        dataset, teacher, settings or (), saved, conditions=conditions,
-        data__root=data, data__limit=limit, data__train_classes=parse_classes(train_classes),
-        data__train_ratio=train_ratio, data__superclass=superclass, data__annotations=annotations,
-        teacher__revision=revision, teacher__resolution=resolution, teacher__guidance=guidance,
-        teacher__context=context, teacher__quantize=quantize,
-        teacher__offload=offload, teacher__compile=compile_blocks,
-        teacher__dtype=dtype, teacher__device=device, annotate__device=device,
-    )  # fmt: skip
+    config = configure(given, settings or (), saved)
     if probe:
         config = replace(config, steps=tuple(s for s in STEPS if s in {*config.steps, "probe"}))
     folder = output or run_folder(config.data.name)
     if print_config:
-        typer.echo(render_config(config))
+        typer.echo(SETTINGS.render(config))
         return
     from pipeline.chain import run as chain
 
@@ -131,5 +99,5 @@ def run(
     if dry_run:
         typer.echo(json.dumps(plan, indent=2) if as_json else forecast_text(plan))
         return
-    typer.echo(f"{describe(config)}\n\n{forecast_text(plan)}\n")
+    typer.echo(f"{SETTINGS.describe(config)}\n\n{forecast_text(plan)}\n")
     chain.run_steps(config, folder, opened.samples, overwrite=overwrite, repair=repair, log=typer.echo)

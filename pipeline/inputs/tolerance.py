@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from cache_schema.errors import DitDistillError
+from cache_schema.fields import Setting, check_limits
 
 _SHOWN = 5
 
@@ -12,16 +14,26 @@ class TooManyBadSamples(DitDistillError):  # noqa: N818 - says what happened, as
     """More samples are bad than the build tolerates; the message names some of them and why."""
 
 
+def read_share(text: str) -> float:
+    """1% or 0.01 as a share. Raises ValueError."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a share like 1% or 0.01") from None
+
+
 @dataclass(frozen=True)
 class Tolerance:
-    """max_bad: the largest share of bad samples, 0 to 1, that is left out; strict: not even one is."""
+    """max_bad: the largest share of bad samples that is left out; strict: not even one is."""
 
-    max_bad: float = 0.01
-    strict: bool = False
+    max_bad: Annotated[
+        float,
+        Setting("Stop above this share of bad samples: 1% or 0.01.", least=0, most=1, reads=read_share, shown="1%"),
+    ] = 0.01
+    strict: Annotated[bool, Setting("Stop at the first bad image, caption or feature.")] = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_bad <= 1:
-            raise DitDistillError(f"--max-bad must lie from 0 to 1, not {self.max_bad}")
+        check_limits(self)
 
 
 @dataclass

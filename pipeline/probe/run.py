@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from cache_schema.errors import DitDistillError
 from cache_schema.storage.files import write_file
-from pipeline.curriculum import DEFAULT_STEPS, DEFAULT_TIMESTEPS, check_timesteps
-from pipeline.datasets.base import SPLITS, Dataset, Sample
+from pipeline.curriculum import DEFAULT_TIMESTEPS
+from pipeline.datasets.base import Dataset, Sample
 from pipeline.inputs.condition_store import ConditionStore, default_store
 from pipeline.inputs.feature_source import DiffusionSource, EncoderSource, FeatureSource, Wanted
 from pipeline.inputs.pictures import save_picture
+from pipeline.probe.config import ProbeConfig
 from pipeline.probe.picture import draw_heat_maps
 from pipeline.probe.scores import Score, high_frequency_ratio, linear_accuracy, pool_cells, recall_at_1, standardise
 from pipeline.teachers.base import AnyTeacher, Teacher, is_image_encoder
@@ -27,35 +28,6 @@ from pipeline.teachers.passes import memory_errors
 DEFAULT_TAP = "hidden"
 # Farther below the best than this many standard errors, the default is worth a warning.
 _CLEAR = 2.0
-
-
-@dataclass(frozen=True)
-class ProbeConfig:
-    """What is probed. Images are `per_class` of as many classes of `split` as make up about `images`.
-
-    The default split is `train`: nothing here is fitted to labels of other classes, and a choice made on the test
-    classes would be a choice made on the test set. cells: features are averaged over cells × cells places, flattened.
-    """
-
-    taps: tuple[str, ...] = ()
-    timesteps: tuple[int, ...] = (4, 7, 10, 13, 16, 19, 22, 25, 28)
-    num_steps: int = DEFAULT_STEPS
-    images: int = 300
-    per_class: int = 10
-    split: str = "train"
-    cells: int = 4
-    recommend: int = 4
-    seed: int = 0
-    batch: int = 4
-
-    def __post_init__(self) -> None:
-        check_timesteps(list(self.timesteps), self.num_steps)
-        for name, least in (("images", 4), ("per_class", 2), ("cells", 1), ("recommend", 1), ("batch", 1)):
-            if getattr(self, name) < least:
-                option = name.replace("_", "-")
-                raise DitDistillError(f"--{option} must be at least {least}, not {getattr(self, name)}")
-        if self.split not in SPLITS:
-            raise DitDistillError(f"--split {self.split}: name one of {', '.join(SPLITS)}")
 
 
 @dataclass(frozen=True)

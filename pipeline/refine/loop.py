@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cache_schema.errors import DitDistillError
+from cache_schema.fields import fields_of
 from cache_schema.storage.files import write_file
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.inputs.condition_store import ConditionStore, default_store
@@ -37,9 +38,9 @@ from pipeline.teachers.lora import RECORD_NAME, add_lora
 from pipeline.teachers.passes import memory_errors
 from pipeline.teachers.weights import file_digest
 
-# Settings that may change between two halves of one run without changing what it computes.
-_FREE = ("steps", "gradient_checkpointing", "validate_every", "checkpoint_every", "pictures_every", "picture_images",
-         "num_steps", "timesteps")  # fmt: skip
+# Beside the settings that may change on resume: more steps continue a run. Of accumulate only the product with the
+# number of processes counts, which stands apart.
+_FREE = {"steps", "accumulate"} | {name for name, field in fields_of(RefineConfig).items() if field.setting.resumable}
 
 _OUT_OF_MEMORY = (
     "use --gradient-checkpointing, a smaller --batch with a larger --accumulate, or --quantize int8; what was trained "
@@ -249,8 +250,6 @@ class _Run:
     def _identity(self) -> dict[str, Any]:
         """What two halves of one run must have in common."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
-        # Only their product counts: two processes are one that accumulates twice as much.
-        del settings["accumulate"]
         return settings | {
             "micro-batches per step": self.slots,
             "resolution": self.teacher.resolution,

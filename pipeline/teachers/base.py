@@ -9,14 +9,21 @@ import torch
 from torch import Tensor
 
 from cache_schema.errors import DitDistillError
+from cache_schema.format.vocabulary import ContextMode, EncoderInput, Quantization
 
-# joint: context and noisy tokens attend to each other, so each timestep computes both. reused: the context attends to
-# itself alone, at the clean noise level, so that its keys and values are the same at every timestep.
-ContextMode = Literal["joint", "reused"]
-# Number format of the weights of linear layers in memory, where it is not the one they were saved in.
-Quantization = Literal["int8", "fp8"]
-# What an image encoder is shown of a photograph: the crop of the object, or all of it.
-EncoderInput = Literal["object", "image"]
+__all__ = [
+    "AnyTeacher",
+    "ContextMode",
+    "EncoderInput",
+    "ImageEncoder",
+    "Part",
+    "Quantization",
+    "TapShape",
+    "Teacher",
+    "TeacherError",
+    "TextEmbedding",
+    "is_image_encoder",
+]
 
 
 class TeacherError(DitDistillError):

@@ -12,16 +12,7 @@ from typer.testing import CliRunner
 
 from cache_schema.errors import DitDistillError
 from pipeline.cli import app
-from pipeline.config import (
-    STEPS,
-    ConfigError,
-    field_types,
-    flatten,
-    load_config,
-    make_config,
-    plain_values,
-    save_config,
-)
+from pipeline.config import SETTINGS, STEPS, ConfigError, make_config, save_config
 from pipeline.datasets import dataset_names
 from pipeline.presets import DATASETS, TEACHERS
 from pipeline.teachers import PRESETS
@@ -67,7 +58,7 @@ def typed(**values):
     return st.sampled_from(list(values.items()))
 
 
-SETTINGS = {
+TYPED = {
     "refine.steps": shown(st.integers(1, 10**6)),
     "refine.lr": shown(st.floats(1e-9, 1, allow_subnormal=False)),
     "refine.gradient_checkpointing": typed(true=True, false=False, none=None),
@@ -88,15 +79,15 @@ SETTINGS = {
 
 
 @many_examples
-@given(chosen=st.fixed_dictionaries({}, optional=SETTINGS))
+@given(chosen=st.fixed_dictionaries({}, optional=TYPED))
 def test_any_settings_survive_a_file_and_say_what_was_typed(tmp_path_factory, chosen):
     config = make_config("cars", "demo", [f"{name}={text}" for name, (text, _) in chosen.items()])
     path = tmp_path_factory.mktemp("config") / "run.json"
     save_config(config, path)
-    assert load_config(path) == config
+    assert SETTINGS.load(path) == config
     assert make_config(saved=path) == config
-    values = flatten(plain_values(config))
-    assert set(values) == set(field_types())
+    values = SETTINGS.flat(config)
+    assert set(values) == set(SETTINGS.fields)
     for name, (_, meant) in chosen.items():
         assert values[name] == meant
         assert type(values[name]) is type(meant)
@@ -173,7 +164,7 @@ def test_a_saved_configuration_can_be_changed_by_options_and_settings(tmp_path):
 def test_print_config_prints_what_config_reads(tmp_path):
     said = CliRunner().invoke(app, ["run", "--dataset", "cub", "--set", "build.pool=2", "--probe", "--print-config"])
     (tmp_path / "run.json").write_text(said.output)
-    config = load_config(tmp_path / "run.json")
+    config = SETTINGS.load(tmp_path / "run.json")
     assert config.build.pool == 2
     assert config.steps == STEPS
     assert json.loads(said.output)["teacher"]["name"] == "flux-kontext"

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_annotators import save_grounding_dino, save_llava, save_owlv2, save_qwen
 
-from pipeline.annotate.captioner import INSTRUCTION, STRICTER, Captioner, crop_object, fill_in
+from pipeline.annotate.captioner import STRICTER, Captioner, crop_object, fill_in
+from pipeline.annotate.config import INSTRUCTION
 from pipeline.annotate.detector import Detector, pad_and_clip
 from pipeline.annotate.models import AnnotateError, ModelFiles, locate_model
 

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from cache_schema import open_cache
 from pipeline.cli import app
-from pipeline.commands.options import parse_classes
+from pipeline.config import read_classes
 from pipeline.datasets import DataError, dataset_names
 from pipeline.teachers import PRESETS
 
@@ -41,11 +41,11 @@ def test_a_share_outside_zero_and_one_is_wrong_usage(tmp_path, ratio):
 
 
 def test_class_names_come_from_a_list_or_from_a_file_with_one_per_line(tmp_path):
-    assert parse_classes("wren, Chuck-will's-widow") == ("wren", "Chuck-will's-widow")
+    assert read_classes("wren, Chuck-will's-widow") == ("wren", "Chuck-will's-widow")
     names = write_lines(tmp_path / "names.txt", ["Ducks, Geese, and Swans", "", "  wren "], end="\r\n")
-    assert parse_classes(str(names)) == ("Ducks, Geese, and Swans", "wren")
+    assert read_classes(str(names)) == ("Ducks, Geese, and Swans", "wren")
     with pytest.raises(DataError, match=r"gone\.txt: cannot be read: No such file"):
-        parse_classes(str(tmp_path / "gone.txt"))
+        read_classes(str(tmp_path / "gone.txt"))
 
 
 def test_a_folder_is_built_with_the_chosen_training_classes(tmp_path, flux_folder):

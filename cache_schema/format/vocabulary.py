@@ -1,0 +1,17 @@
+"""The words that a manifest has for a choice. They are imported by command lines, so nothing heavy may be here."""
+
+from typing import Literal
+
+EncodingKind = Literal["float32", "float16", "bfloat16", "int8", "float8_e4m3"]
+# The blosc ones shuffle bytes by the size of the stored type.
+Compression = Literal["none", "zstd", "blosc:lz4", "blosc:zstd"]
+StoreKind = Literal["zarr", "webdataset"]
+# Number format of the weights of linear layers in memory, where it is not the one they were saved in.
+Quantization = Literal["int8", "fp8"]
+# joint: context and noisy tokens attend to each other, so each timestep computes both. reused: the context attends to
+# itself alone, at the clean noise level, so that its keys and values are the same at every timestep.
+ContextMode = Literal["joint", "reused"]
+# What an image encoder is shown of a photograph: the crop of the object, or all of it.
+EncoderInput = Literal["object", "image"]
+# What a teacher is conditioned on: the caption of each image, or an empty prompt.
+TextCondition = Literal["caption", "none"]
