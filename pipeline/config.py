@@ -121,7 +121,12 @@ class RunConfig:
 
     data: DataOptions
     teacher: TeacherOptions
-    steps: tuple[Step, ...] = ("annotate", "refine", "build", "verify")
+    steps: Annotated[tuple[Step, ...], Setting("What is done, in this order.")] = (
+        "annotate",
+        "refine",
+        "build",
+        "verify",
+    )
     conditions: Annotated[
         Path | None,
         Setting(

@@ -1,12 +1,19 @@
 """The options that choose a data set and its training classes, as typed at the command line."""
 
+import inspect
+import subprocess
+import sys
+from typing import Literal, get_args, get_origin
+
 import pytest
+import typer
 from dataset_layouts import save_image, write_cub, write_lines
 from typer.testing import CliRunner
 
 from cache_schema import open_cache
 from pipeline.cli import app
-from pipeline.config import read_classes
+from pipeline.commands.options import configured_by
+from pipeline.config import SETTINGS, make_config, read_classes
 from pipeline.datasets import DataError, dataset_names
 from pipeline.teachers import PRESETS
 
@@ -69,3 +76,89 @@ def test_a_folder_is_built_with_the_chosen_training_classes(tmp_path, flux_folde
     }
     assert cache.manifest.dataset.protocol == "2 classes by name train, the other 1 test"
     assert cache.manifest.dataset.superclass == "insect"
+
+
+COMMANDS = ("annotate", "refine", "probe", "build", "estimate", "run")
+
+
+def options_of(command):
+    """The options of a command."""
+    callback = next(c.callback for c in app.registered_commands if c.callback.__name__ == command)
+    return ["--" + name.replace("_", "-") for name in inspect.signature(callback).parameters]
+
+
+def test_every_field_is_said_once_beside_it():
+    for field in SETTINGS.fields.values():
+        assert field.setting.help.endswith("."), field.name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_says_a_sentence_of_a_field_again(command):
+    sentences = {field.setting.help for field in SETTINGS.fields.values()}
+    module = sys.modules[f"pipeline.commands.{command}"]
+    assert not [s for s in sentences if s in inspect.getsource(module)]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_choices_among_words_are_shown_and_others_are_wrong_usage(command):
+    words = {
+        field.option: word
+        for field in SETTINGS.fields.values()
+        for kind in (field.kind, *get_args(field.kind))
+        if get_origin(kind) is Literal
+        for word in get_args(kind)
+        if field.name.startswith(("teacher.", f"{command}."))
+    }
+    helped = dit_cache(command, "--help").output
+    checked = 0
+    for option in options_of(command):
+        if option in words and option != "--batch":
+            assert words[option] in helped
+            refused = dit_cache(command, option, "surely-not")
+            assert refused.exit_code == 2
+            assert "is not one of" in refused.output
+            checked += 1
+    assert checked >= 3
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("refine.steps", "7"),
+        ("refine.lr", "1e-3"),
+        ("build.timesteps", "4,22"),
+        ("build.views", "canonical, hflip"),
+        ("build.batch", "auto"),
+        ("build.batch", "3"),
+        ("build.text", "none"),
+        ("build.compression", "blosc:lz4"),
+        ("build.pca", "64"),
+        ("probe.taps", "all"),
+        ("teacher.context", "reused"),
+        ("teacher.revision", "1e5"),
+        ("data.root", "7"),
+        ("data.train_classes", "wren, finch"),
+        ("tolerance.max_bad", "2%"),
+        ("tolerance.max_bad", "0.02"),
+        ("annotate.captions", "none"),
+    ],
+)
+def test_an_option_and_a_setting_that_say_the_same_mean_the_same(field, text):
+    found = []
+    alone = typer.Typer()
+    alone.command()(configured_by(field)(found.append))
+    done = CliRunner().invoke(alone, [SETTINGS.field(field).option, text])
+    assert done.exit_code == 0, done.output
+    assert make_config("cars", **found[0]) == make_config("cars", None, [f"{field}={text}"])
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "convert", "info", "preview", "verify"])
+def test_help_of_a_command_imports_nothing_heavy(command):
+    script = (
+        f"import sys; sys.argv = ['x', {command!r}, '--help']\nimport pipeline.cli as m\n"
+        "try: m.main()\nexcept SystemExit: pass\n"
+        "print([n for n in ('torch', 'numpy', 'pyarrow', 'zarr') if n in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "Usage" in done.stdout
+    assert done.stderr.strip() == "[]"
