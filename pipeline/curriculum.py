@@ -1,4 +1,4 @@
-"""Which noise levels are visited, and with which noise: §2 of the method, "Curriculum"."""
+"""Which noise levels are visited, and with which noise: the curriculum of DiT-Distill (CVPR 2026)."""
 
 import hashlib
 from typing import TYPE_CHECKING

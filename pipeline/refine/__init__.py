@@ -1,4 +1,4 @@
-"""Stage I, condition difference refining (CDR): a LoRA teaches the frozen DiT to use the context image (§2)."""
+"""Stage I, condition difference refining (CDR, DiT-Distill): a LoRA teaches the frozen DiT to use the context image."""
 
 from typing import TYPE_CHECKING, Any
 
