@@ -14,12 +14,12 @@ from cache_schema.read_ahead import ReadAhead
 from cache_schema.storage.buffers import empty
 from cache_schema.writing.claims import Claims
 from cache_schema.writing.writer import CacheWriter
+from pipeline.build.calibration import CalibrationImages
 from pipeline.build.config import BuildConfig
+from pipeline.datasets.base import Sample
 from pipeline.inputs.feature_source import FeatureSource
 from pipeline.inputs.scan import ScannedSample
 from pipeline.inputs.tolerance import BadSamples, TooManyBadSamples
-
-_CALIBRATION_IMAGES = 64
 
 Rows = TypeVar("Rows", bound=Sequence[int])
 
@@ -73,6 +73,7 @@ class FeatureBuilder:
     ) -> None:
         self._writer, self._claims, self._source = writer, claims, source
         self._config, self._usable, self._bad, self._check = config, usable, bad, check
+        self._calibration = CalibrationImages(writer.manifest, config.batch_images)
         self._buffers: list[dict[str, Tensor]] = [{}, {}]
 
     def run(self) -> None:
@@ -94,18 +95,20 @@ class FeatureBuilder:
     def _missing_rows(self) -> int:
         return sum(len(self._writer.shard_rows(k)) for k in self._writer.missing_shards())
 
+    def _missing(self) -> set[int]:
+        """The rows of the shards that are still to be built."""
+        return {row for k in self._writer.missing_shards() for row in self._writer.shard_rows(k)}
+
     def _encode(self) -> None:
         """Prepare all that will be needed: a DiT's captions and latents are encoded before it is in memory."""
-        rows = {row for k in self._writer.missing_shards() for row in self._writer.shard_rows(k)}
+        rows = self._missing()
         if self._writer.needs_calibration():
-            rows.update(self._calibration_rows())
+            rows.update(*self._calibration.batches)
+        else:
+            rows.update(*(self._calibration.batch_of(row) for row in list(rows) if row in self._calibration))
         needed = [self._usable[row] for row in sorted(rows)]
         digests = {entry.sample.id: entry.sha256 for entry in needed}
         self._source.prepare([entry.sample for entry in needed], digests, self._check, self._bad.log)
-
-    def _calibration_rows(self) -> list[int]:
-        rows = self._writer.manifest.dataset.feature_rows
-        return sorted({round(i * (rows - 1) / (_CALIBRATION_IMAGES - 1)) for i in range(_CALIBRATION_IMAGES)})
 
     def _calibrate(self) -> None:
         """Measure the statistics an encoding needs, on images spread evenly over the rows with features."""
@@ -114,10 +117,9 @@ class FeatureBuilder:
         if not self._claims.take("calibration"):
             self._bad.log("waiting for the other builder of this cache, which is calibrating it")
             self._claims.take("calibration", wait=True)
-        spread = self._calibration_rows()
-        batches = [spread[i : i + self._config.batch_images] for i in range(0, len(spread), self._config.batch_images)]
-
-        with tqdm(total=len(spread), desc="calibrate", unit="image") as bar, closing(self._ahead(batches)) as ahead:
+        batches = self._calibration.batches
+        count = sum(map(len, batches))
+        with tqdm(total=count, desc="calibrate", unit="image") as bar, closing(self._ahead(batches)) as ahead:
             self._writer.calibrate(self._calibration_features(ahead, bar))
         self._claims.drop("calibration")
 
@@ -125,10 +127,12 @@ class FeatureBuilder:
         self, batches: Iterable[tuple[Sequence[int], Any]], bar: tqdm
     ) -> Iterator[dict[str, Tensor]]:
         """Yield the features of calibration batches; samples that the teacher fails on count where they are stored."""
-        nothing = True
+        nothing, wanted = True, self._missing()
         failures: dict[int, str] = {}
         for rows, given in batches:
-            computed, failures = self._compute(rows, given)
+            computed = self._compute(rows, given)
+            failures = find_failures(computed, self._config)
+            self._calibration.keep(rows, computed, wanted)
             if failures and self._bad.tolerance.strict:
                 self._bad.add(self._usable[rows[min(failures)]].sample.source, failures[min(failures)])
             good = [i for i in range(len(rows)) if i not in failures]
@@ -144,9 +148,10 @@ class FeatureBuilder:
         pending: Future[None] | None = None
         shard: _OpenShard | None = None
         turn = 0
-        with closing(self._ahead(self._batches(shards))) as ahead:
+        with closing(self._ahead(self._batches(shards), self._fresh)) as ahead:
             for rows, given in ahead:
-                computed, failures = self._compute(rows, given)
+                computed = self._features(rows, given)
+                failures = find_failures(computed, self._config)
                 number = rows.start // self._writer.manifest.store.samples_per_shard
                 if shard is None:
                     shard = _OpenShard(self._writer.shard_rows(number))
@@ -171,19 +176,49 @@ class FeatureBuilder:
             for start in range(0, len(rows), self._config.batch_images):
                 yield rows[start : start + self._config.batch_images]
 
-    def _ahead(self, batches: Iterable[Rows]) -> Generator[tuple[Rows, Any], None, None]:
-        """Yield batches of rows with what the teacher needs of them, read while the batch before is computed."""
+    def _ahead(
+        self, batches: Iterable[Rows], needed: Callable[[Rows], Sequence[int]] = lambda rows: rows
+    ) -> Generator[tuple[Rows, Any], None, None]:
+        """Yield batches with what the teacher needs of their `needed` rows, read while the one before is computed."""
 
         def read(rows: Rows) -> tuple[Rows, Any]:
-            return rows, self._source.read([self._usable[row].sample for row in rows])
+            wanted = needed(rows)
+            return rows, self._source.read(self._samples(wanted)) if wanted else None
 
         with ReadAhead(read, threads=1, depth=1) as ahead:
             yield from ahead.over(batches)
 
-    def _compute(self, rows: Sequence[int], given: Any) -> tuple[dict[str, Tensor], dict[int, str]]:
+    def _samples(self, rows: Sequence[int]) -> list[Sample]:
+        return [self._usable[row].sample for row in rows]
+
+    def _fresh(self, rows: Sequence[int]) -> list[int]:
+        """Those rows of a batch that are computed with it."""
+        return [row for row in rows if row not in self._calibration]
+
+    def _compute(self, rows: Sequence[int], given: Any) -> dict[str, Tensor]:
         self._check()
-        features = self._source.compute([self._usable[row].sample for row in rows], given)
-        return features, find_failures(features, self._config)
+        return self._source.compute(self._samples(rows), given)
+
+    def _features(self, rows: Sequence[int], given: Any) -> dict[str, Tensor]:
+        """{tap: (B, V, T, L, C)} of a batch of a shard; given: what the teacher needs of its fresh rows."""
+        fresh = self._fresh(rows)
+        computed = self._compute(fresh, given) if fresh else {}
+        if len(fresh) == len(rows):
+            return computed
+        by_row = {row: {tap: tokens[i] for tap, tokens in computed.items()} for i, row in enumerate(fresh)}
+        by_row |= {row: self._of_calibration(row) for row in rows if row in self._calibration}
+        return {tap: torch.stack([by_row[row][tap].cpu() for row in rows]) for tap in self._config.taps}
+
+    def _of_calibration(self, row: int) -> dict[str, Tensor]:
+        """{tap: (V, T, L, C)} of a row, computed again with its calibration batch where somebody else calibrated."""
+        kept = self._calibration.take(row)
+        if kept is None:
+            batch = self._calibration.batch_of(row)
+            computed = self._compute(batch, self._source.read(self._samples(batch)))
+            self._calibration.keep(batch, computed, self._missing())
+            kept = self._calibration.take(row)
+        assert kept is not None, "a row that is being built is missing"
+        return kept
 
     def _room(self, turn: int, rows: int, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Memory for a shard; two shards take turns, so that one is written while the other is computed."""

@@ -17,7 +17,8 @@ def load_mats(paths: Sequence[Path], variables: Sequence[str], published: str) -
 
     A process of its own reads the files, because one wrong byte can crash scipy's reader, and with it whatever called
     it. No ProcessPoolExecutor: its process would begin by importing the program that called this, which fails for one
-    read from standard input and goes round in circles for one without a guard. Raises DataError naming a file that is missing or damaged; `published` says where to get it again.
+    read from standard input and goes round in circles for one without a guard. Raises DataError naming a file that is
+    missing or damaged; `published` says where to get it again.
     """
     program = Path(__file__).with_name("matlab_process.py")
     # -P: the modules beside the program must not stand in for libraries.
