@@ -219,10 +219,7 @@ def test_missing_truncated_and_replaced_files_are_refused_and_mended(copy: Path,
 
     assert name in {problem.file for problem in verify(copy)}
     if not name.endswith((".md", "zarr.json")) and name != "journal/layout-00000.json":
-        with pytest.raises(CacheCorrupt) as caught:
-            read_everything(open_cache(copy))
-        assert caught.value.cache == str(copy)
-        assert MENDS in advised(caught.value)
+        assert MENDS in str(refusal(copy, expected=[]))
 
     assert repair(copy)
     resume(copy)
