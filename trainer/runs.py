@@ -10,6 +10,9 @@ from trainer.errors import TrainError
 
 CONFIG, RESULT, SCORES, LOG = "config.json", "result.json", "eval.json", "metrics.jsonl"
 
+# What every finished run says of itself.
+ALWAYS = ("mode", "seed", "cache_id", "seconds", "student_updates", "images_seen", "train_classes")
+
 
 def is_finished(run: Path) -> bool:
     """A run writes `result.json` last."""
@@ -24,7 +27,11 @@ def load_result(run: Path) -> dict[str, Any]:
         started = (run / CONFIG).is_file()
         state = "is not finished: continue it with --resume" if started else "is not a run of dit-train"
         raise TrainError(f"{run} {state}")
-    return read_json(run / RESULT)
+    result = read_json(run / RESULT)
+    lacking = [name for name in ALWAYS if name not in result]
+    if lacking:
+        raise TrainError(f"{run / RESULT} is damaged, it says nothing of {lacking[0]}; copy or make the run again")
+    return result
 
 
 def read_config(path: Path) -> dict[str, Any]:

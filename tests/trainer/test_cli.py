@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,22 @@ def test_print_config_shows_every_field_as_json_and_starts_nothing(here, tmp_pat
     output = here("run", "--preset", "demo", "--output", tmp_path / "run", "--print-config")[1]
     assert json.loads(output)["student"]["depth"] == 6
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_not_there_is_not_evaluated(here, cache_path, tmp_path):
+    for options in ([], ["--cache", cache_path]):
+        code, _, errors = here("eval", tmp_path / "nosuch", *options)
+        assert (code, errors) == (1, f"error: there is no run at {tmp_path / 'nosuch'}\n")
+
+
+def test_scores_that_cannot_be_saved_are_printed_and_then_that_is_said(here, runs, tmp_path):
+    run = tmp_path / "theirs"
+    shutil.copytree(runs / "distill", run, ignore=shutil.ignore_patterns("eval*"))
+    (run / "eval.json").mkdir()  # nothing can be written there, whoever asks
+    code, output, said = here("eval", run)
+    assert code == 0
+    assert "student (E_R)" in output
+    assert re.fullmatch(rf"note: the scores are not saved in {run} \(.*\)\n", said)
 
 
 def test_which_students_architecture_applies_is_said(here, tmp_path):

@@ -41,17 +41,17 @@ def eval_run(
     from trainer.evaluation import evaluate
     from trainer.evaluation.tables import format_scores
     from trainer.methods.trained import load_trained
-    from trainer.runs import cache_of_run, scores_file
-    from trainer.training.run_folder import write_json
+    from trainer.runs import cache_of_run
+    from trainer.training.run_folder import save_scores
 
     opened = open_for(cache or cache_of_run(run), allow_partial)
     scores, embeddings, test = evaluate.evaluate_run(run, opened, choose_device(device), load_trained, split.value)
-    if run.is_dir():
-        write_json(run / scores_file(split.value), scores)
-    if save_embeddings is not None:
-        evaluate.save_embeddings(save_embeddings, embeddings, test)
     if as_json:
         typer.echo(json.dumps(scores, indent=2))
-        return
-    typer.echo(f"{run}: {scores['queries']} queries of {scores['classes']} {_CLASSES[split]}, percent")
-    typer.echo(format_scores(scores))
+    else:
+        typer.echo(f"{run}: {scores['queries']} queries of {scores['classes']} {_CLASSES[split]}, percent")
+        typer.echo(format_scores(scores))
+    if run.is_dir():
+        save_scores(run, split.value, scores)
+    if save_embeddings is not None:
+        evaluate.save_embeddings(save_embeddings, embeddings, test)

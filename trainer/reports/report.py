@@ -27,7 +27,7 @@ from trainer.reports.figures import loss_figure, recall_figure
 from trainer.reports.gallery import make_gallery, thumbnails
 from trainer.reports.page import Page, RunView, render_page
 from trainer.runs import CONFIG, LOG, SCORES, load_result, read_json, read_metrics
-from trainer.training.run_folder import write_json
+from trainer.training.run_folder import save_scores, write_json
 
 if TYPE_CHECKING:
     from cache_schema import Cache
@@ -54,7 +54,7 @@ def load_runs(paths: Sequence[Path], cache: Cache, device: torch.device) -> list
         scores = _stored_scores(path, cache)
         if scores is None:
             scores = evaluate_run(path, cache, device, load_trained)[0]
-            write_json(path / SCORES, scores)
+            save_scores(path, "test", scores)
         runs.append(FinishedRun(path, name, load_config(path / CONFIG), result, scores))
     return runs
 

@@ -16,6 +16,8 @@ from trainer.errors import TrainError
 from trainer.models.weights import load_weights, save_weights
 
 FOLDER = "checkpoints"
+# What reading files raises that are not whole, or are of another run.
+DAMAGE = (RuntimeError, ValueError, TypeError, LookupError, OSError, EOFError, UnpicklingError, TrainError)
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,9 @@ def load_checkpoint(
         modules.load_state_dict(load_weights(folder / "weights.safetensors", str(device)))
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
         return Progress(**json.loads((folder / "progress.json").read_text()))
-    except (RuntimeError, ValueError, TypeError, KeyError, OSError, EOFError, UnpicklingError, TrainError) as error:
-        raise TrainError(
-            f"cannot resume from {folder}: {str(error).splitlines()[0]}; start anew with --overwrite"
-        ) from error
+    except DAMAGE as error:
+        reason = (str(error).splitlines() or ["a file of it is damaged"])[0]
+        raise TrainError(f"cannot resume from {folder}: {reason}; start anew with --overwrite") from error
 
 
 def remove_checkpoints(run: Path) -> None:

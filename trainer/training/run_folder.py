@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+from cache_schema.errors import CacheStorageError
 from cache_schema.storage.files import write_file
 from trainer.config import TrainConfig, save_config
 from trainer.errors import TrainError
@@ -68,6 +70,14 @@ def refuse_broken(method: Method, run: Path) -> None:
             f"{run}: {len(broken)} of the {len(state)} tensors are not finite after the last update, for example "
             f"{broken[0]}; {method.advice}, and start anew with --overwrite"
         )
+
+
+def save_scores(run: Path, split: str, scores: dict[str, Any]) -> None:
+    """Keep a run's scores on a split in its folder; where that cannot be written, a colleague's say, only say so."""
+    try:
+        write_json(run / scores_file(split), scores)
+    except CacheStorageError as error:
+        print(f"note: the scores are not saved in {run} ({error.__cause__ or error})", file=sys.stderr)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
