@@ -9,6 +9,14 @@ from torch import Tensor
 
 from cache_schema.errors import DitDistillError
 
+# How CUDA and its libraries say it where PyTorch does not ask for the memory itself, and accelerate does not know of.
+_OTHER_WORDS = (
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
 Forward = Callable[[slice, slice], dict[str, Tensor]]
 
 
@@ -17,10 +25,11 @@ class OutOfMemory(DitDistillError):  # noqa: N818 - as the errors of cache_schem
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and should_reduce_batch_size(error)
-    )
+    """Whether an error says that memory ran out, on a GPU or on the CPU, in whatever words."""
+    if not isinstance(error, RuntimeError):
+        return False
+    said = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    return said or any(words in str(error) for words in _OTHER_WORDS)
 
 
 @contextmanager

@@ -92,6 +92,27 @@ def test_other_errors_are_left_alone():
     assert not is_out_of_memory(ValueError("out of memory."))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried",
+    ],
+)
+def test_whatever_the_words_running_out_of_memory_halves_the_pass(words):
+    def forward(images: slice, timesteps: slice) -> dict[str, torch.Tensor]:
+        if images.stop - images.start > 1:
+            raise RuntimeError(words)
+        return {"hidden": torch.ones(1, 1, 1)}
+
+    assert Passes(2, 1, adaptive=True, log=str).run(2, forward)["hidden"].sum() == 2
+    with pytest.raises(OutOfMemory, match="use --batch auto"):
+        Passes(2, 1).run(2, forward)
+
+
 @contextmanager
 def little_memory(megabytes: int):
     """No more than this beyond what the process has now: a larger allocation really fails."""
