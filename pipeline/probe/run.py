@@ -134,7 +134,8 @@ def score_all(
 ) -> list[Score]:
     """Score timestep after timestep, so that the features of only one are in memory, taps × images × cells² × C.
 
-    source_at: what computes the features at a noise level; samples: prepared there.
+    source_at: what computes the features at a noise level; samples: prepared there. Raises DitDistillError, naming the
+    image, where features are NaN or infinite: scores that count them would mean nothing.
     """
     sigmas = teacher.sigmas(config.num_steps)
     labels = np.array([s.label for s in samples])
@@ -151,11 +152,13 @@ def score_all(
                 for tap, tokens in found.items():
                     tokens = tokens[:, 0, 0]  # one view, one timestep: (B, L, C)
                     grid = teacher.tap_shape(tap).grid
-                    pooled[tap].append(pool_cells(tokens.float(), grid, config.cells).half().cpu())
+                    # Not in 16 bits: channels near 70 000 are common in deep blocks, and float16 ends below.
+                    pooled[tap].append(pool_cells(tokens.float(), grid, config.cells).cpu())
+                    _check_finite(pooled[tap][-1], batch, f"tap {tap} at timestep {p}")
                     energy[tap] += high_frequency_ratio(tokens.float(), grid).tolist()
                 bar.update(len(batch))
             for tap in taps:
-                features = standardise(torch.cat(pooled[tap]).numpy().astype(np.float32))
+                features = standardise(torch.cat(pooled[tap]).numpy())
                 scores.append(
                     Score(
                         tap=tap,
@@ -166,6 +169,16 @@ def score_all(
                     )
                 )
     return scores
+
+
+def _check_finite(pooled: Tensor, batch: Sequence[Sample], where: str) -> None:
+    """Raise unless the features (B, D) of a batch are finite; a mean over tokens is not where one of them is not."""
+    wrong = (~torch.isfinite(pooled).all(dim=1)).nonzero().flatten().tolist()
+    if wrong:
+        raise DitDistillError(
+            f"{batch[wrong[0]].source}: the teacher's features are NaN or infinite: {where}; use --dtype bfloat16 or "
+            "float32, or leave the image out"
+        )
 
 
 def standard_error(share: float, count: int) -> float:

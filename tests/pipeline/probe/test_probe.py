@@ -92,6 +92,39 @@ def test_every_tap_at_every_timestep_is_scored_and_written(teacher, tiny_dataset
     assert any(line.startswith("recommended: --taps ") for line in said)
 
 
+class Separable:
+    """Features that tell the classes apart, beside a channel far beyond what float16 can hold."""
+
+    def __init__(self, worst: float = 70_000.0):
+        self.worst = worst
+
+    def prepare(self, samples, digests=None, check=None, log=None):
+        return 0.0
+
+    def read(self, samples):
+        return samples
+
+    def compute(self, samples, given):
+        one_hot = torch.eye(64)[[s.label for s in samples]]
+        tokens = torch.cat([one_hot, torch.full((len(samples), 1), self.worst)], dim=1)
+        return {"hidden": tokens[:, None, None, None].expand(-1, 1, 1, 16, -1)}  # (B, V, T, L, C)
+
+
+def test_channels_beyond_float16_do_not_make_every_score_chance(teacher, tiny_dataset):
+    samples = choose_samples(tiny_dataset, TINY)
+    scores = score_all(teacher, lambda sigma: Separable(), samples, ["hidden"], TINY)
+    assert {score.recall_at_1 for score in scores} == {1.0}
+    assert {score.linear for score in scores} == {1.0}
+
+
+@pytest.mark.parametrize("worst", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_named_with_their_image(worst, teacher, tiny_dataset):
+    samples = choose_samples(tiny_dataset, TINY)
+    with pytest.raises(DitDistillError, match="NaN or infinite: tap hidden at timestep 10") as caught:
+        score_all(teacher, lambda sigma: Separable(worst), samples, ["hidden"], TINY)
+    assert str(caught.value).startswith(f"{samples[0].source}: ")
+
+
 def test_images_are_evenly_chosen_from_classes_that_have_enough(tiny_dataset):
     chosen = choose_samples(tiny_dataset, TINY)
     labels = [s.label for s in chosen]
