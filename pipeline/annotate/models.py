@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.annotate.config import AnnotateError
+from pipeline.teachers.passes import memory_errors
 from pipeline.teachers.weights import component_digest, file_digest
 
 # Weights in other formats are copies of these, and some of them are pickles.
@@ -54,7 +55,8 @@ def locate_model(source: str, revision: str | None, option: str) -> ModelFiles:
 def load_model(auto_class: Any, files: ModelFiles, option: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     """The processor and the model of a folder, ready to predict. auto_class: one of transformers' AutoModelFor….
 
-    Raises AnnotateError in one line if the folder holds no such model, or not all of its weights.
+    Raises AnnotateError in one line if the folder holds no such model, or not all of its weights, and OutOfMemory if
+    these do not fit on the device.
     """
     from transformers import AutoProcessor
     from transformers.utils import logging
@@ -73,7 +75,10 @@ def load_model(auto_class: Any, files: ModelFiles, option: str, dtype: torch.dty
             f"{option} {files.source}: its files lack {len(missing)} weights of {type(model).__name__} "
             f"({missing[0]}, …); download it again"
         )
-    return processor, model.to(device).eval()
+    # The device alone is asked here: fewer images at once would not make room for the weights.
+    advice = f"its weights do not fit: choose a smaller {option}, --dtype bfloat16 or another --device"
+    with memory_errors(f"while loading {option} {files.source}", advice):
+        return processor, model.to(device).eval()
 
 
 def release_memory() -> None:

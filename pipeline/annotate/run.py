@@ -8,7 +8,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from cache_schema.format.identity import canonical_json
@@ -22,6 +21,7 @@ from pipeline.annotate.table import counts, read_annotations, write_annotations
 from pipeline.annotate.work import Rows, WorkFolder, check_settings, remove_work
 from pipeline.datasets.base import Dataset
 from pipeline.device import choose_device, choose_dtype
+from pipeline.teachers.passes import is_out_of_memory
 
 _VERSIONED = ("dit-distill", "torch", "torchvision", "transformers", "pillow")
 
@@ -141,7 +141,9 @@ def _run_stage(
             for batch in _pieces(piece, config.batch):
                 try:
                     done |= compute(batch)
-                except torch.OutOfMemoryError:
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
                     raise AnnotateError(
                         f"the {stage} of {len(batch)} images at once do not fit into memory; run the same command "
                         f"with --batch {max(1, config.batch // 2)}: it resumes"

@@ -16,7 +16,9 @@ from pipeline.datasets.base import Dataset, Sample
 from pipeline.inputs.condition_store import ConditionStore
 from pipeline.inputs.conditions import Conditions, Pixels, read_pixels
 from pipeline.teachers.base import ImageEncoder, Teacher
-from pipeline.teachers.passes import Passes
+from pipeline.teachers.passes import Passes, memory_errors
+
+_NO_ROOM = "its weights do not fit: use --quantize int8 or fp8, --offload, --dtype bfloat16 or a larger device"
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ class DiffusionSource:
         return {view: self._store.read(samples, view) for view in self._wanted.views}
 
     def compute(self, samples: Sequence[Sample], given: Mapping[str, Conditions]) -> dict[str, Tensor]:
+        # Not by the first pass: where the weights do not fit, smaller passes do not help, and each would load them.
+        with memory_errors("while loading the diffusion transformer", _NO_ROOM):
+            self._teacher.load("transformer")
         return teacher_features(self._teacher, samples, given, self._wanted, self._passes)
 
 

@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_annotators import save_grounding_dino, save_llava, save_owlv2, save_qwen
+from transformers import PreTrainedModel
 
 from pipeline.annotate.captioner import STRICTER, Captioner, crop_object, fill_in
 from pipeline.annotate.config import INSTRUCTION
 from pipeline.annotate.detector import Detector, pad_and_clip
 from pipeline.annotate.models import AnnotateError, ModelFiles, locate_model
+from pipeline.teachers.passes import OutOfMemory
 
 
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -228,3 +230,12 @@ def test_a_captioner_without_a_chat_template_is_refused(tmp_path):
     folder = save_llava(tmp_path / "plain", with_template=False)
     with pytest.raises(AnnotateError, match="has no chat template"):
         Captioner(located(folder, "--captioner"), torch.float32, "cpu", 8)
+
+
+def test_a_model_whose_weights_do_not_fit_is_named_with_advice_about_weights(folders, monkeypatch):
+    def full(self, *arguments):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(PreTrainedModel, "to", full)
+    with pytest.raises(OutOfMemory, match=r"--captioner .*weights do not fit: choose a smaller --captioner"):
+        Captioner(located(folders["llava"], "--captioner"), torch.float32, "cpu", max_new_tokens=16)

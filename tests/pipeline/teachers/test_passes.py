@@ -153,3 +153,18 @@ def test_a_build_that_really_runs_out_of_memory_halves_its_passes_and_leaves_no_
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     with pytest.raises(OutOfMemory, match="use --batch auto"):
         build(teacher, dataset, replace(config, batch=12), tmp_path / "fixed", log=str)
+
+
+def test_weights_that_do_not_fit_are_loaded_once_and_the_advice_is_about_them(load_teacher, tiny_dataset, tmp_path):
+    teacher, tried = load_teacher(), []
+
+    def too_large(transformer) -> None:
+        tried.append(transformer)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 24.00 GiB")
+
+    teacher._prepare_transformer = too_large
+    config = BuildConfig(timesteps=(22, 28), image_size=32, encoding="float32", batch="auto")
+    with pytest.raises(OutOfMemory, match="weights do not fit: use --quantize int8") as caught:
+        build(teacher, tiny_dataset, config, tmp_path / "c", log=str)
+    assert "\n" not in str(caught.value)
+    assert len(tried) == 1
