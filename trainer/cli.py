@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from cache_schema import cli as commands
 from trainer.commands.eval import eval_run
 from trainer.commands.report import report
-from trainer.commands.run import run
 
 app = typer.Typer(
     name="dit-train",
@@ -18,7 +18,24 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("run")(run)
+
+
+class Run(TyperCommand):
+    """`run`, whose options are those of the configuration: they are made when they are asked for."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        from trainer.commands.run import run
+
+        command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        command.command("run")(run)
+        return typer.main.get_command(command).make_context(info_name, args, parent, **extra)
+
+
+@app.command("run", cls=Run)
+def run() -> None:
+    """Train a student by a method: distilled from the cache's features (gcd), or alone (baseline)."""
+
+
 app.command("eval")(eval_run)
 app.command("report")(report)
 

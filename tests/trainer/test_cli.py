@@ -203,3 +203,12 @@ def test_help_lists_the_commands_without_loading_anything_heavy():
     """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
     assert all(word in dit_train("--help").stdout for word in ("run", "eval", "report"))
+
+
+def test_options_are_those_of_the_configuration_with_its_limits(here, tmp_path):
+    assert here("run", "--batch-size", 0, "--output", tmp_path / "run")[0] == 2
+    printed = json.loads(here("run", "--epochs", 7, "--timesteps", "22,28", "--print-config")[1])
+    assert (printed["epochs"], printed["timesteps"]) == (7, [22, 28])
+    code, _, said = here("run", "--method", "baseline", "--alpha", 2, "--print-config")
+    assert code == 1
+    assert "no such field: loss.alpha" in said

@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cache_schema.options import Exposed, with_options
+from cache_schema.settings import Values
 from trainer.commands.opening import open_for
+from trainer.config import PRESETS
+from trainer.methods.registry import DEFAULT, METHODS
+from trainer.methods.settings import settings_of
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
@@ -15,32 +20,32 @@ if TYPE_CHECKING:
 DEFAULT_CACHE = Path("runs/demo/cache")
 
 
+SHOWN = (
+    Exposed("cache", shown=str(DEFAULT_CACHE)),
+    "epochs", "updates", "batch_size", "seed",
+    Exposed("optim.lr", shown="of the preset", help="Peak learning rate."),
+    Exposed("loss.alpha", shown="of the preset", help="Weight of CAL (method gcd)."),
+    Exposed("loss.tau", help="Temperature of DRC."),
+    Exposed("timesteps", help="Curriculum timesteps, e.g. 22,28; all by default (method gcd)."),
+    Exposed("tap", help="Teacher features to read (method gcd)."),
+    Exposed("student.name", "--student", shown="of the preset", help="Student network, by timm name."),
+    Exposed("student.pretrained", "--pretrained", help="Start from timm's weights."),
+    Exposed("student.weights", "--student-weights", help="Start from this safetensors file."),
+    "device", "workers",
+)  # fmt: skip
+
+
+@with_options(settings_of(DEFAULT), SHOWN)
 def run(
+    given: Values,
     output: Annotated[
         Path | None, typer.Option(help="Directory of the run; default: beside the cache, named by the mode.")
     ] = None,
-    cache: Annotated[str | None, typer.Option(help="Teacher cache to train from; default runs/demo/cache.")] = None,
-    method: Annotated[
-        str | None, typer.Option(help="gcd (DiT-Distill, default), baseline, or another method by name.")
-    ] = None,
+    method: Annotated[str | None, typer.Option(help=f"{', '.join(METHODS)}; default {DEFAULT} (DiT-Distill).")] = None,
     mode: Annotated[str | None, typer.Option(help="The same: distill (gcd) or baseline.")] = None,
     preset: Annotated[
-        str | None, typer.Option(help="paper, small or demo; default: demo for the demo data set, else paper.")
+        str | None, typer.Option(help=f"{', '.join(PRESETS)}; default: demo for the demo data set, else paper.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the labelled images.")] = None,
-    updates: Annotated[int | None, typer.Option(help="Student updates, instead of epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Labelled images per update.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Weight of CAL.")] = None,
-    tau: Annotated[float | None, typer.Option(help="Temperature of DRC.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The one seed of the run.")] = None,
-    timesteps: Annotated[str | None, typer.Option(help="Curriculum timesteps, e.g. 22,28; all by default.")] = None,
-    tap: Annotated[str | None, typer.Option(help="Teacher features to read, e.g. hidden.")] = None,
-    student: Annotated[str | None, typer.Option(help="Student network, by timm name.")] = None,
-    pretrained: Annotated[bool | None, typer.Option("--pretrained", help="Start from timm's weights.")] = None,
-    student_weights: Annotated[str | None, typer.Option(help="Start from this safetensors file.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto (default), cpu, cuda, cuda:1, …")] = None,
-    workers: Annotated[int | None, typer.Option(help="Loader processes; 0: one thread.")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Any field, e.g. student.depth=4; repeatable."),
@@ -51,13 +56,8 @@ def run(
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the run's config and stop.")] = False,
 ) -> None:
     """Train a student by a method: distilled from the cache's features (gcd), or alone (baseline)."""
-    flags = {
-        "cache": cache, "method": method, "mode": mode, "epochs": epochs, "updates": updates,
-        "batch_size": batch_size, "seed": seed,
-        "timesteps": timesteps, "tap": tap, "device": device, "workers": workers, "optim__lr": lr,
-        "loss__alpha": alpha, "loss__tau": tau, "student__name": student, "student__pretrained": pretrained,
-        "student__weights": student_weights,
-    }  # fmt: skip
+    cache: str | None = given.get("cache")
+    flags = {**given, "method": method, "mode": mode}
     output = output or _default_output(cache, mode, method)
     config, said = _config_of_run(output, preset, settings or [], flags, resume)
     if print_config:
@@ -87,8 +87,7 @@ def _config_of_run(
     output: Path, preset: str | None, settings: list[str], flags: dict[str, Any], resume: bool
 ) -> tuple[TrainConfig, str]:
     """The config asked for, and what to say of it; a bare `--resume` takes the one the run was started with."""
-    from trainer.methods.registry import DEFAULT
-    from trainer.methods.settings import changes, load_config, make_config, preset_student, settings_of
+    from trainer.methods.settings import changes, load_config, make_config, preset_student
     from trainer.runs import CONFIG
 
     started = output / CONFIG
@@ -99,7 +98,7 @@ def _config_of_run(
     if before is not None and not asked:
         config = before.model_copy(update=free)
     else:
-        cache = flags["cache"] or (before.cache if before else str(DEFAULT_CACHE))
+        cache = flags.get("cache") or (before.cache if before else str(DEFAULT_CACHE))
         chosen = preset or _preset_for(cache)
         config = make_config(chosen, settings, **{**flags, "cache": cache})
         own = preset_student(chosen)
