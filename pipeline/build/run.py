@@ -32,6 +32,7 @@ from pipeline.build.source import source_for
 from pipeline.build.student_images import write_student_images
 from pipeline.datasets.base import Dataset
 from pipeline.inputs.condition_store import default_store
+from pipeline.inputs.decoded import DecodedImages
 from pipeline.inputs.feature_source import FeatureSource
 from pipeline.inputs.scan import ScannedSample, scan
 from pipeline.inputs.tolerance import BadSamples, Tolerance
@@ -65,7 +66,8 @@ def build(
     """Build, or resume, the cache of a data set at `output` and seal it.
 
     A shard that is already there is not computed again, nor one that another builder of the same cache is computing.
-    scanned: what `scan_for` returned, if it was called before. repair: take out what is damaged first, so that exactly
+    scanned: what `scan_for` returned, if it was called before (of `DecodedImages`, so that no image need be decoded
+    again). repair: take out what is damaged first, so that exactly
     that is built again. Raises CacheMismatch if another cache is at `output`, TooManyBadSamples if the scan or the
     teacher finds more bad samples than `tolerance` allows, LowFidelity if the encoding loses more than
     `config.min_cosine` permits.
@@ -74,6 +76,7 @@ def build(
     for tap in config.taps:
         teacher.tap_shape(tap)
     if scanned is None:
+        dataset = DecodedImages(dataset)
         scanned = scan_for(dataset, config, tolerance, log)
     quarantined = sum(not s.ok for s in scanned)
     if quarantined:

@@ -73,8 +73,9 @@ def build_cache(
 ) -> None:
     """The cache into the folder `output`. repair: look for damage first, and build again exactly what is damaged."""
     from pipeline.build.run import build, scan_for
+    from pipeline.inputs.decoded import DecodedImages
 
-    opened = open_data(config.data)
+    opened = DecodedImages(open_data(config.data))
     scanned = scan_for(opened, config.build, config.tolerance)
     loaded = open_teacher(config.teacher, lora)
     build(

@@ -7,6 +7,7 @@ import struct
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.datasets.base import DataError, Dataset, Sample
+from pipeline.inputs.decoded import DecodedImages
 from pipeline.inputs.pixel_range import PixelRangeError, to_rgb
 from pipeline.inputs.views import Box
 
@@ -101,7 +102,13 @@ def _turn_box(box: Box, upright: tuple[int, int], turn: Image.Transpose) -> Box:
 
 
 def read_image(dataset: Dataset, sample: Sample) -> tuple[Image.Image, Box]:
-    """A sample that the scan has found intact, as from `decode_with_box`; raises DataError if it no longer is."""
+    """A sample that the scan has found intact, as from `decode_with_box`; raises DataError if it no longer is.
+
+    What the scan kept of it is not read again.
+    """
+    kept = dataset.kept(sample) if isinstance(dataset, DecodedImages) else None
+    if kept is not None:
+        return kept
     try:
         return decode_with_box(dataset.read(sample), sample.box)
     except UNREADABLE as error:

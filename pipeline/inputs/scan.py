@@ -13,6 +13,7 @@ from cache_schema.format.samples import row_rank
 from cache_schema.read_ahead import ReadAhead
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.inputs.conditions import caption_of
+from pipeline.inputs.decoded import DecodedImages
 from pipeline.inputs.decoding import UNREADABLE, decode_with_box, reason_of
 from pipeline.inputs.pixel_range import bits_used
 from pipeline.inputs.tolerance import BadSamples, TooManyBadSamples
@@ -82,6 +83,8 @@ def scan_sample(dataset: Dataset, sample: Sample, needs_caption: bool = False) -
         reason = str(error)
     if needs_caption and not sample.caption.strip():
         reason, caption = reason or "its caption is empty", sample.caption
+    if not reason and isinstance(dataset, DecodedImages):
+        dataset.keep(sample, image, box)
     kept_box = box if all(map(math.isfinite, box)) else _NO_BOX
     return ScannedSample(sample, digest, image.width, image.height, kept_box, caption, reason, bits_used(data))
 
