@@ -64,7 +64,7 @@ class TrainConfig(Frozen):
     updates: Annotated[int | None, Setting("Student updates, instead of epochs.")] = Field(default=None, ge=1)
     batch_size: Annotated[int, Setting("Labelled images per update.")] = Field(default=32, ge=1)
     validation_classes: Annotated[
-        float, Setting("Share of the training classes held out to follow recall on; never test classes.")
+        float, Setting("Share of the training classes held out to follow recall on; never test classes, e.g. 0.2.")
     ] = Field(default=0.0, ge=0, lt=1)
     views: Annotated[
         tuple[str, ...] | None, Setting("Views to train on; all that the caches have and the trainer can pair.")

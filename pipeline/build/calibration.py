@@ -9,7 +9,7 @@ from cache_schema.format.manifest import Manifest
 _IMAGES = 64
 # More is not kept: these images then go through the teacher twice. A fixed limit, because what a shard holds must not
 # depend on the memory of the machine that built it.
-_KEPT_BYTES = 2 << 30
+_KEPT_BYTES = 4 << 30
 
 
 class CalibrationImages:

@@ -22,7 +22,7 @@ DEFAULT_CACHE = Path("runs/demo/cache")
 
 SHOWN = (
     Exposed("cache", shown=str(DEFAULT_CACHE)),
-    "epochs", "updates", "batch_size", "seed",
+    "epochs", "updates", "batch_size", "seed", "validation_classes", "eval_every",
     Exposed("optim.lr", shown="of the preset", help="Peak learning rate."),
     Exposed("loss.alpha", shown="of the preset", help="Weight of CAL (method gcd)."),
     Exposed("loss.tau", help="Temperature of DRC."),
