@@ -21,9 +21,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _interruptible() -> None:
-    """Behave as in a terminal where a shell runs the tests in the background, and so has SIGINT ignored.
+    """Behave as in a terminal where the tests run in the background or under nohup, which ignore SIGINT and SIGHUP.
 
     Programs that the tests start inherit that; that the commands themselves respect it is a test of its own.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)

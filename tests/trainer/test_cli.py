@@ -212,3 +212,15 @@ def test_options_are_those_of_the_configuration_with_its_limits(here, tmp_path):
     code, _, said = here("run", "--method", "baseline", "--alpha", 2, "--print-config")
     assert code == 1
     assert "no such field: loss.alpha" in said
+
+
+def test_every_command_ends_with_where_its_result_is_and_what_comes_next(here, runs, cache_path, tmp_path):
+    run = runs / "baseline"
+    said = here("run", "--cache", cache_path, "--output", run, "--resume")[1]
+    assert said.splitlines()[-1] == f"the student is in {run}; next: dit-train eval {run}"
+    said = here("eval", run)[1]
+    assert said.splitlines()[-1] == (
+        f"the scores are in {run / 'eval.json'}; next: dit-train report {run} --output {run}"
+    )
+    said = here("report", run, "--output", tmp_path)[1]
+    assert said.splitlines()[-1].endswith("next: open the page in a browser")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -51,7 +52,9 @@ def eval_run(
     else:
         typer.echo(f"{run}: {scores['queries']} queries of {scores['classes']} {_CLASSES[split]}, percent")
         typer.echo(format_scores(scores))
-    if run.is_dir():
-        save_scores(run, split.value, scores)
+    saved = save_scores(run, split.value, scores) if run.is_dir() else None
+    if saved is not None and not as_json:
+        command = shlex.join(["dit-train", "report", str(run), "--output", str(run)])
+        typer.echo(f"the scores are in {saved}; next: {command}")
     if save_embeddings is not None:
         evaluate.save_embeddings(save_embeddings, embeddings, test)

@@ -30,4 +30,4 @@ def report(
     finished = reports.load_runs(runs, opened, where)
     reports.write_report(finished, opened, output, where, started)
     typer.echo(reports.format_runs(finished))
-    typer.echo(f"wrote {output / 'report.html'} and {output / 'summary.json'}")
+    typer.echo(f"wrote {output / 'report.html'} and {output / 'summary.json'}; next: open the page in a browser")

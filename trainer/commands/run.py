@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -121,6 +122,7 @@ def _train(config: TrainConfig, said: str, output: Path, resume: bool, overwrite
     if is_finished(output) and not overwrite:
         result = load_result(output)
         typer.echo(f"{output} is finished already: {result['student_updates']} updates")
+        typer.echo(_next_line(output))
         return
     try:
         cache = open_for(config.cache, allow_partial, config.verify_reads)
@@ -133,3 +135,9 @@ def _train(config: TrainConfig, said: str, output: Path, resume: bool, overwrite
     result = train(config, cache, output, resume=resume, overwrite=overwrite)
     losses = ", ".join(f"{name} {value:.4f}" for name, value in result["final_losses"].items())
     typer.echo(f"{output}: {result['student_updates']} updates in {result['seconds']:.0f} s; last epoch: {losses}")
+    typer.echo(_next_line(output))
+
+
+def _next_line(output: Path) -> str:
+    """Where a run's result is, and the command that goes on from there."""
+    return f"the student is in {output}; next: {shlex.join(['dit-train', 'eval', str(output)])}"

@@ -72,12 +72,18 @@ def refuse_broken(method: Method, run: Path) -> None:
         )
 
 
-def save_scores(run: Path, split: str, scores: dict[str, Any]) -> None:
-    """Keep a run's scores on a split in its folder; where that cannot be written, a colleague's say, only say so."""
+def save_scores(run: Path, split: str, scores: dict[str, Any]) -> Path | None:
+    """Keep a run's scores on a split in its folder; where that cannot be written, a colleague's say, only say so.
+
+    Returns the file, None where there is none.
+    """
+    file = run / scores_file(split)
     try:
-        write_json(run / scores_file(split), scores)
+        write_json(file, scores)
+        return file
     except CacheStorageError as error:
         print(f"note: the scores are not saved in {run} ({error.__cause__ or error})", file=sys.stderr)
+        return None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
