@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trainer.errors import TrainError
 
+SplitName = Literal["test", "validation"]  # the images that a run is scored on
 CONFIG, RESULT, SCORES, LOG = "config.json", "result.json", "eval.json", "metrics.jsonl"
 
 # What every finished run says of itself.
@@ -55,7 +56,7 @@ def validation_share(run: Path) -> float:
     return float(read_config(run / CONFIG).get("validation_classes", 0.0)) if run.is_dir() else 0.0
 
 
-def scores_file(split: str) -> str:
+def scores_file(split: SplitName) -> str:
     """The file of a run's folder with its scores on a split."""
     return SCORES if split == "test" else f"eval-{split}.json"
 

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import json
 import shlex
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from trainer.commands.opening import open_for
+from trainer.runs import SplitName
 
-
-class EvaluatedSplit(StrEnum):
-    """The classes that a student is scored on."""
-
-    TEST = "test"
-    VALIDATION = "validation"
-
-
-_CLASSES = {
-    EvaluatedSplit.TEST: "classes never trained on",
-    EvaluatedSplit.VALIDATION: "classes held out of the training split",
+_CLASSES: dict[SplitName, str] = {
+    "test": "classes never trained on",
+    "validation": "classes held out of the training split",
 }
 
 
@@ -30,8 +22,8 @@ def eval_run(
     run: Annotated[Path, typer.Argument(help="A run's directory, or a student.safetensors.")],
     cache: Annotated[str | None, typer.Option(help="Cache to evaluate on; by default the run's own.")] = None,
     split: Annotated[
-        EvaluatedSplit, typer.Option(help="test, or validation: the training classes that the run held out.")
-    ] = EvaluatedSplit.TEST,
+        SplitName, typer.Option(help="test, or validation: the training classes that the run held out.")
+    ] = "test",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     save_embeddings: Annotated[Path | None, typer.Option(help="Also write the embeddings (.npz).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -46,13 +38,13 @@ def eval_run(
     from trainer.training.run_folder import save_scores
 
     opened = open_for(cache or cache_of_run(run), allow_partial)
-    scores, embeddings, test = evaluate.evaluate_run(run, opened, choose_device(device), load_trained, split.value)
+    scores, embeddings, test = evaluate.evaluate_run(run, opened, choose_device(device), load_trained, split)
     if as_json:
         typer.echo(json.dumps(scores, indent=2))
     else:
         typer.echo(f"{run}: {scores['queries']} queries of {scores['classes']} {_CLASSES[split]}, percent")
         typer.echo(format_scores(scores))
-    saved = save_scores(run, split.value, scores) if run.is_dir() else None
+    saved = save_scores(run, split, scores) if run.is_dir() else None
     if saved is not None and not as_json:
         command = shlex.join(["dit-train", "report", str(run), "--output", str(run)])
         typer.echo(f"the scores are in {saved}; next: {command}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,12 +21,11 @@ from trainer.evaluation.embed import (
 )
 from trainer.evaluation.metrics import retrieval_scores
 from trainer.models.student import Student, load_student
-from trainer.runs import load_result, validation_share
+from trainer.runs import SplitName, load_result, validation_share
 
 if TYPE_CHECKING:
     from cache_schema import Cache
 
-SplitName = Literal["test", "validation"]
 # Finds what a run offers beside its student, made to fit the features of a cache.
 LoadAuxiliary = Callable[[Path, Student, "Cache"], Auxiliary]
 

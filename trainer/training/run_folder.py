@@ -15,7 +15,7 @@ from trainer.methods.method import Method
 from trainer.methods.registry import find_method
 from trainer.methods.settings import differing_fields, load_config
 from trainer.models.student import save_student
-from trainer.runs import CONFIG, LOG, RESULT, SCORES, is_finished, scores_file
+from trainer.runs import CONFIG, LOG, RESULT, SCORES, SplitName, is_finished, scores_file
 from trainer.training.checkpoint import remove_checkpoints
 
 # Of any method; result.json first, so that what is left of a removed run is never taken for a finished one.
@@ -72,7 +72,7 @@ def refuse_broken(method: Method, run: Path) -> None:
         )
 
 
-def save_scores(run: Path, split: str, scores: dict[str, Any]) -> Path | None:
+def save_scores(run: Path, split: SplitName, scores: dict[str, Any]) -> Path | None:
     """Keep a run's scores on a split in its folder; where that cannot be written, a colleague's say, only say so.
 
     Returns the file, None where there is none.
