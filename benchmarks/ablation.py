@@ -82,7 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--name", default="ablation", help="benchmarks/results/NAME.json")
-    parser.add_argument("--set", action="append", default=[], help="a setting for every run, which all of its methods must have")
+    parser.add_argument(
+        "--set", action="append", default=[], help="a setting for every run, which all of its methods must have"
+    )
     args = parser.parse_args(argv)
     if args.cache is None and not (DEMO_CACHE / "manifest.json").exists():
         print(f"skipped: no cache at {DEMO_CACHE}; run `make demo` first")

@@ -18,6 +18,7 @@ from cache_schema.advice import advised
 from cache_schema.errors import DitDistillError, printable
 
 EXIT_ERROR = 1
+_SPINS = "1000"  # of libgomp's 300 000
 # What typer itself exits with on Ctrl-C, without a word.
 _TYPER_INTERRUPTED = 130
 
@@ -52,6 +53,7 @@ def run(
     it only to list it in its help. `~` at the beginning of a path is a home. `argv` defaults to the process's own
     arguments, `name` to the program's own name.
     """
+    _let_others_work()
     arguments, debug = _take_debug(sys.argv[1:] if argv is None else argv)
     if not debug:
         sys.excepthook = _report_bug
@@ -81,6 +83,17 @@ def expand_home(argument: str) -> str:
     Shells do so only where `~` begins a word, so that `--data=~/birds` would be a folder called ~.
     """
     return _HOME.sub(lambda found: os.path.expanduser(found[0]), argument)  # noqa: PTH111 - Path refuses unknown users
+
+
+def _let_others_work() -> None:
+    """Have threads that wait for each other sleep soon; before anything is imported that starts them.
+
+    By default OpenMP's threads spin for milliseconds while one of them waits for a core, on cores that others could
+    use, and on a machine that is shared every parallel loop takes that long. A short spin costs nothing on an idle one
+    (benchmarks/shared_machine.py). What the user has set stays.
+    """
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        os.environ["GOMP_SPINCOUNT"] = _SPINS
 
 
 @contextlib.contextmanager

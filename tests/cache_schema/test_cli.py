@@ -147,3 +147,18 @@ def test_every_command_gets_paths_with_the_home_in_place_of_a_tilde(monkeypatch,
         run(app, ["fail", "~/birds"])
     assert leaving.value.code == 0
     assert capsys.readouterr().out == "done with /home/ada/birds\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+    ids=["nothing set", "spins set", "policy set"],
+)
+def test_waiting_threads_sleep_soon_unless_the_user_has_said_how_they_wait(given, expected):
+    script = (
+        "import os, typer\nfrom cache_schema.cli import run\napp = typer.Typer()\n"
+        "@app.command()\ndef show(): print(os.environ.get('GOMP_SPINCOUNT'))\nrun(app, [])"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    done = subprocess.run([sys.executable, "-c", script], env={**kept, **given}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
