@@ -78,12 +78,7 @@ def build_student(config: StudentConfig) -> Student:
         _check_weights_file(Path(config.weights), config)
         source = {"pretrained": True, "pretrained_cfg_overlay": {"file": config.weights}}
     try:
-        network = timm.create_model(
-            config.name,
-            num_classes=0,
-            **source,
-            **config.timm_kwargs(),
-        )
+        network = _create(config.name, config.timm_kwargs(), **source)
     except BUILD_ERRORS as error:
         reason = _first_line(error)
         weights = f" with weights {config.weights}" if config.weights else ""
@@ -112,7 +107,7 @@ def load_student(path: Path) -> Student:
         raise TrainError(f"{description} does not describe a student of this version")
     try:
         name, kwargs = about["name"], about["kwargs"]
-        network = timm.create_model(name, pretrained=False, num_classes=0, **kwargs)
+        network = _create(name, kwargs)
         student = _wrap(name, kwargs, network, about["input"])
     except (KeyError, *BUILD_ERRORS) as error:
         raise TrainError(
@@ -124,6 +119,16 @@ def load_student(path: Path) -> Student:
     except RuntimeError as error:
         raise TrainError(f"{weights} does not fit {description}: {str(error).splitlines()[0]}") from error
     return student
+
+
+def _create(name: str, kwargs: dict[str, Any], **source: Any) -> nn.Module:
+    """A timm network; one that takes images of any size, as convolutional ones do, is not told `img_size`."""
+    try:
+        return timm.create_model(name, num_classes=0, **source, **kwargs)
+    except TypeError as error:
+        if "img_size" not in kwargs or "'img_size'" not in str(error):
+            raise
+    return timm.create_model(name, num_classes=0, **source, **{k: v for k, v in kwargs.items() if k != "img_size"})
 
 
 def _wrap(
@@ -148,7 +153,7 @@ def embedding_width(name: str, kwargs: dict[str, Any], size: int) -> int:
     """
     try:
         with torch.device("meta"):
-            twin = timm.create_model(name, pretrained=False, num_classes=0, **kwargs).eval()
+            twin = _create(name, kwargs).eval()
             output = twin(torch.empty(2, 3, size, size))
     except BUILD_ERRORS as error:
         raise TrainError(f"student {name} does not take images of {size} pixels: {_first_line(error)}") from error
@@ -176,8 +181,11 @@ def _check_weights_file(file: Path, config: StudentConfig) -> None:
         raise TrainError(f"student weights {file} is not a safetensors file ({error})") from None
     if broken:
         raise TrainError(f"student weights {file}: {len(broken)} tensors are not finite, for example {broken[0]}")
-    with torch.device("meta"):
-        network = timm.create_model(config.name, num_classes=0, **config.timm_kwargs())
+    try:
+        with torch.device("meta"):
+            network = _create(config.name, config.timm_kwargs())
+    except BUILD_ERRORS as error:
+        raise TrainError(f"cannot build student {config.name}: {_first_line(error)}") from error
     need = network.state_dict().keys()
     missing, unused = sorted(need - have), sorted(have - need - _classifier(network, have))
     if missing:

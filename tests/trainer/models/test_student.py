@@ -131,3 +131,18 @@ def test_every_family_of_timm_gives_one_embedding_per_image():
     for name in members:
         config = timm.get_pretrained_cfg(name)
         assert embedding_width(name, {}, config.input_size[-1] if config else 224) > 0
+
+
+def test_a_convolutional_student_takes_images_of_any_size(tmp_path, images):
+    torch.manual_seed(0)
+    student = build_student(StudentConfig(name="test_efficientnet", img_size=24)).eval()
+    assert student.input_size == 24
+    save_file(student.network.state_dict(), tmp_path / "start.safetensors")
+    started = build_student(
+        StudentConfig(name="test_efficientnet", img_size=24, weights=str(tmp_path / "start.safetensors"))
+    ).eval()
+    save_student(student, tmp_path)
+    loaded = load_student(tmp_path).eval()
+    assert loaded.input_size == 24
+    assert torch.equal(started(images), student(images))
+    assert torch.equal(loaded(images), student(images))
