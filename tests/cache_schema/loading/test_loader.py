@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -239,7 +240,7 @@ def test_nothing_is_left_of_a_loader(cache: Cache, end: str) -> None:
         mapped = "dit-distill-batches" in Path("/proc/self/maps").read_text()
         return sum(name.startswith(kinds) for name in opened), mapped, len(children())
 
-    before = resources()
+    before, threads = resources(), set(threading.enumerate())
     assert not before[1]
     loader = FeatureLoader(cache, 4, workers=2)
     for batch in loader:
@@ -253,6 +254,9 @@ def test_nothing_is_left_of_a_loader(cache: Cache, end: str) -> None:
     gc.collect()
     for worker in workers:
         worker.join()
+    # The thread that looked after them closes their pipes, a moment after the last of them is gone.
+    for thread in set(threading.enumerate()) - threads:
+        thread.join()
     assert len(workers) == 2
     del workers, worker
     assert resources() == before
