@@ -27,13 +27,13 @@ def commands(folder: Path) -> dict[str, list[str]]:
     """Name → the command, whose output is new at every call: `{turn}` stands for it."""
     cache = ["--cache", str(folder / "cache")]
     return {
-        "refine": ["pipeline.cli", "refine", "--dataset", "demo", "--steps", str(STEPS), "--limit", str(IMAGES),
+        "refine": ["dit-cache", "refine", "--dataset", "demo", "--steps", str(STEPS), "--limit", str(IMAGES),
                    "--output", f"{folder}/{{turn}}/lora"],
-        "build": ["pipeline.cli", "build", "--dataset", "demo", "--limit", str(IMAGES),
+        "build": ["dit-cache", "build", "--dataset", "demo", "--limit", str(IMAGES),
                   "--output", f"{folder}/{{turn}}/cache"],
-        "run": ["trainer.cli", "run", *cache, "--preset", "demo", "--mode", "baseline", "--updates", str(UPDATES),
+        "run": ["dit-train", "run", *cache, "--preset", "demo", "--mode", "baseline", "--updates", str(UPDATES),
                 "--output", f"{folder}/{{turn}}/run"],
-        "eval": ["trainer.cli", "eval", str(folder / "run"), *cache],
+        "eval": ["dit-train", "eval", str(folder / "run"), *cache],
     }  # fmt: skip
 
 
@@ -51,7 +51,8 @@ def neighbour(busy: bool) -> Iterator[None]:
 
 def seconds(command: list[str], environment: Mapping[str, str]) -> float:
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True)
+    program = str(Path(sys.executable).parent / command[0])
+    done = subprocess.run([program, *command[1:]], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
     return time.perf_counter() - started
