@@ -16,7 +16,8 @@ from pipeline.datasets.base import Dataset, Sample
 from pipeline.inputs.condition_store import ConditionStore
 from pipeline.inputs.conditions import Conditions, Pixels, read_pixels
 from pipeline.teachers.base import ImageEncoder, Teacher
-from pipeline.teachers.passes import Passes, memory_errors
+from pipeline.teachers.host_features import HostFeatures
+from pipeline.teachers.passes import Forward, Passes, memory_errors
 
 _NO_ROOM = "its weights do not fit: use --quantize int8 or fp8, --offload, --dtype bfloat16 or a larger device"
 
@@ -52,7 +53,10 @@ class FeatureSource(Protocol):
         ...
 
     def compute(self, samples: Sequence[Sample], given: Any) -> dict[str, Tensor]:
-        """{tap: (B, V, T, L, C)} of a batch from what `read` gave. Raises OutOfMemory where it does not fit."""
+        """{tap: (B, V, T, L, C)} of a batch, in main memory, from what `read` gave.
+
+        Raises OutOfMemory where it does not fit.
+        """
         ...
 
 
@@ -105,11 +109,11 @@ class EncoderSource:
 
     @torch.no_grad()
     def compute(self, samples: Sequence[Sample], given: Mapping[str, Pixels]) -> dict[str, Tensor]:
-        def forward(view: str) -> Callable[[slice, slice], dict[str, Tensor]]:
+        def forward(view: str) -> Forward:
             pixels = given[view].object if self._encoder.input == "object" else given[view].context
             return lambda images, _: self._encoder.encode(pixels[images], self._wanted.taps)
 
-        return _stacked([_run(self._passes, len(samples), 1, forward(view)) for view in self._wanted.views])
+        return _computed(self._passes, len(samples), 1, self._wanted.views, forward)
 
 
 @torch.no_grad()
@@ -120,13 +124,13 @@ def teacher_features(
     wanted: Wanted,
     passes: Passes | None = None,
 ) -> dict[str, Tensor]:
-    """E_{O,t} of a batch of samples: {tap: (B, V, T, L, C)}.
+    """E_{O,t} of a batch of samples, in main memory: {tap: (B, V, T, L, C)}.
 
     conditions: of the samples, for each view. passes: how the batch is cut; None takes it as one. Raises OutOfMemory
     where that is too much for the device, and passes were given.
     """
 
-    def forward(view: str) -> Callable[[slice, slice], dict[str, Tensor]]:
+    def forward(view: str) -> Forward:
         def run(images: slice, timesteps: slice) -> dict[str, Tensor]:
             given = conditions[view].rows(images).to(teacher.device)
             levels = list(wanted.sigmas[timesteps])
@@ -139,21 +143,23 @@ def teacher_features(
 
         return run
 
-    return _stacked([_run(passes, len(samples), len(wanted.sigmas), forward(view)) for view in wanted.views])
+    return _computed(passes, len(samples), len(wanted.sigmas), wanted.views, forward)
 
 
-def _run(
-    passes: Passes | None, images: int, timesteps: int, forward: Callable[[slice, slice], dict[str, Tensor]]
+def _computed(
+    passes: Passes | None,
+    images: int,
+    timesteps: int,
+    views: Sequence[str],
+    forward: Callable[[str], Forward],
 ) -> dict[str, Tensor]:
-    """{tap: (B, T, L, C)}, in passes or without any, at once: running out of memory is then the caller's to explain."""
-    if passes is not None:
-        return passes.run(images, forward)
-    found = forward(slice(0, images), slice(0, timesteps))
-    return {tap: tokens.unflatten(0, (images, timesteps)) for tap, tokens in found.items()}
-
-
-def _stacked(views: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """{tap: (B, T, L, C)} of every view → {tap: (B, V, T, L, C)}; one view is not copied."""
-    if len(views) == 1:
-        return {tap: tokens.unsqueeze(1) for tap, tokens in views[0].items()}
-    return {tap: torch.stack([view[tap] for view in views], dim=1) for tap in views[0]}
+    """{tap: (B, V, T, L, C)} in main memory, in passes or without any, at once: running out of memory is then the
+    caller's to explain. forward: of a view."""
+    features = HostFeatures(images, timesteps, len(views))
+    for number, view in enumerate(views):
+        if passes is not None:
+            passes.fill(features, number, forward(view))
+        else:
+            whole = slice(0, images), slice(0, timesteps)
+            features.put(number, *whole, forward(view)(*whole))
+    return features.ready()

@@ -8,6 +8,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from cache_schema.errors import DitDistillError
+from pipeline.teachers.host_features import HostFeatures
 
 # How CUDA and its libraries say it where PyTorch does not ask for the memory itself, and accelerate does not know of.
 _OTHER_WORDS = (
@@ -55,45 +56,42 @@ class Passes:
         self._rows = batch * timesteps
 
     def run(self, images: int, forward: Forward) -> dict[str, Tensor]:
-        """{tap: (B, T, L, C)} of a batch. forward: (images, timesteps) → {tap: (images · timesteps, L, C)}.
+        """{tap: (B, T, L, C)} of a batch, in main memory.
 
+        forward: (images, timesteps) → {tap: (images · timesteps, L, C)}.
         Raises OutOfMemory where no smaller pass is allowed or possible.
         """
-        collected: dict[str, Tensor] = {}
+        features = HostFeatures(images, self._timesteps)
+        self.fill(features, 0, forward)
+        return {tap: tokens[:, 0] for tap, tokens in features.ready().items()}
+
+    def fill(self, features: HostFeatures, view: int, forward: Forward) -> None:
+        """Compute one view of `features`, in as many passes as it takes; `forward` and errors as of `run`."""
         image = timestep = 0
-        while image < images:
-            count, steps = self._next(images - image, self._timesteps - timestep)
-            found = self._try(forward, slice(image, image + count), slice(timestep, timestep + steps))
-            if found is None:
+        while image < features.images:
+            count, steps = self._next(features.images - image, self._timesteps - timestep)
+            if not self._try(forward, features, view, slice(image, image + count), slice(timestep, timestep + steps)):
                 continue
-            parts = {tap: tokens.unflatten(0, (count, steps)) for tap, tokens in found.items()}
-            if (count, steps) == (images, self._timesteps):
-                return parts
-            for tap, tokens in parts.items():
-                if tap not in collected:
-                    # In main memory: where a pass had to be cut, the device has none to spare.
-                    collected[tap] = torch.empty((images, self._timesteps, *tokens.shape[2:]), dtype=tokens.dtype)
-                collected[tap][image : image + count, timestep : timestep + steps] = tokens
             timestep = (timestep + steps) % self._timesteps
             image += count if timestep == 0 else 0
-        return collected
 
     def _next(self, images: int, timesteps: int) -> tuple[int, int]:
         """Images and timesteps of the next pass, of those that are left."""
         whole = self._rows // self._timesteps
         return (min(whole, images), self._timesteps) if whole else (1, min(self._rows, timesteps))
 
-    def _try(self, forward: Forward, images: slice, timesteps: slice) -> dict[str, Tensor] | None:
-        """Run one pass; None if memory ran out and a smaller one is to be tried."""
+    def _try(self, forward: Forward, features: HostFeatures, view: int, images: slice, timesteps: slice) -> bool:
+        """Run one pass and keep what it gives; False if memory ran out and a smaller one is to be tried."""
         try:
-            return forward(images, timesteps)
+            features.put(view, images, timesteps, forward(images, timesteps))
+            return True
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             self._shrink(images.stop - images.start, timesteps.stop - timesteps.start, error)
         # Only here is the error gone, and with it the frames that held on to the memory.
         clear_device_cache(garbage_collection=True)
-        return None
+        return False
 
     def _shrink(self, images: int, timesteps: int, error: Exception) -> None:
         tried = f"{_count(images, 'image')} at {_count(timesteps, 'timestep')}"
