@@ -33,23 +33,55 @@ class StudentConfig(Frozen):
     embed_dim: int | None = Field(default=None, ge=1)
     num_heads: int | None = Field(default=None, ge=1)
     drop_path_rate: float | None = Field(default=None, ge=0, lt=1)
+    batch_norm: Annotated[
+        Literal["train", "freeze_statistics", "freeze"],
+        Setting(
+            "Batch norms of a pretrained network: trained, with the statistics they came with, or left alone; small "
+            "batches have poor statistics of their own."
+        ),
+    ] = "train"
+    batch_norm_momentum: Annotated[float | None, Setting("Of the statistics of batch norms; timm's by default.")] = (
+        Field(default=None, gt=0, le=1)
+    )
     extra: dict[str, bool | int | float | str] = Field(default_factory=dict)  # any other timm argument
 
     def timm_kwargs(self) -> dict[str, Any]:
         """Only the arguments that were given: a convolutional net does not know `patch_size`."""
-        named = self.model_dump(exclude={"name", "pretrained", "weights", "extra"}, exclude_none=True)
-        return {**named, **self.extra}
+        ours = {"name", "pretrained", "weights", "batch_norm", "batch_norm_momentum", "extra"}
+        return {**self.model_dump(exclude=ours, exclude_none=True), **self.extra}
+
+    @property
+    def starts_trained(self) -> bool:
+        """Whether the network has weights to start from, rather than random ones."""
+        return self.pretrained or self.weights is not None
 
 
 class OptimConfig(Frozen):
     """Adam with cosine annealing; a method adds the multiples of the learning rate that its own parts have."""
 
-    name: Literal["adam", "adamw"] = "adam"
-    lr: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    warmup: float = Field(default=0.0, ge=0, lt=1)  # fraction of all updates
-    final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
-    grad_clip: float | None = Field(default=None, gt=0)  # largest gradient norm
+    name: Annotated[Literal["adam", "adamw"], Setting("adamw decays weights apart from the gradient.")] = "adam"
+    lr: Annotated[float, Setting("Peak learning rate of the student.")] = Field(default=1e-3, gt=0)
+    weight_decay: Annotated[
+        float, Setting("Of matrices; norms, biases, position embeddings, tokens and proxies have none.")
+    ] = Field(default=0.0, ge=0)
+    layer_decay: Annotated[
+        float | None, Setting("Learning rate of each layer of the student, as a multiple of the next one's, e.g. 0.75.")
+    ] = Field(default=None, gt=0, le=1)
+    warmup: Annotated[float, Setting("Share of all updates over which the learning rate grows from 0.")] = Field(
+        default=0.0, ge=0, lt=1
+    )
+    final_lr_ratio: Annotated[float, Setting("Learning rate at the end, as a share of the peak.")] = Field(
+        default=0.0, ge=0, le=1
+    )
+    grad_clip: Annotated[float | None, Setting("Largest norm of the gradient of all parameters.")] = Field(
+        default=None, gt=0
+    )
+    accumulate: Annotated[
+        int, Setting("Parts that a batch is cut into, one after the other, where memory is short.")
+    ] = Field(default=1, ge=1)
+    ema: Annotated[
+        float | None, Setting("Keep and evaluate a moving average of all weights with this decay, e.g. 0.999.")
+    ] = Field(default=None, gt=0, lt=1)
 
 
 class TrainConfig(Frozen):
@@ -74,6 +106,9 @@ class TrainConfig(Frozen):
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"], Setting("Of the forward pass; weights are always float32.")
     ] = "auto"
+    compile: Annotated[bool, Setting("Compile the student's network: a minute at the start, faster afterwards.")] = (
+        False
+    )
     workers: Annotated[int, Setting("Loader processes; 0: one thread.", resumable=True)] = Field(default=0, ge=0)
     threads: Annotated[int | None, Setting("Of torch; its own choice by default.", resumable=True)] = Field(
         default=None, ge=1
@@ -109,8 +144,20 @@ _SMALL: dict[str, Any] = {
     "optim": {"lr": 5e-4, "warmup": 0.1},
 }
 
-# paper: the full setting. small: a small student on any cache, from scratch. demo: small, on the demo's data set.
-PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "small": _SMALL, "demo": _SMALL}
+# A pretrained network at its own size, as metric learning trains one. The published settings it was held against:
+# Hyp-ViT (Ermolov et al., CVPR 2022): AdamW, 3e-5 (DINO 1e-5), decay 0.01, clipping at 3, batch 900, random resized
+# crop and flip. HIER (Kim et al., CVPR 2023): AdamW, 5e-6 to 1e-5, decay 0.01 (SOP 1e-4), clipping at 1, batch 90, a
+# warm-up of one epoch in 50, 100 times the rate for what starts at random. OML repeats the images and AdamW 1e-5, 0.01
+# of Hyp-ViT.
+_RECOMMENDED: dict[str, Any] = {
+    "batch_size": 64,
+    "student": {"pretrained": True},
+    "optim": {"name": "adamw", "lr": 3e-5, "weight_decay": 0.01, "warmup": 0.05, "grad_clip": 1.0},
+}
+
+# recommended: a pretrained student on real photographs. paper: the setting as published, untuned, and as there with
+# pretrained weights. small: a small student on any cache, from scratch. demo: small, on the demo's data set.
+PRESETS: dict[str, dict[str, Any]] = {"recommended": _RECOMMENDED, "paper": {}, "small": _SMALL, "demo": _SMALL}
 
 
 def save_config(config: TrainConfig, path: Path) -> None:

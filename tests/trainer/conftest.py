@@ -35,8 +35,8 @@ CLASSES = {"train": (0, 1, 2), "test": (10, 11), "unlabeled": (20,)}
 
 TINY = (
     "student.name=vit_tiny_patch16_224", "student.img_size=24", "student.patch_size=12", "student.depth=1",
-    "student.embed_dim=32", "student.num_heads=2", "batch_size=6", "epochs=3", "threads=1", "device=cpu",
-    "log_every=1",
+    "student.embed_dim=32", "student.num_heads=2", "student.pretrained=false", "batch_size=6", "epochs=3",
+    "threads=1", "device=cpu", "log_every=1",
 )  # fmt: skip
 TINY_GIM = ("gim.queries=3", "gim.bridge_layers=1")
 

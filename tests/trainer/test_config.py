@@ -2,7 +2,7 @@ import pytest
 
 from trainer.config import PRESETS, save_config
 from trainer.errors import TrainError
-from trainer.methods.settings import changes, differing_fields, load_config, make_config, settings_of
+from trainer.methods.settings import changes, differing_fields, load_config, make_config, require_weights, settings_of
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -88,3 +88,22 @@ def test_a_mode_and_a_method_that_disagree_are_refused():
     assert make_config("demo", ["mode=baseline"]).method == make_config("demo", mode="baseline").method == "baseline"
     with pytest.raises(TrainError, match="mode distill is method gcd, not baseline"):
         make_config("demo", mode="distill", method="baseline")
+
+
+def test_the_paper_preset_wants_weights_and_says_how_to_give_them():
+    for preset in ("recommended", "small", None):
+        require_weights(make_config(preset or "demo"), preset)
+    with pytest.raises(TrainError, match=r"add --pretrained .* or --student-weights FILE.safetensors"):
+        require_weights(make_config("paper"), "paper")
+    require_weights(make_config("paper", student__weights="some.safetensors"), "paper")
+    require_weights(make_config("paper", student__pretrained=True), "paper")
+
+
+def test_the_recommended_preset_fine_tunes_whatever_network_is_named():
+    for name in (None, "resnet18"):
+        config = make_config("recommended", student__name=name)
+        assert config.student.pretrained
+        assert (config.optim.name, config.optim.grad_clip, config.optim.warmup > 0) == ("adamw", 1.0, True)
+        assert 1e-5 <= config.optim.lr <= 3e-5
+        assert 10 <= config.optim.gim_lr_scale <= config.optim.proxy_lr_scale <= 100
+    assert make_config("recommended", mode="baseline").optim.proxy_lr_scale == config.optim.proxy_lr_scale

@@ -13,7 +13,7 @@ from cache_schema.settings import Values
 from trainer.commands.opening import open_for
 from trainer.config import PRESETS
 from trainer.methods.registry import DEFAULT, METHODS
-from trainer.methods.settings import settings_of
+from trainer.methods.settings import require_weights, settings_of
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
@@ -32,7 +32,7 @@ SHOWN = (
     Exposed("student.name", "--student", shown="of the preset", help="Student network, by timm name."),
     Exposed("student.pretrained", "--pretrained", help="Start from timm's weights."),
     Exposed("student.weights", "--student-weights", help="Start from this safetensors file."),
-    "device", "workers",
+    "compile", "device", "workers",
 )  # fmt: skip
 
 
@@ -45,7 +45,8 @@ def run(
     method: Annotated[str | None, typer.Option(help=f"{', '.join(METHODS)}; default {DEFAULT} (DiT-Distill).")] = None,
     mode: Annotated[str | None, typer.Option(help="The same: distill (gcd) or baseline.")] = None,
     preset: Annotated[
-        str | None, typer.Option(help=f"{', '.join(PRESETS)}; default: demo for the demo data set, else paper.")
+        str | None,
+        typer.Option(help=f"{', '.join(PRESETS)} (untuned); default: demo for the demo data set, else recommended."),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -60,10 +61,11 @@ def run(
     cache: str | None = given.get("cache")
     flags = {**given, "method": method, "mode": mode}
     output = output or _default_output(cache, mode, method)
-    config, said = _config_of_run(output, preset, settings or [], flags, resume)
+    config, said, chosen = _config_of_run(output, preset, settings or [], flags, resume)
     if print_config:
         typer.echo(config.model_dump_json(indent=2))
         return
+    require_weights(config, chosen)
     _train(config, said, output, resume, overwrite, allow_partial)
 
 
@@ -80,14 +82,17 @@ def _preset_for(cache: str) -> str:
     try:
         name = json.loads((Path(cache) / "manifest.json").read_text(encoding="utf-8"))["dataset"]["name"]
     except (OSError, ValueError, KeyError, TypeError):
-        return "paper"
-    return "demo" if name == "demo" else "paper"
+        return "recommended"
+    return "demo" if name == "demo" else "recommended"
 
 
 def _config_of_run(
     output: Path, preset: str | None, settings: list[str], flags: dict[str, Any], resume: bool
-) -> tuple[TrainConfig, str]:
-    """The config asked for, and what to say of it; a bare `--resume` takes the one the run was started with."""
+) -> tuple[TrainConfig, str, str | None]:
+    """The config asked for, what to say of it, and the preset it began with.
+
+    A bare `--resume` takes the config that the run was started with.
+    """
     from trainer.methods.settings import changes, load_config, make_config, preset_student
     from trainer.runs import CONFIG
 
@@ -108,8 +113,8 @@ def _config_of_run(
     if config.cache and "://" not in config.cache:
         config = config.model_copy(update={"cache": str(Path(config.cache).resolve())})
     if before is not None and not asked:
-        return config, f"method {config.method}, as the run was started"
-    return config, f"method {config.method}, preset {chosen}\n{changes(config, chosen)}".rstrip()
+        return config, f"method {config.method}, as the run was started", None
+    return config, f"method {config.method}, preset {chosen}\n{changes(config, chosen)}".rstrip(), chosen
 
 
 def _train(config: TrainConfig, said: str, output: Path, resume: bool, overwrite: bool, allow_partial: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -32,11 +32,26 @@ class Batch:
     labels: Tensor  # (B+U,) int64, -1 = unlabelled
     encoded: Mapping[str, FeatureBatch] = field(default_factory=dict)
     features: Mapping[str, Tensor] = field(default_factory=dict)  # (B+U, P, L, C_t) float32, by the method's names
+    unlabelled: int = 0  # U
 
     def to(self, device: torch.device) -> Batch:
         """Move to `device` and decode the features there: encoded bytes are the cheaper ones to move."""
         features = {name: part.decode(device=device, dtype=torch.float32) for name, part in self.encoded.items()}
-        return Batch(self.images.to(device, non_blocking=True), self.labels.to(device), {}, features)
+        images, labels = self.images.to(device, non_blocking=True), self.labels.to(device)
+        return Batch(images, labels, {}, features, self.unlabelled)
+
+    def split(self, parts: int) -> Iterator[Batch]:
+        """Cut into equal parts of decoded rows, each with its share of the labelled and of the unlabelled ones."""
+        labelled = len(self.labels) - self.unlabelled
+        for part in range(parts):
+            rows = torch.cat(
+                [
+                    torch.arange(labelled * part // parts, labelled * (part + 1) // parts),
+                    labelled + torch.arange(self.unlabelled * part // parts, self.unlabelled * (part + 1) // parts),
+                ]
+            ).to(self.labels.device)
+            features = {name: value[rows] for name, value in self.features.items()}
+            yield Batch(self.images[rows], self.labels[rows], {}, features, self.unlabelled // parts)
 
 
 class TrainingBatches:
@@ -70,6 +85,14 @@ class TrainingBatches:
         """Updates in an epoch."""
         return self.labelled.batches_per_epoch
 
+    def require_parts(self, parts: int) -> None:
+        """Raise TrainError unless labelled and unlabelled rows of a batch can be cut into so many equal parts."""
+        for rows, name in ((self.labelled, "labelled"), (self.unlabelled, "unlabelled")):
+            if rows is not None and rows.batch_size % parts:
+                raise TrainError(
+                    f"optim.accumulate: {rows.batch_size} {name} images per update are not {parts} equal parts"
+                )
+
     @property
     def batch_rows(self) -> int:
         """Rows of a batch, labelled and not."""
@@ -88,7 +111,8 @@ class TrainingBatches:
                 images[place] = images[place].flip(-1)
         if self.config.augment == "color":
             images = jitter_color(images, generator(self.config.seed, AUGMENT, update))
-        return Batch(images, labels, {name: reader.read(rows, draw) for name, reader in self.features.items()})
+        encoded = {name: reader.read(rows, draw) for name, reader in self.features.items()}
+        return Batch(images, labels, encoded, unlabelled=len(rows) - len(labelled))
 
 
 class _SourceReader:

@@ -15,6 +15,9 @@ from trainer.errors import TrainError
 from trainer.methods.registry import DEFAULT, config_class, method_name
 from trainer.runs import read_config
 
+# The fields of a student that say how one network is built.
+ARCHITECTURE = ("name", "img_size", "patch_size", "depth", "embed_dim", "num_heads")
+
 
 def settings_of(method: str) -> Settings[TrainConfig]:
     """What is done with the configs of a method; raises TrainError for a method that is not there."""
@@ -37,8 +40,18 @@ def make_config(preset: str, settings: Iterable[str] = (), **flags: Any) -> Trai
     )
     values = merge(PRESETS[preset], known.kind.presets.get(preset, {}))
     if asked.get("student.name") not in (None, preset_student(preset)):
-        values.pop("student", None)  # another network has another architecture
+        for name in ARCHITECTURE:  # another network has another
+            values.get("student", {}).pop(name, None)
     return known.validate(merge(values, unflatten(asked), {"method": method}))
+
+
+def require_weights(config: TrainConfig, preset: str | None) -> None:
+    """Raise TrainError where a preset that is meant for a pretrained student would start from random weights."""
+    if preset == "paper" and not config.student.starts_trained:
+        raise TrainError(
+            f"preset paper trains a pretrained student: add --pretrained (timm's weights of {config.student.name}, "
+            "from its hub) or --student-weights FILE.safetensors; --preset small trains one from scratch"
+        )
 
 
 def preset_student(preset: str) -> str | None:

@@ -33,6 +33,10 @@ class ProxyClassifier(nn.Module):
         self.tau = tau
         self.proxies = nn.Parameter(torch.randn(classes, dim) / dim**0.5)
 
+    def no_weight_decay(self) -> set[str]:
+        """Proxies have none: they are as long as they are, for only their direction counts."""
+        return {"proxies"}
+
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """embeddings (B, C) or (B, P, C), labels (B,) with -1 for unlabelled rows: returns a scalar."""
         return drc_loss(embeddings, labels, self.proxies, self.tau)

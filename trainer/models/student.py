@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cache_schema.storage.files import write_file
 from trainer.config import StudentConfig
@@ -39,9 +40,22 @@ class Student(nn.Module):
         self.name, self.kwargs, self.network = name, kwargs, network
         self.input_size = int(normalisation["size"])  # pixels, square
         self.dim = dim
+        self._frozen: list[nn.Module] = []
         for key in ("mean", "std"):
             values = torch.tensor(normalisation[key], dtype=torch.float32).view(1, 3, 1, 1)
             self.register_buffer(key, values, persistent=False)
+
+    def freeze_batch_norm(self, scales_too: bool) -> None:
+        """Keep the statistics of batch norms as they are from now on, and with `scales_too` all of them."""
+        self._frozen = [module for module in self.network.modules() if isinstance(module, _BatchNorm)]
+        for module in self._frozen if scales_too else ():
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Student:
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed uint8 images (B, 3, S, S) with values 0..255: returns E_R (B, C), not normalised."""
@@ -83,7 +97,25 @@ def build_student(config: StudentConfig) -> Student:
         reason = _first_line(error)
         weights = f" with weights {config.weights}" if config.weights else ""
         raise TrainError(f"cannot build student {config.name}{weights}: {reason}") from error
-    return _wrap(config.name, config.timm_kwargs(), network)
+    student = _wrap(config.name, config.timm_kwargs(), network)
+    _set_batch_norm(student, config)
+    return student
+
+
+def _set_batch_norm(student: Student, config: StudentConfig) -> None:
+    """Do as the config says; raises TrainError where statistics are to be kept that were never measured."""
+    if config.batch_norm_momentum is not None:
+        for module in student.network.modules():
+            if isinstance(module, _BatchNorm):
+                module.momentum = config.batch_norm_momentum
+    if config.batch_norm == "train":
+        return
+    if not config.starts_trained:
+        raise TrainError(
+            f"student.batch_norm={config.batch_norm} keeps the statistics of pretrained weights; add --pretrained or "
+            "--student-weights FILE, or set student.batch_norm=train"
+        )
+    student.freeze_batch_norm(scales_too=config.batch_norm == "freeze")
 
 
 def save_student(student: Student, folder: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from timm.utils import ModelEmaV3
 
 from trainer.config import TrainConfig
 from trainer.data.batches import TrainingBatches
@@ -36,10 +37,16 @@ class Parts:
     validation: TestSplit | None  # the classes held out, where there are any
     method: Method
     optimizer: torch.optim.Optimizer
+    average: ModelEmaV3 | None  # of the method's weights, where the config asks for one
 
     @property
     def updates(self) -> int:
         return self.config.updates or self.config.epochs * self.batches.per_epoch
+
+    @property
+    def result(self) -> Method:
+        """The method with the weights that are evaluated and kept: the averaged ones, where there are any."""
+        return self.method if self.average is None else self.average.module
 
 
 def assemble(config: TrainConfig, cache: Cache) -> Parts:
@@ -58,11 +65,16 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
     validation = None
     if config.validation_classes:
         validation = open_rows(cache, batches.validation, student.input_size, config.image_memory_gb)
+    batches.require_parts(config.optim.accumulate)
     shapes = {name: source.shape for name, source in batches.sources.items()}
     method = kind(config, student, batches.classes, shapes).to(device)
-    return Parts(
-        config, cache, device, batches, validation, method, make_optimizer(method.parameter_groups(), config.optim)
-    )
+    # Of the method and not of the student alone: what is used with the student must be of the same moments. The decay
+    # grows with the updates, or short runs would end in a mean with their random beginning.
+    average = ModelEmaV3(method, decay=config.optim.ema, use_warmup=True) if config.optim.ema else None
+    optimizer = make_optimizer(method, config.optim)
+    if config.compile:
+        student.network.compile()  # after the average was copied: that one only evaluates
+    return Parts(config, cache, device, batches, validation, method, optimizer, average)
 
 
 def start(parts: Parts, run: Path, resume: bool) -> Progress:
@@ -74,7 +86,7 @@ def start(parts: Parts, run: Path, resume: bool) -> Progress:
     if checkpoint is None:
         parts.method.fit(batches[update].to(parts.device) for update in range(FIT_UPDATES))
         return beginning
-    progress = load_checkpoint(checkpoint, parts.method, parts.optimizer, parts.device)
+    progress = load_checkpoint(checkpoint, parts.method, parts.optimizer, parts.device, parts.average)
     if progress.cache_id != beginning.cache_id:
         trained_on = f"cache {progress.cache_id[:8]}, not on {cache.manifest.label}"
         raise TrainError(f"{run} was trained on {trained_on}: give that cache, or start anew with --overwrite")

@@ -30,12 +30,23 @@ class Progress:
     other_caches: dict[str, str] = field(default_factory=dict)  # ids of further caches, by what is read from them
 
 
-def save_checkpoint(run: Path, modules: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
-    """Write a checkpoint into `run` and remove the older ones; a crash leaves the last complete one."""
+def save_checkpoint(
+    run: Path,
+    modules: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    average: nn.Module | None = None,
+) -> Path:
+    """Write a checkpoint into `run` and remove the older ones; a crash leaves the last complete one.
+
+    `average` holds the moving average of the modules' weights, where there is one.
+    """
     folder = run / FOLDER / f"update-{progress.update:08d}"
     aside = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
     aside.mkdir(parents=True, exist_ok=True)
     save_weights(modules.state_dict(), aside / "weights.safetensors")
+    if average is not None:
+        save_weights(average.state_dict(), aside / "average.safetensors")
     torch.save(optimizer.state_dict(), aside / "optimizer.pt")
     (aside / "progress.json").write_text(json.dumps(asdict(progress)) + "\n")
     for file in aside.iterdir():
@@ -57,11 +68,20 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def load_checkpoint(
-    folder: Path, modules: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    folder: Path,
+    modules: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    average: nn.Module | None = None,
 ) -> Progress:
-    """Restore modules and optimiser in place; raises TrainError when the files do not fit the run."""
+    """Restore modules, their average where there is one, and optimiser in place.
+
+    Raises TrainError when the files do not fit the run.
+    """
     try:
         modules.load_state_dict(load_weights(folder / "weights.safetensors", str(device)))
+        if average is not None:
+            average.load_state_dict(load_weights(folder / "average.safetensors", str(device)))
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
         return Progress(**json.loads((folder / "progress.json").read_text()))
     except DAMAGE as error:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm import tqdm
 
 from trainer.config import TrainConfig
@@ -54,6 +55,8 @@ def train(
             moment = Moment(update, total)
             losses = train_step(parts.method, parts.optimizer, batch.to(parts.device), rate, config, moment)
             done = update + 1
+            if parts.average is not None:
+                parts.average.update(parts.method, done)
             epoch, epoch_ends = done / batches.per_epoch, done % batches.per_epoch == 0
             bar.update()
             if done % config.log_every == 0 or done == total:
@@ -68,11 +71,11 @@ def train(
                 log.write(update=done, epoch=epoch, eval=_evaluate(parts))
             if interrupt.requested or (epoch_ends and _due(epoch, config.checkpoint_every)):
                 now = replace(progress, update=done, seconds=time.monotonic() - began)
-                save_checkpoint(run, parts.method, parts.optimizer, now)
+                save_checkpoint(run, parts.method, parts.optimizer, now, parts.average)
             if interrupt.requested:
                 raise KeyboardInterrupt
     result = _describe(parts, run, time.monotonic() - began)
-    finish_run(run, parts.method, result)
+    finish_run(run, parts.result, result)
     return result
 
 
@@ -82,7 +85,9 @@ def _due(epoch: float, every: int) -> bool:
 
 def _evaluate(parts: Parts) -> dict[str, Any]:
     assert parts.validation is not None
-    return evaluate_modules(parts.method.student, parts.validation, parts.device, parts.method)[0]
+    # Compiled for the shapes and the mode of training: another compilation would take longer than it saves.
+    with torch.compiler.set_stance("force_eager"):
+        return evaluate_modules(parts.result.student, parts.validation, parts.device, parts.result)[0]
 
 
 def _describe(parts: Parts, run: Path, seconds: float) -> dict[str, Any]:

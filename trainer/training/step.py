@@ -25,14 +25,29 @@ def train_step(
     """
     torch.manual_seed((config.seed << 32) + moment.update)
     method.train()
-    with autocast(batch.images.device, config.precision):
-        losses = method(batch, moment)
     optimizer.zero_grad(set_to_none=True)
-    losses["loss"].backward()
+    losses = _backward(method, batch, config, moment)
     if config.optim.grad_clip:
         torch.nn.utils.clip_grad_norm_(method.parameters(), config.optim.grad_clip)
     set_learning_rate(optimizer, rate)
     optimizer.step()
+    return losses
+
+
+def _backward(method: Method, batch: Batch, config: TrainConfig, moment: Moment) -> dict[str, Tensor]:
+    """Add the gradients of a batch, part by part where `optim.accumulate` says so; returns its losses.
+
+    Losses are means over images, so equal parts have the batch's own mean. What looks at the batch as a whole (batch
+    norm, losses between images) sees the part instead.
+    """
+    count = config.optim.accumulate
+    losses: dict[str, Tensor] = {}
+    for part in [batch] if count == 1 else batch.split(count):
+        with autocast(batch.images.device, config.precision):
+            found = method(part, moment)
+        (found["loss"] if count == 1 else found["loss"] / count).backward()
+        for name, value in found.items():
+            losses[name] = value.detach() if count == 1 else losses.get(name, 0.0) + value.detach() / count
     return losses
 
 

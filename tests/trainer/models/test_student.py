@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from trainer.config import StudentConfig
 from trainer.errors import TrainError
 from trainer.models.student import build_student, embedding_width, load_student, save_student
+from trainer.models.weights import save_weights
 
 TINY = StudentConfig(name="vit_tiny_patch16_224", img_size=24, patch_size=12, depth=1, embed_dim=32, num_heads=2)
 
@@ -146,3 +147,27 @@ def test_a_convolutional_student_takes_images_of_any_size(tmp_path, images):
     assert loaded.input_size == 24
     assert torch.equal(started(images), student(images))
     assert torch.equal(loaded(images), student(images))
+
+
+@pytest.mark.parametrize("how", ["train", "freeze_statistics", "freeze"])
+def test_batch_norms_of_a_pretrained_student_learn_as_much_as_they_may(tmp_path, how):
+    file = tmp_path / "weights.safetensors"
+    save_weights(build_student(StudentConfig(name="test_efficientnet")).network.state_dict(), file)
+    config = StudentConfig(name="test_efficientnet", weights=str(file), batch_norm=how, batch_norm_momentum=0.5)
+    student = build_student(config)
+    before = {name: value.clone() for name, value in student.network.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=1.0)
+    student.eval()
+    student.train()
+    student(torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8)).square().sum().backward()
+    optimizer.step()
+    changed = {name for name, value in student.network.state_dict().items() if not torch.equal(value, before[name])}
+    assert "conv_stem.weight" in changed
+    assert ("bn1.running_mean" in changed) == (how == "train")
+    assert ("bn1.weight" in changed) == (how != "freeze")
+    assert student.network.bn1.momentum == 0.5
+
+
+def test_batch_norms_without_statistics_are_not_frozen():
+    with pytest.raises(TrainError, match=r"student.batch_norm=freeze keeps the statistics of pretrained weights"):
+        build_student(StudentConfig(name="test_efficientnet", batch_norm="freeze"))

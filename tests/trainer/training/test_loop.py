@@ -24,8 +24,9 @@ RANDOM = (
     "student.drop_path_rate=0.2",
     "unlabeled_per_batch=1",
     "optim.warmup=0.2",
+    "optim.ema=0.5",
 )
-BASELINE_RANDOM = ("augment=color", "student.drop_path_rate=0.2", "optim.warmup=0.2")
+BASELINE_RANDOM = ("augment=color", "student.drop_path_rate=0.2", "optim.warmup=0.2", "optim.accumulate=2")
 
 
 def weights(run):

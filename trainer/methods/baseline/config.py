@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,8 @@ class BaselineOptimConfig(OptimConfig):
 
 class BaselineConfig(TrainConfig):
     """A run of the student alone; no teacher's features are read."""
+
+    presets: ClassVar = {"recommended": {"optim": {"proxy_lr_scale": 100.0}}}
 
     method: Literal["baseline"] = "baseline"
     loss: BaselineLossConfig = BaselineLossConfig()

@@ -62,7 +62,11 @@ _SMALL: dict[str, Any] = {
 class GcdConfig(TrainConfig):
     """A run of DiT-Distill: the student learns from the cached features through the GIM."""
 
-    presets: ClassVar = {"small": _SMALL, "demo": {**_SMALL, "unlabeled_per_batch": 32}}
+    presets: ClassVar = {
+        "recommended": {**_SMALL, "optim": {"gim_lr_scale": 10.0, "proxy_lr_scale": 100.0}},
+        "small": _SMALL,
+        "demo": {**_SMALL, "unlabeled_per_batch": 32},
+    }
 
     method: Literal["gcd"] = "gcd"
     unlabeled_per_batch: int = Field(default=0, ge=0)  # extra rows per batch that only CAL sees

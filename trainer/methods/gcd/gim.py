@@ -111,6 +111,10 @@ class TokenEncoder(nn.Module):
             self.shift.copy_(mean)
             self.scale.copy_((squares / (count - 1)).sqrt().clamp_min(1e-6).reciprocal())
 
+    def no_weight_decay(self) -> set[str]:
+        """Where weight decay would do harm."""
+        return {"position", "timestep"}
+
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, P, L, C_t) -> (B, P, L, C)."""
         x = (tokens - self.shift) * self.scale if self.standardize else self.norm(tokens)
@@ -146,6 +150,10 @@ class GenerativeInjectionModule(nn.Module):
             InfusionLayer(dim, heads, config.ffn_ratio) for _ in range(config.infuse_layers)
         )
         self.out_norm = nn.LayerNorm(dim) if config.final_norm else nn.Identity()
+
+    def no_weight_decay(self) -> set[str]:
+        """Where weight decay would do harm."""
+        return {"queries", "mask_token"}
 
     def bridge(self, tokens: Tensor) -> Tensor:
         """E_b: teacher tokens (B, P, L, C_t) -> Q̂_t (B, P, k, C). It does not depend on the student."""
