@@ -15,14 +15,15 @@ def drc_loss(embeddings: Tensor, labels: Tensor, proxies: Tensor, tau: float) ->
     """
     if embeddings.dim() == 2:
         embeddings = embeddings.unsqueeze(1)  # (B, 1, C)
-    labelled = labels >= 0
-    embeddings, labels = embeddings[labelled], labels[labelled]
-    if not len(labels):
-        return embeddings.sum() * 0.0 + proxies.sum() * 0.0
-    # float32 whatever the autocast: dividing by τ magnifies rounding.
-    cosines = F.normalize(embeddings.float(), dim=-1) @ F.normalize(proxies.float(), dim=-1).T  # (B, P, M)
-    targets = labels.unsqueeze(1).expand(-1, cosines.shape[1])  # (B, P)
-    return F.cross_entropy(cosines.flatten(0, 1) / tau, targets.flatten())
+    # float32 whatever the autocast, which a cast alone does not stop from multiplying in bfloat16: dividing by τ
+    # magnifies rounding.
+    with torch.autocast(embeddings.device.type, enabled=False):
+        cosines = F.normalize(embeddings.float(), dim=-1) @ F.normalize(proxies.float(), dim=-1).T  # (B, P, M)
+        targets = labels.unsqueeze(1).expand(-1, cosines.shape[1])  # (B, P)
+        # Summed and divided here, where cross_entropy's own mean would be 0 / 0 without labels; no row is picked out,
+        # which would wait for the device.
+        total = F.cross_entropy(cosines.flatten(0, 1) / tau, targets.flatten(), ignore_index=-1, reduction="sum")
+        return total / (targets >= 0).sum().clamp_min(1)
 
 
 class ProxyClassifier(nn.Module):

@@ -90,23 +90,23 @@ class TokenEncoder(nn.Module):
         self.out_norm = nn.LayerNorm(dim)
 
     def fit(self, samples: Iterable[Tensor]) -> None:
-        """Measure per-timestep channel statistics over samples (B, P, L, C_t), one at a time; only for "standardize".
+        """Measure per-timestep channel statistics over samples (B, P, L, C_t), one image at a time.
 
-        A DiT's hidden states carry a few huge channels, which alone decide a LayerNorm's scale.
+        Only for "standardize": a DiT's hidden states carry a few huge channels, which alone decide a LayerNorm's scale.
+        Beside the batch itself, this takes memory for the float64 values of one image alone.
         """
         if not self.standardize:
             return
-        count, mean, squares = 0, torch.zeros_like(self.shift, dtype=torch.float64), None
-        for tokens in samples:  # Chan's update of mean and squared deviations: no sum of squares to cancel
-            sample = tokens.double().transpose(0, 1).flatten(1, 2)  # (P, B*L, C_t)
-            n, own = sample.shape[1], sample.mean(1, keepdim=True)  # (P, 1, C_t)
-            deviations = (sample - own).square().sum(1, keepdim=True)
-            step = own - mean
-            squares = (
-                deviations if squares is None else squares + deviations + step.square() * (count * n / (count + n))
-            )
-            mean = mean + step * (n / (count + n))
-            count += n
+        count, mean, squares = 0, self.shift.new_zeros(self.shift.shape, dtype=torch.float64), None
+        for batch in samples:
+            for image in batch:  # Chan's update of mean and squared deviations: no sum of squares to cancel
+                n = image.shape[1]  # L
+                own_variance, own = torch.var_mean(image.double(), 1, correction=0, keepdim=True)  # (P, 1, C_t) each
+                step, share = own - mean, n / (count + n)
+                squares = own_variance * n if squares is None else squares + own_variance * n
+                squares = squares + step.square() * (count * share)
+                mean = mean + step * share
+                count += n
         if squares is not None and count > 1:
             self.shift.copy_(mean)
             self.scale.copy_((squares / (count - 1)).sqrt().clamp_min(1e-6).reciprocal())

@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 
@@ -115,6 +117,28 @@ def test_standardizing_takes_each_channel_of_each_timestep_to_zero_mean_and_unit
     scaled = (tokens - gim.tokens.shift) * gim.tokens.scale
     torch.testing.assert_close(scaled.mean((0, 2)), torch.zeros(P, CT), atol=1e-4, rtol=0)
     torch.testing.assert_close(scaled.transpose(0, 1).flatten(1, 2).std(1), torch.ones(P, CT))
+
+
+def test_standardizing_lets_go_of_each_batch_and_does_not_lose_a_small_spread_beside_a_large_mean():
+    alive: list[weakref.ref] = []
+
+    def batch(seed: int) -> torch.Tensor:
+        noise = torch.randn(B, P, L, CT, generator=torch.Generator().manual_seed(seed))
+        return noise * 0.01 + 70000 * torch.arange(CT)
+
+    def batches():
+        for seed in range(4):
+            assert sum(one() is not None for one in alive) <= 1
+            tokens = batch(seed)
+            alive.append(weakref.ref(tokens))
+            yield tokens
+            del tokens
+
+    gim = make_gim(token_norm="standardize")
+    gim.tokens.fit(batches())
+    every = torch.cat([batch(seed) for seed in range(4)]).double().transpose(0, 1).flatten(1, 2)
+    torch.testing.assert_close(gim.tokens.shift, every.mean(1, keepdim=True).float())
+    torch.testing.assert_close(gim.tokens.scale, every.std(1, keepdim=True).reciprocal().float())
 
 
 def test_tokens_of_another_shape_are_refused_in_words(inputs):
