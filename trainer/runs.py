@@ -10,6 +10,7 @@ from trainer.errors import TrainError
 
 SplitName = Literal["test", "validation"]  # the images that a run is scored on
 CONFIG, RESULT, SCORES, LOG = "config.json", "result.json", "eval.json", "metrics.jsonl"
+DIVERGED = "diverged.json"  # why a run stopped, and on which images
 
 # What every finished run says of itself.
 ALWAYS = ("mode", "seed", "cache_id", "seconds", "student_updates", "images_seen", "train_classes")

@@ -98,9 +98,13 @@ class TrainingBatches:
         """Rows of a batch, labelled and not."""
         return self.labelled.batch_size + (self.unlabelled.batch_size if self.unlabelled else 0)
 
-    def __getitem__(self, update: int) -> Batch:
+    def rows(self, update: int) -> np.ndarray:
+        """Rows of the cache in the batch of 0-based `update`: the labelled ones, then the unlabelled ones."""
         labelled = self.labelled.batch(update)
-        rows = labelled if self.unlabelled is None else np.append(labelled, self.unlabelled.batch(update))
+        return labelled if self.unlabelled is None else np.append(labelled, self.unlabelled.batch(update))
+
+    def __getitem__(self, update: int) -> Batch:
+        labelled, rows = self.labelled.batch(update), self.rows(update)
         labels = torch.full((len(rows),), -1, dtype=torch.int64)
         labels[: len(labelled)] = torch.tensor([self.label_of[row] for row in labelled.tolist()])
         # Drawn for the labelled rows first: unlabelled rows do not change what a method without them sees.

@@ -19,11 +19,12 @@ from trainer.methods.registry import mode_name
 from trainer.runs import LOG, read_metrics
 from trainer.training.assembly import Parts, assemble, start
 from trainer.training.checkpoint import save_checkpoint
+from trainer.training.divergence import diverged, refuse_broken
 from trainer.training.interrupts import DeferredInterrupt
 from trainer.training.logs import MetricsLog, mean_losses
 from trainer.training.optim import learning_rate
 from trainer.training.run_folder import finish_run, prepare_run
-from trainer.training.step import finite_losses, train_step
+from trainer.training.step import LossNotFiniteError, train_step
 
 if TYPE_CHECKING:
     from cache_schema import Cache
@@ -53,14 +54,17 @@ def train(
         for update, batch in enumerate(stream, start=progress.update):
             rate = learning_rate(update, total, config.optim)
             moment = Moment(update, total)
-            losses = train_step(parts.method, parts.optimizer, batch.to(parts.device), rate, config, moment)
+            try:
+                losses = train_step(parts.method, parts.optimizer, batch.to(parts.device), rate, config, moment)
+            except LossNotFiniteError as error:
+                raise diverged(parts, run, update, error.losses) from None
             done = update + 1
             if parts.average is not None:
                 parts.average.update(parts.method, done)
             epoch, epoch_ends = done / batches.per_epoch, done % batches.per_epoch == 0
             bar.update()
             if done % config.log_every == 0 or done == total:
-                values = finite_losses(losses, done, parts.method.advice)
+                values = {name: value.item() for name, value in losses.items()}
                 seen = (done - progress.update) * batches.batch_rows
                 speed = seen / (time.monotonic() - began - progress.seconds)
                 log.write(update=done, epoch=round(epoch, 4), lr=rate, losses=values, images_per_second=speed)
@@ -70,10 +74,12 @@ def train(
             if epoch_ends and _due(epoch, config.eval_every):
                 log.write(update=done, epoch=epoch, eval=_evaluate(parts))
             if interrupt.requested or (epoch_ends and _due(epoch, config.checkpoint_every)):
+                refuse_broken(parts, run, done)  # the last checkpoint is a good one
                 now = replace(progress, update=done, seconds=time.monotonic() - began)
                 save_checkpoint(run, parts.method, parts.optimizer, now, parts.average)
             if interrupt.requested:
                 raise KeyboardInterrupt
+    refuse_broken(parts, run, total)
     result = _describe(parts, run, time.monotonic() - began)
     finish_run(run, parts.result, result)
     return result

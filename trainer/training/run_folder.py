@@ -15,11 +15,11 @@ from trainer.methods.method import Method
 from trainer.methods.registry import find_method
 from trainer.methods.settings import differing_fields, load_config
 from trainer.models.student import save_student
-from trainer.runs import CONFIG, LOG, RESULT, SCORES, SplitName, is_finished, scores_file
+from trainer.runs import CONFIG, DIVERGED, LOG, RESULT, SCORES, SplitName, is_finished, scores_file
 from trainer.training.checkpoint import remove_checkpoints
 
 # Of any method; result.json first, so that what is left of a removed run is never taken for a finished one.
-FILES = (RESULT, SCORES, scores_file("validation"), "student.safetensors", "student.json", LOG)
+FILES = (RESULT, SCORES, scores_file("validation"), "student.safetensors", "student.json", LOG, DIVERGED)
 
 
 def check_run(run: Path, config: TrainConfig, resume: bool = False, overwrite: bool = False) -> None:
@@ -50,26 +50,12 @@ def prepare_run(run: Path, config: TrainConfig, resume: bool = False, overwrite:
 
 
 def finish_run(run: Path, method: Method, result: dict[str, Any]) -> None:
-    """Write what is kept of a run and drop the rest; `result.json`, the sign that it is finished, comes last.
-
-    Raises TrainError where the weights are not finite: the last loss was taken before the last update.
-    """
-    refuse_broken(method, run)
+    """Write what is kept of a run and drop the rest; `result.json`, the sign that it is finished, comes last."""
     save_student(method.student, run)
     method.save(run)
+    (run / DIVERGED).unlink(missing_ok=True)  # of an attempt before this one
     write_json(run / RESULT, result)
     remove_checkpoints(run)
-
-
-def refuse_broken(method: Method, run: Path) -> None:
-    """Raise TrainError that names a tensor of the method which is not finite, if there is one."""
-    state = method.state_dict()
-    broken = [name for name, value in state.items() if not value.isfinite().all()]
-    if broken:
-        raise TrainError(
-            f"{run}: {len(broken)} of the {len(state)} tensors are not finite after the last update, for example "
-            f"{broken[0]}; {method.advice}, and start anew with --overwrite"
-        )
 
 
 def save_scores(run: Path, split: SplitName, scores: dict[str, Any]) -> Path | None:

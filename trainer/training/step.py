@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -10,9 +10,36 @@ from torch import Tensor
 from trainer.config import TrainConfig
 from trainer.data.batches import Batch
 from trainer.device import autocast
-from trainer.errors import TrainError
 from trainer.methods.method import Method, Moment
 from trainer.training.optim import set_learning_rate
+
+
+class LossNotFiniteError(Exception):
+    """A loss of which nothing can be learnt; the weights are as they were before its update."""
+
+    def __init__(self, losses: dict[str, Tensor]):
+        super().__init__("the loss is not finite")
+        self.losses = losses
+
+
+class _Finite:
+    """Whether a loss is finite, known as soon as it is computed: a device goes on with what it was given after it."""
+
+    def __init__(self, loss: Tensor):
+        self._flag = loss.detach().isfinite().to("cpu", non_blocking=True)
+        self._computed = torch.cuda.Event() if loss.is_cuda else None
+        if self._computed is not None:
+            self._computed.record()
+
+    def __bool__(self) -> bool:
+        if self._computed is not None:
+            self._computed.synchronize()
+        return bool(self._flag)
+
+
+def seed_update(config: TrainConfig, moment: Moment) -> None:
+    """Make what modules draw (masks, stochastic depth) depend on the seed and the update alone."""
+    torch.manual_seed((config.seed << 32) + moment.update)
 
 
 def train_step(
@@ -20,10 +47,10 @@ def train_step(
 ) -> dict[str, Tensor]:
     """Update all parameters once, at learning rate `rate`; returns the losses before it.
 
-    Randomness inside the modules (masks, stochastic depth) depends on the seed and the update alone: a resumed run
-    draws what the uninterrupted one would have drawn.
+    A resumed run draws at random what the uninterrupted one would have drawn. Raises LossNotFiniteError before any
+    weight has changed.
     """
-    torch.manual_seed((config.seed << 32) + moment.update)
+    seed_update(config, moment)
     method.train()
     optimizer.zero_grad(set_to_none=True)
     losses = _backward(method, batch, config, moment)
@@ -34,27 +61,27 @@ def train_step(
     return losses
 
 
+def parts_of(batch: Batch, config: TrainConfig) -> Iterable[Batch]:
+    """What a batch is cut into, where `optim.accumulate` says so."""
+    return [batch] if config.optim.accumulate == 1 else batch.split(config.optim.accumulate)
+
+
 def _backward(method: Method, batch: Batch, config: TrainConfig, moment: Moment) -> dict[str, Tensor]:
-    """Add the gradients of a batch, part by part where `optim.accumulate` says so; returns its losses.
+    """Add the gradients of a batch, part by part; returns its losses.
 
     Losses are means over images, so equal parts have the batch's own mean. What looks at the batch as a whole (batch
-    norm, losses between images) sees the part instead.
+    norm, losses between images) sees the part instead. Raises LossNotFiniteError.
     """
     count = config.optim.accumulate
     losses: dict[str, Tensor] = {}
-    for part in [batch] if count == 1 else batch.split(count):
+    finite = []
+    for part in parts_of(batch, config):
         with autocast(batch.images.device, config.precision):
             found = method(part, moment)
+        finite.append(_Finite(found["loss"]))
         (found["loss"] if count == 1 else found["loss"] / count).backward()
         for name, value in found.items():
             losses[name] = value.detach() if count == 1 else losses.get(name, 0.0) + value.detach() / count
+    if not all(finite):
+        raise LossNotFiniteError(losses)
     return losses
-
-
-def finite_losses(losses: dict[str, Tensor], update: int, advice: str) -> dict[str, float]:
-    """The losses as numbers; raises TrainError with the method's advice if the total is not finite."""
-    values = {name: value.item() for name, value in losses.items()}
-    if not math.isfinite(values["loss"]):
-        parts = ", ".join(f"{name} {value:g}" for name, value in values.items())
-        raise TrainError(f"the loss is not finite at update {update} ({parts}); {advice}")
-    return values
