@@ -1,10 +1,20 @@
 """How thorough property tests are: quickly by default, `HYPOTHESIS_EXAMPLES=2000` (or `make fuzz`) now and then."""
 
+import importlib.util
 import os
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# Test folders are no packages, so what tests of all three packages share is loaded by its path.
+_spec = importlib.util.spec_from_file_location("strict_device", Path(__file__).with_name("strict_device.py"))
+assert _spec is not None
+assert _spec.loader is not None
+sys.modules["strict_device"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sys.modules["strict_device"])
 
 # Machines that run several things at once make any deadline a matter of luck.
 settings.register_profile("quick", deadline=None)

@@ -31,6 +31,14 @@ class FeatureBatch(EncodedBatch):
     rows: torch.Tensor
     views: torch.Tensor
 
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> EncodedBatch:
+        """Return the batch, still encoded, on another device; its own memory is not used again before that is done."""
+        moved = super().to(device, non_blocking=non_blocking)
+        if (place := self.__dict__.get("_place")) is not None:
+            dataset, lease = place
+            dataset._ring.copied(lease, moved.payload.device)
+        return moved
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_place"}
 

@@ -43,8 +43,9 @@ class FeatureLoader:
     `workers` processes read two batches each ahead, into shared memory that is used again as soon as nothing refers
     to a batch. A batch stays as it is for as long as it is kept; but let go of it after `decode` or `to`, for once
     all slots (two for each worker, and four) are kept, further batches are read into fresh memory, which is slower.
-    `pin_memory` page-locks the slots where there is CUDA, so that `batch.to(device, non_blocking=True)` overlaps; let
-    go of a batch while the stream that copies it is the current one. `start_method` is multiprocessing's.
+    `pin_memory` page-locks the slots where there is CUDA, so that `batch.to(device, non_blocking=True)` overlaps, on
+    any stream of any device: the slot is not used again before that copy is done. If you copy a batch's tensors by
+    other means, let go of it while the stream that does is the current one. `start_method` is multiprocessing's.
 
     Raises CacheRequestError for what the cache does not hold; while iterating, what `Cache.read` raises, and
     LoaderError if a worker dies.

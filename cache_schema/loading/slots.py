@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from cache_schema.errors import LoaderError
+from cache_schema.loading.queued_copies import QueuedCopies
 
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name: shape and type of a tensor in a slot
 _ALIGNMENT = 64  # bytes, a cache line
@@ -61,8 +62,7 @@ class SlotRing:
         self._holders = np.frombuffer(whole, dtype=np.int64, count=2 * count).reshape(count, 2)
         self._memory = np.frombuffer(whole, dtype=np.uint8, offset=head)
         self._views: dict[int, weakref.ref[Any]] = {}
-        self._copying: dict[int, tuple[int, Any]] = {}
-        self._pinned = False
+        self._copies: QueuedCopies | None = None  # once the memory is page-locked
         self._lock_pid, self._lock = os.getpid(), threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -70,6 +70,7 @@ class SlotRing:
 
     def take(self) -> Lease | None:
         """Return a slot for this process to fill, None if all are in use."""
+        self.reclaim()
         with self._exclusive():
             for slot in range(self.count):
                 if not any(_alive(int(claim)) for claim in self._holders[slot]):
@@ -82,7 +83,7 @@ class SlotRing:
         """Return the first `rows` rows of a slot's tensors. The lease ends when the last view of them is gone."""
         memory = self._memory[lease.slot * self.slot_size : (lease.slot + 1) * self.slot_size]
         # The callback must not refer to the ring: a ring that nobody uses is to vanish.
-        done = partial(_end_lease, self._holders, self._copying if self._pinned else None, lease, int(received))
+        done = partial(_end_lease, self._holders, self._copies, lease, int(received))
         self._views[lease.claim] = weakref.ref(memory, partial(_forget, self._views, lease.claim, done))
         return _carve(memory, self.layout, rows)
 
@@ -112,15 +113,18 @@ class SlotRing:
         address, runtime = self._memory.ctypes.data, torch.cuda.cudart()
         if int(runtime.cudaHostRegister(address, self._memory.nbytes, 0)) != 0:
             raise LoaderError(f"cannot page-lock {self._memory.nbytes / 1e6:.0f} MB for batches; use pin_memory=False")
-        weakref.finalize(self._memory, runtime.cudaHostUnregister, address)
-        self._pinned = True
+        weakref.finalize(self._memory, _unlock, runtime, address, os.getpid())
+        self._copies = QueuedCopies()
+
+    def copied(self, lease: Lease, device: torch.device) -> None:
+        """Say that the tensors of a slot are being copied to `device`, on the stream that is current there."""
+        if self._copies is not None:
+            self._copies.add(lease.claim, device)
 
     def reclaim(self) -> None:
-        """Free the slots of batches that were let go of and whose copies to the CUDA device are done by now."""
-        for claim, (slot, copies) in list(self._copying.items()):
-            if copies.query():
-                _clear(self._holders, slot, claim)
-                del self._copying[claim]
+        """Free the slots of batches that were let go of and whose copies to CUDA devices are done by now."""
+        for slot, claim in self._copies.done() if self._copies is not None else ():
+            self._holders[slot, np.flatnonzero(self._holders[slot] == claim)] = 0
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -166,20 +170,18 @@ def _forget(views: dict[int, Any], claim: int, done: Any, reference: weakref.ref
     done()
 
 
-def _end_lease(holders: Any, copying: dict[int, tuple[int, Any]] | None, lease: Lease, place: int) -> None:
+def _end_lease(holders: Any, copies: QueuedCopies | None, lease: Lease, place: int) -> None:
     if lease.claim >> 32 != os.getpid():
         return  # a forked process lets go of what its parent holds
-    if copying is not None:
-        # Copies of the batch to the device may be queued and not done.
-        copies = torch.cuda.Event()
-        copies.record()
-        copying[lease.claim] = lease.slot, copies
+    if copies is not None and copies.here:
+        copies.let_go(lease.slot, lease.claim)
         return
     holders[lease.slot, place] = 0
 
 
-def _clear(holders: Any, slot: int, claim: int) -> None:
-    holders[slot, np.flatnonzero(holders[slot] == claim)] = 0
+def _unlock(runtime: Any, address: int, process: int) -> None:
+    if os.getpid() == process:
+        runtime.cudaHostUnregister(address)
 
 
 def _carve(memory: np.ndarray[Any, Any], layout: Layout, rows: int) -> dict[str, torch.Tensor]:
