@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import typer
 
 from cache_schema.advice import advised
+from cache_schema.devices import prepare_memory
 from cache_schema.errors import DitDistillError, printable
 
 EXIT_ERROR = 1
@@ -54,6 +55,7 @@ def run(
     arguments, `name` to the program's own name.
     """
     _let_others_work()
+    prepare_memory()
     arguments, debug = _take_debug(sys.argv[1:] if argv is None else argv)
     if not debug:
         sys.excepthook = _report_bug

@@ -1,32 +1,15 @@
-"""Where models run and in which precision: what `auto` means on this machine."""
+"""In which precision models run: what `auto` means on this machine. Devices are those of `cache_schema.devices`."""
 
-import os
 from typing import TYPE_CHECKING, Literal
 
-from cache_schema.errors import DitDistillError
+from cache_schema.devices import choose_device
 
 if TYPE_CHECKING:
     import torch
 
+__all__ = ["DtypeName", "choose_device", "choose_dtype"]
+
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-def choose_device(device: str) -> "torch.device":
-    """The device that --device names; raises DitDistillError if there is none such."""
-    import torch
-
-    try:
-        target = torch.device(
-            "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
-        )
-    except RuntimeError:
-        raise DitDistillError(f"--device {device}: not a device; use auto, cpu or cuda") from None
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise DitDistillError(f"--device {device}: this machine has no CUDA GPU that PyTorch can use")
-    if target.type == "cuda" and target.index is None:
-        # One process per GPU, where accelerate or torchrun started several.
-        target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return target
 
 
 def choose_dtype(dtype: DtypeName, device: "torch.device") -> "torch.dtype":

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cache_schema.devices import use_device
 from pipeline.config import DataOptions, TeacherOptions
 from pipeline.datasets import Dataset, open_dataset, remarks_of
 from pipeline.device import choose_device, choose_dtype
@@ -41,18 +42,20 @@ def _say(dataset: Dataset, log: Callable[[str], None]) -> None:
         log(remark)
 
 
-def open_teacher(options: TeacherOptions, lora: Path | None) -> "AnyTeacher":
-    """Load a teacher, with the LoRA of Stage I if one is given; raises TeacherError."""
+def open_teacher(options: TeacherOptions, lora: Path | None, log: Callable[[str], None] = print) -> "AnyTeacher":
+    """Load a teacher, with the LoRA of Stage I if one is given, and say where; raises TeacherError."""
     from pipeline.teachers import load_teacher
     from pipeline.teachers.loading import Loading
 
     target = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, target)
+    log(f"{use_device(target)}, {str(dtype).removeprefix('torch.')}")
     return load_teacher(
         options.name,
         revision=options.revision,
         lora=lora,
         resolution=options.resolution,
-        dtype=choose_dtype(options.dtype, target),
+        dtype=dtype,
         device=str(target),
         guidance=options.guidance,
         context=options.context,

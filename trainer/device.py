@@ -7,22 +7,11 @@ from typing import Any, Literal
 
 import torch
 
-from trainer.errors import TrainError
+from cache_schema.devices import choose_device, use_device
+
+__all__ = ["Precision", "autocast", "choose_device", "use_device"]
 
 Precision = Literal["auto", "float32", "bfloat16"]
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called `name`, or the accelerator if there is one for "auto"; raises TrainError."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise TrainError(f"device {name!r}: no such device; use auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise TrainError(f"device {name!r}: torch sees no GPU here; use --device cpu")
-    return device
 
 
 def autocast(device: torch.device, precision: Precision = "auto") -> AbstractContextManager[Any]:

@@ -79,7 +79,7 @@ def estimate(
     found = work.estimate(plan, demand, place, rate)  # before --measure: a wrong option should not wait for weights
     if measure:
         assert opened is not None
-        loaded = open_teacher(chosen, lora)
+        loaded = open_teacher(chosen, lora, lambda line: typer.echo(line, err=True))
         found = work.estimate(plan, demand, place, work.measure_rate(loaded, opened, config.build, measure))
     if memory is not None:
         found["memory"] = _memory_budget(outline, config, memory)

@@ -30,7 +30,7 @@ def eval_run(
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Accept an unsealed cache.")] = False,
 ) -> None:
     """Recall@1/2/4/8 and mAP@R on classes never trained on: every image queries all the others."""
-    from trainer.device import choose_device
+    from trainer.device import choose_device, use_device
     from trainer.evaluation import evaluate
     from trainer.evaluation.tables import format_scores
     from trainer.methods.trained import load_trained
@@ -38,10 +38,13 @@ def eval_run(
     from trainer.training.run_folder import save_scores
 
     opened = open_for(cache or cache_of_run(run), allow_partial)
-    scores, embeddings, test = evaluate.evaluate_run(run, opened, choose_device(device), load_trained, split)
+    where = choose_device(device)
+    named = use_device(where)
+    scores, embeddings, test = evaluate.evaluate_run(run, opened, where, load_trained, split)
     if as_json:
         typer.echo(json.dumps(scores, indent=2))
     else:
+        typer.echo(named)
         typer.echo(f"{run}: {scores['queries']} queries of {scores['classes']} {_CLASSES[split]}, percent")
         typer.echo(format_scores(scores))
     saved = save_scores(run, split, scores) if run.is_dir() else None

@@ -21,13 +21,15 @@ def report(
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Accept an unsealed cache.")] = False,
 ) -> None:
     """One HTML page and one JSON file on a set of runs: recalls, loss curves, a retrieval gallery."""
-    from trainer.device import choose_device
+    from trainer.device import choose_device, use_device
     from trainer.reports import report as reports
     from trainer.runs import cache_of_run
 
     opened = open_for(cache or cache_of_run(runs[0]), allow_partial)
     where = choose_device(device)
+    named = use_device(where)
     finished = reports.load_runs(runs, opened, where)
     reports.write_report(finished, opened, output, where, started)
+    typer.echo(named)
     typer.echo(reports.format_runs(finished))
     typer.echo(f"wrote {output / 'report.html'} and {output / 'summary.json'}; next: open the page in a browser")

@@ -11,7 +11,7 @@ from timm.utils import ModelEmaV3
 
 from trainer.config import TrainConfig
 from trainer.data.batches import TrainingBatches
-from trainer.device import choose_device
+from trainer.device import choose_device, use_device
 from trainer.errors import TrainError
 from trainer.evaluation.embed import TestSplit, open_rows
 from trainer.methods.method import Method
@@ -54,6 +54,7 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
+    print(use_device(device))
     torch.manual_seed(config.seed)
     student = build_student(config.student)
     kind = find_method(config.method)

@@ -1,0 +1,130 @@
+"""Which device a command runs on, and what to say where there is none such: the rules of both commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cache_schema.errors import DitDistillError
+
+if TYPE_CHECKING:
+    import torch
+
+_NODES = Path("/dev")  # where the kernel's driver shows NVIDIA's GPUs
+
+
+class DeviceError(DitDistillError):
+    """There is no such device, or it cannot be used; the message says what there is."""
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; auto: a CUDA GPU where there is one, else the CPU.
+
+    Of several GPUs a process that torchrun or accelerate started takes the one of its rank, counted again from the
+    first where there are more processes than GPUs. Raises DeviceError for a device that does not exist, and for auto on
+    a machine with an NVIDIA GPU that PyTorch cannot use: hours on a CPU should be somebody's wish.
+    """
+    import torch
+
+    if name == "auto":
+        if _gpus():
+            return _of_rank()
+        if (node := _gpu_node()) is not None:
+            raise DeviceError(
+                f"this machine has an NVIDIA GPU ({node}) that PyTorch cannot use: {_why_not()}; mend that, or use "
+                "--device cpu"
+            )
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"device {name!r}: no such device; use auto, cpu or cuda") from None
+    if device.type == "cuda":
+        return _existing_gpu(device)
+    available: Callable[[], bool] = getattr(getattr(torch, device.type, None), "is_available", bool)
+    if (device.type != "cpu" and not available()) or (device.type == "cpu" and device.index):
+        raise DeviceError(f"device {name!r}: there is none here; use auto, cpu or cuda")
+    return device
+
+
+def use_device(device: torch.device) -> str:
+    """Make a GPU the one that CUDA means where none is named, and return the device in words, to be shown."""
+    import torch
+
+    if device.type != "cuda":
+        return f"device {device}"
+    torch.cuda.set_device(device)
+    found = torch.cuda.get_device_properties(device)
+    return f"device {device}: {found.name}, {found.total_memory / 1e9:.0f} GB"
+
+
+def prepare_memory() -> None:
+    """Let CUDA's memory grow in pieces, which leaves fewer holes; before PyTorch is imported.
+
+    Passes that are halved, and shapes that change with the batch, otherwise end with free memory that fits nothing.
+    What the user has set stays.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if not sys.platform.startswith("linux") or os.environ.keys() & set(names):
+        return
+    os.environ[names[0] if _torch_version() >= (2, 9) else names[1]] = "expandable_segments:True"
+
+
+def _torch_version() -> tuple[int, ...]:
+    from importlib import metadata
+
+    try:
+        return tuple(int(part) for part in metadata.version("torch").split(".")[:2])
+    except (metadata.PackageNotFoundError, ValueError):
+        return (0,)
+
+
+def _gpus() -> int:
+    """How many GPUs PyTorch can use."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it would say is said in the error
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _of_rank() -> torch.device:
+    import torch
+
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % _gpus())
+
+
+def _existing_gpu(device: torch.device) -> torch.device:
+    count = _gpus()
+    if not count:
+        raise DeviceError(f"device {str(device)!r}: this machine has no CUDA GPU that PyTorch can use: {_why_not()}")
+    if device.index is None:
+        return _of_rank()
+    if device.index >= count:
+        there = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise DeviceError(f"device {str(device)!r}: there is none such, only {there}")
+    return device
+
+
+def _gpu_node() -> Path | None:
+    """The device file of an NVIDIA GPU, unless the user hides them all."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return None
+    return min(_NODES.glob("nvidia[0-9]*"), default=None)
+
+
+def _why_not() -> str:
+    """Why CUDA does not start, in PyTorch's words."""
+    import torch
+
+    if torch.version.cuda is None:
+        return "this PyTorch was built without CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).strip().splitlines()[0].rstrip(".")
+    return "CUDA finds no device"
