@@ -35,6 +35,7 @@ from pipeline.inputs.feature_source import teacher_features
 from pipeline.inputs.views import object_view, resize_square, to_signed
 from pipeline.refine.pretrain_demo import build_text_encoders
 from pipeline.teachers import quiet_libraries
+from pipeline.teachers.architecture import Place
 from pipeline.teachers.capture import capture
 from pipeline.teachers.flux import FluxTeacher, image_ids
 
@@ -193,7 +194,7 @@ def flops(transformer, t5, vae, text: int, tokens: int, side: int) -> dict[str, 
         transformer(**inputs)
     found["forward"] = counter.get_total_flops()
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    middle = {"middle": len(blocks) // 2 - 1}
+    middle = {"middle": Place(len(blocks) // 2 - 1)}
     with torch.no_grad(), FlopCounterMode(display=False) as counter, capture(blocks, middle, leave_early=True):
         transformer(**inputs)
     return {**found, "to the middle": counter.get_total_flops()}

@@ -97,6 +97,7 @@ def _plan(
                 "sealed": False,
                 "fidelity": [],
                 "failed_rows": [],
+                "massive_channels": {},
                 "bytes_features": None,
                 "bytes_images": None,
             }

@@ -63,6 +63,7 @@ def _content(manifest: Manifest) -> list[Fact]:
         ("timesteps", f"{steps} of {curriculum.num_steps}; seed {curriculum.seed}"),
         ("views", ", ".join(manifest.views)),
         ("encoding", format_encoding(manifest.encoding)),
+        *((f"massive in {name}", _some([str(c) for c in found])) for name, found in manifest.massive_channels.items()),
         ("images", "none" if images is None else f"{images.size} px {images.format}"),
     ]
 

@@ -7,11 +7,13 @@ Samples are added one by one, so that the result does not depend on how they wer
 
 import numpy as np
 
+from cache_schema.encoding.massive import ChannelTreatment, treatment_of
 from cache_schema.encoding.number_formats import Array, FloatArray
 from cache_schema.encoding.reduction import PrincipalComponents, pool_tokens
 from cache_schema.errors import InvalidFeatures
 from cache_schema.format.layout import CalibrationPart
 from cache_schema.format.manifest import Manifest
+from cache_schema.format.vocabulary import MassiveChannels
 
 # A channel that is silent in the calibration rows may speak up later. Giving it less than this share of the typical
 # amplitude would let such a value take the whole range of its token's scale.
@@ -70,6 +72,28 @@ class Moments:
         # Where nothing varies, rounding may leave less than nothing.
         return _amplitudes(np.maximum(np.array(squares), 0.0))
 
+    def treatment(self, kind: MassiveChannels, factor: float) -> ChannelTreatment:
+        """Return what becomes of the channels where massive ones are not kept."""
+        counted = self._counted()
+        return treatment_of(self._sums / counted, self._squares / counted, kind, factor)
+
+    def treated(self, treatment: ChannelTreatment) -> "Moments":
+        """Return the sums over the tokens after a treatment, which follow from these."""
+        offset, factor = treatment.offset.astype(np.float64), treatment.factor.astype(np.float64)
+        after = Moments(*self._sums.shape)
+        after._count = self._count
+        after._sums = (self._sums - self._count * offset) * factor
+        shifted = self._squares - 2 * offset * self._sums + self._count * np.square(offset)
+        # Where nothing varies, rounding may leave less than nothing.
+        after._squares = np.maximum(shifted, 0) * np.square(factor)
+        if self._products is not None:
+            after._products = np.empty_like(self._products)
+            for t, products in enumerate(self._products):
+                cross = np.outer(self._sums[t], offset[t])
+                both = products - cross - cross.T + self._count * np.outer(offset[t], offset[t])
+                after._products[t] = both * np.outer(factor[t], factor[t])
+        return after
+
     def _counted(self) -> int:
         if not self._count:
             raise InvalidFeatures("calibration needs at least one sample")
@@ -95,14 +119,15 @@ class Calibrator:
     def finish(self, tap: str) -> dict[CalibrationPart, Array]:
         """Return the arrays to be stored for one tap; raises InvalidFeatures if there is nothing to tell from."""
         moments, encoding = self._moments[tap], self._manifest.encoding
+        arrays: dict[CalibrationPart, Array] = {}
+        if encoding.massive_factor is not None:
+            treatment = moments.treatment(encoding.massive, encoding.massive_factor)
+            arrays = {"offset": treatment.offset, "factor": treatment.factor}
+            moments = moments.treated(treatment)
         if encoding.pca is None:
-            return {"channel": moments.channel_amplitudes()} if encoding.scaled else {}
+            return arrays | ({"channel": moments.channel_amplitudes()} if encoding.scaled else {})
         components = moments.principal_components(encoding.pca)
-        arrays: dict[CalibrationPart, Array] = {
-            "amplitude": components.amplitude,
-            "mean": components.mean,
-            "basis": components.basis,
-        }
+        arrays |= {"amplitude": components.amplitude, "mean": components.mean, "basis": components.basis}
         if encoding.scaled:
             arrays["channel"] = moments.coordinate_amplitudes(components)
         return arrays

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from cache_schema.encoding.massive import ChannelTreatment
 from cache_schema.encoding.number_formats import Array, Encoded, Features, FloatArray, as_features, decode, encode
 from cache_schema.encoding.reduction import PrincipalComponents, pool_tokens
 from cache_schema.format.manifest import EncodingKind
@@ -9,9 +10,10 @@ from cache_schema.format.manifest import EncodingKind
 
 @dataclass(frozen=True)
 class TapCodec:
-    """The encoding of one tap of one cache: pooling to `grid`, then PCA, then a number format.
+    """The encoding of one tap of one cache: pooling to `grid`, treatment of massive channels, PCA, a number format.
 
-    `channel` is the calibration, float32 (T, C), of number formats with scales; `components` those of PCA.
+    `channel` is the calibration, float32 (T, C), of number formats with scales; `components` those of PCA; `treatment`
+    that of massive channels, None where they are kept.
     """
 
     kind: EncodingKind
@@ -19,6 +21,7 @@ class TapCodec:
     pool: int
     components: PrincipalComponents | None
     channel: Array | None
+    treatment: ChannelTreatment | None = None
 
     def encode(self, sample: Features) -> Encoded:
         """Encode a sample's features as the teacher computed them, (V, T, L * pool², C_teacher).
@@ -27,15 +30,17 @@ class TapCodec:
         """
         if self.components is not None:
             return encode(self.kind, self.components.project(self.pooled(sample)), self.channel)
-        return encode(self.kind, sample if self.pool == 1 else self.pooled(sample), self.channel)
+        plain = self.pool == 1 and self.treatment is None
+        return encode(self.kind, sample if plain else self.pooled(sample), self.channel)
 
     def decode(self, encoded: Encoded) -> Array:
         """Return the float32 features (V, T, L, C) that are stored."""
         return decode(self.kind, encoded, self.channel)
 
     def pooled(self, sample: Features) -> FloatArray:
-        """Return the teacher's features (V, T, L, C_teacher) after pooling: what the encoding shall preserve."""
-        return pool_tokens(as_features(sample), self.grid, self.pool)
+        """Return the teacher's features (V, T, L, C_teacher), pooled and treated: what the encoding shall preserve."""
+        pooled = pool_tokens(as_features(sample), self.grid, self.pool)
+        return pooled if self.treatment is None else self.treatment.apply(pooled)
 
     def restore(self, stored: Array) -> Array:
         """Return decoded features (..., C) in the teacher's channels (..., C_teacher)."""

@@ -28,6 +28,9 @@ def format_bytes(count: int | None) -> str:
 def format_encoding(encoding: Encoding) -> str:
     """Return how features are encoded, in the order in which it is done."""
     steps = [] if encoding.pool == 1 else [f"mean over {encoding.pool}x{encoding.pool} tokens"]
+    if encoding.massive != "keep":
+        done = "removed" if encoding.massive == "remove" else "standardised"
+        steps.append(f"massive channels (from {encoding.massive_factor:g} times the median on) {done}")
     steps += [] if encoding.pca is None else [f"{encoding.pca} principal components"]
     return ", ".join([*steps, encoding.kind, f"compression {encoding.compression}"])
 
@@ -79,10 +82,14 @@ def _taps(manifest: Manifest) -> str:
     notes = []
     if manifest.encoding.pca is not None:
         before = " or ".join(sorted({str(tap.teacher_channels) for tap in manifest.taps}))
-        notes = [
+        notes += [
             "",
             f"Channels are principal components of the teacher's {before}: see `cache.restore(tap, features)`.",
         ]
+    done = "zeros" if manifest.encoding.massive == "remove" else "standardised"
+    for name, channels in manifest.massive_channels.items():
+        numbers = ", ".join(map(str, channels)) or "none"
+        notes += ["", f"Massive channels of `{name}`, {done} here: {numbers}."]
     return "\n".join(["## Taps", "", "| tap | tokens | channels |", "| --- | ---: | ---: |", *rows, *notes])
 
 

@@ -27,13 +27,13 @@ _DETERMINING: dict[str, tuple[str, ...]] = {
         "input",
     ),
     "curriculum": ("num_steps", "timesteps", "sigmas", "seed"),
-    "encoding": ("kind", "pool", "pca"),
+    "encoding": ("kind", "pool", "pca", "massive", "massive_factor"),
     "images": ("size", "format", "quality"),
 }
 _DETERMINING_WHOLE = ("taps", "views")
 # Fields that came with a later schema version are left out where they say what was always so: ids do not change.
 _SINCE_VERSION_2: dict[str, dict[str, Any]] = {
-    "encoding": {"pool": 1, "pca": None},
+    "encoding": {"pool": 1, "pca": None, "massive": "keep", "massive_factor": None},
     "taps": {"teacher_channels": None},
     "teacher": {"quantization": None, "context": "joint", "input": "object"},
 }

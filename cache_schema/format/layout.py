@@ -17,8 +17,9 @@ IMAGE_INDEX_NAME = "images/index.npy"
 FEATURES_FOLDER = "features"
 
 ArrayPart = Literal["payload", "scale"]
-# "channel": amplitudes that scaled number formats are relative to. The others are those of PCA.
-CalibrationPart = Literal["amplitude", "mean", "basis", "channel"]
+# "channel": amplitudes that scaled number formats are relative to. "offset" and "factor": what is done to massive
+# channels. The others are those of PCA.
+CalibrationPart = Literal["offset", "factor", "amplitude", "mean", "basis", "channel"]
 
 # numpy's name of the type each encoding is stored as. Zarr-python has neither bfloat16 nor float8, so their bits are
 # stored as unsigned integers.
@@ -94,10 +95,17 @@ def all_layouts(manifest: Manifest) -> list[ArrayLayout]:
 def calibration_layouts(manifest: Manifest, tap: TapInfo) -> list[CalibrationLayout]:
     """Return the layouts of the statistics that the encoding of a tap rests on; none for encodings without.
 
-    Of PCA `amplitude` (C_teacher,), `mean` (C_teacher,) and `basis` (C, C_teacher); of scaled number formats `channel`
-    (T, C).
+    Of massive channels `offset` and `factor` (T, C_teacher); of PCA `amplitude` (C_teacher,), `mean` (C_teacher,) and
+    `basis` (C, C_teacher); of scaled number formats `channel` (T, C).
     """
     arrays: list[tuple[CalibrationPart, tuple[int, ...], tuple[str, ...]]] = []
+    timesteps = len(manifest.curriculum.timesteps)
+    if manifest.encoding.massive != "keep":
+        shape = (timesteps, tap.teacher_channels or tap.channels)
+        arrays += [
+            ("offset", shape, ("timestep", "teacher_channel")),
+            ("factor", shape, ("timestep", "teacher_channel")),
+        ]
     if manifest.encoding.pca is not None:
         assert tap.teacher_channels is not None
         arrays += [
@@ -106,7 +114,7 @@ def calibration_layouts(manifest: Manifest, tap: TapInfo) -> list[CalibrationLay
             ("basis", (tap.channels, tap.teacher_channels), ("channel", "teacher_channel")),
         ]
     if manifest.encoding.scaled:
-        arrays.append(("channel", (len(manifest.curriculum.timesteps), tap.channels), ("timestep", "channel")))
+        arrays.append(("channel", (timesteps, tap.channels), ("timestep", "channel")))
     return [CalibrationLayout(f"{tap.name}.{part}", part, shape, names) for part, shape, names in arrays]
 
 

@@ -14,6 +14,7 @@ from cache_schema.format.vocabulary import (
     ContextMode,
     EncoderInput,
     EncodingKind,
+    MassiveChannels,
     Quantization,
     StoreKind,
     TextCondition,
@@ -116,7 +117,7 @@ class TapInfo(FrozenModel):
     """
 
     # A tap names a folder, so it may not look like a path, nor like the `.scale` and `.channel` folders beside it.
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}(\.[0-9]{1,6})?$")]
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}(\.[0-9]{1,6}(\.modulated)?)?$")]
     tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
     channels: Annotated[int, Field(ge=1, le=MAX_CHANNELS)]
     grid: tuple[Positive, Positive]
@@ -137,13 +138,23 @@ class Encoding(FrozenModel):
     """How features become bytes.
 
     First the mean over `pool` x `pool` tokens, then the `pca` strongest principal components of the channels (None
-    keeps the channels), then `kind`, a number format, then `compression`, which loses nothing.
+    keeps the channels), then `kind`, a number format, then `compression`, which loses nothing. Before the components
+    massive channels are treated: those whose root mean square is at least `massive_factor` times the median of the
+    channels (`cache_schema.encoding.massive`).
     """
 
     kind: EncodingKind
     pool: Annotated[int, Field(ge=1, le=64)] = 1
     pca: Annotated[int, Field(ge=1, le=MAX_CHANNELS)] | None = None
     compression: Compression = "none"
+    massive: MassiveChannels = "keep"
+    massive_factor: Annotated[FiniteFloat, Field(gt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _rule_where_it_is_used(self) -> Self:
+        if (self.massive == "keep") != (self.massive_factor is None):
+            raise ValueError(f"massive channels: {self.massive} with a factor of {self.massive_factor}")
+        return self
 
     @property
     def scaled(self) -> bool:
@@ -153,7 +164,7 @@ class Encoding(FrozenModel):
     @property
     def calibrated(self) -> bool:
         """Whether statistics of the features are needed before the first of them can be stored."""
-        return self.scaled or self.pca is not None
+        return self.scaled or self.pca is not None or self.massive != "keep"
 
 
 class ImagesInfo(FrozenModel):
@@ -213,7 +224,8 @@ class Manifest(FrozenModel):
     """What a cache holds and what made it. See the parts for their fields; all sizes are bytes.
 
     `failed_rows` are those of the rows meant to have features on which the teacher failed (NaN or infinite values);
-    known, like everything from `fidelity` on, once the cache is sealed.
+    `massive_channels` of a tap those of its channels, as the teacher numbers them, that were not kept as they are.
+    Known, like everything from `fidelity` on, once the cache is sealed.
     """
 
     schema_version: Literal[2] = SCHEMA_VERSION
@@ -228,6 +240,7 @@ class Manifest(FrozenModel):
     store: StoreInfo
     fidelity: list[Fidelity] = Field(default_factory=list)
     failed_rows: Annotated[list[Count], AfterValidator(_ascending)] = Field(default_factory=list)
+    massive_channels: dict[str, Annotated[list[Count], AfterValidator(_ascending)]] = Field(default_factory=dict)
     provenance: Provenance = Field(default_factory=Provenance)
     sealed: bool = False
     bytes_features: Count | None = None
@@ -249,6 +262,10 @@ class Manifest(FrozenModel):
                 raise ValueError(f"tap {tap.name} does not have the channels that pca {self.encoding.pca} leaves")
             if tap.channels * len(self.curriculum.timesteps) > MAX_CHUNK_VALUES:
                 raise ValueError(f"tap {tap.name} has more channels and timesteps than this format allows")
+        for name, channels in self.massive_channels.items():
+            treated = self.tap(name)
+            if treated is None or (channels and channels[-1] >= (treated.teacher_channels or treated.channels)):
+                raise ValueError(f"massive channels of {name}, which has none of that number")
         if self.failed_rows and self.failed_rows[-1] >= rows:
             raise ValueError(f"failed row {self.failed_rows[-1]} is not one of the {rows} rows with features")
         if self.images is None and self.store.image_shards:
@@ -269,6 +286,11 @@ class Manifest(FrozenModel):
     def document(self) -> dict[str, Any]:
         """The manifest as plain JSON values."""
         return self.model_dump(mode="json")
+
+    @property
+    def default_tap(self) -> str:
+        """The tap that is read unless another is asked for: hidden where there is one, otherwise the first."""
+        return "hidden" if self.tap("hidden") else self.taps[0].name
 
     def tap(self, name: str) -> TapInfo | None:
         """Return the tap called `name`, or None."""

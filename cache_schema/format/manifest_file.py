@@ -93,7 +93,14 @@ def revalidate(manifest: Manifest) -> Manifest:
 
 def as_unsealed(manifest: Manifest) -> Manifest:
     """Return the manifest of the same cache before it was sealed, without what only sealing finds out."""
-    unknown = {"sealed": False, "fidelity": [], "failed_rows": [], "bytes_features": None, "bytes_images": None}
+    unknown = {
+        "sealed": False,
+        "fidelity": [],
+        "failed_rows": [],
+        "massive_channels": {},
+        "bytes_features": None,
+        "bytes_images": None,
+    }
     return revalidate(manifest.model_copy(update=unknown))
 
 

@@ -11,6 +11,8 @@ Quantization = Literal["int8", "fp8"]
 # joint: context and noisy tokens attend to each other, so each timestep computes both. reused: the context attends to
 # itself alone, at the clean noise level, so that its keys and values are the same at every timestep.
 ContextMode = Literal["joint", "reused"]
+# What becomes of the few channels that are many times larger than the others, before anything is stored.
+MassiveChannels = Literal["keep", "remove", "standardize"]
 # What an image encoder is shown of a photograph: the crop of the object, or all of it.
 EncoderInput = Literal["object", "image"]
 # What a teacher is conditioned on: the caption of each image, or an empty prompt.

@@ -217,9 +217,10 @@ class Cache:
         """Return the values of a tap as they are stored, (N, V, T, L, C), as a read-only array of zarr-python.
 
         bfloat16 and float8 are bits in unsigned integers; `decode` makes features of slices, for which scaled encodings
-        need the `part` "scale" (N, V, T, L) as well. Other parts are the statistics: "channel", and "amplitude", "mean"
-        and "basis" of PCA. Rows without features are zeros (`has_features`), and checksums are not checked. Raises
-        CacheRequestError for what the cache does not hold and for a cache of tars, CacheCorrupt.
+        need the `part` "scale" (N, V, T, L) as well. Other parts are the statistics: "channel", "amplitude", "mean" and
+        "basis" of PCA, "offset" and "factor" of massive channels. Rows without features are zeros (`has_features`), and
+        checksums are not checked. Raises CacheRequestError for what the cache does not hold and for a cache of tars,
+        CacheCorrupt.
         """
         from cache_schema.reading.interop import zarr_array
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from cache_schema.encoding.codec import TapCodec
+from cache_schema.encoding.massive import ChannelTreatment
 from cache_schema.encoding.number_formats import Array
 from cache_schema.encoding.reduction import PrincipalComponents
 from cache_schema.errors import CacheCorrupt, CacheMismatch, CacheUnsealed
@@ -24,6 +25,7 @@ def load_codec(folder: Folder, manifest: Manifest, tap: TapInfo) -> TapCodec:
         pool=encoding.pool,
         components=None if encoding.pca is None else load_components(folder, manifest, tap),
         channel=load_channel(folder, manifest, tap) if encoding.scaled else None,
+        treatment=None if encoding.massive == "keep" else load_treatment(folder, manifest, tap),
     )
 
 
@@ -36,6 +38,11 @@ def load_components(folder: Folder, manifest: Manifest, tap: TapInfo) -> Princip
     """Return a tap's principal components; raises CacheCorrupt if they are not what was written."""
     amplitude, mean, basis = _load_parts(folder, manifest, tap, ["amplitude", "mean", "basis"])
     return PrincipalComponents(amplitude, mean, basis)
+
+
+def load_treatment(folder: Folder, manifest: Manifest, tap: TapInfo) -> ChannelTreatment:
+    """Return what was done to a tap's massive channels; raises CacheCorrupt if it is not what was written."""
+    return ChannelTreatment(*_load_parts(folder, manifest, tap, ["offset", "factor"]))
 
 
 def _load_parts(folder: Folder, manifest: Manifest, tap: TapInfo, parts: list[CalibrationPart]) -> list[Array]:

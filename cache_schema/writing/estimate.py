@@ -81,4 +81,5 @@ def _statistic_bytes(before: TapInfo, after: TapInfo, encoding: Encoding, timest
     """The bytes of every array of statistics of a tap, as the teacher computes it and as it is stored."""
     # Amplitude, mean and components of the teacher's channels are one set for all timesteps.
     components = [] if encoding.pca is None else [4 * before.channels * n for n in (1, 1, after.channels)]
-    return [*components, 4 * timesteps * after.channels] if encoding.scaled else components
+    treatment = [] if encoding.massive == "keep" else 2 * [4 * timesteps * before.channels]
+    return [*treatment, *components, *([4 * timesteps * after.channels] if encoding.scaled else [])]

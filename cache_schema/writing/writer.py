@@ -40,7 +40,7 @@ from cache_schema.read_ahead import ReadAhead
 from cache_schema.storage.files import AsideFile
 from cache_schema.storage.folder import Folder
 from cache_schema.storage.local import LocalFolder
-from cache_schema.stores.calibration_files import commit_calibration, load_codec
+from cache_schema.stores.calibration_files import commit_calibration, load_codec, load_treatment
 from cache_schema.stores.images import MAX_IMAGE_BYTES, render_index, write_tar
 from cache_schema.stores.registry import store_of
 
@@ -255,6 +255,7 @@ class CacheWriter:
                         "sealed": True,
                         "fidelity": figures,
                         "failed_rows": [item.row for record in features for item in record.failed],
+                        "massive_channels": self._massive_channels(),
                         "bytes_features": _bytes(features + calibration),
                         "bytes_images": _bytes(images),
                         "provenance": provenance or manifest.provenance,
@@ -267,6 +268,12 @@ class CacheWriter:
         self.folder.sweep()
         self.manifest = load_manifest(self.folder)
         return self.manifest
+
+    def _massive_channels(self) -> dict[str, list[int]]:
+        if self.manifest.encoding.massive == "keep" or not self.manifest.store.feature_shards:
+            return {}
+        taps = self.manifest.taps
+        return {tap.name: load_treatment(self.folder, self.manifest, tap).channels for tap in taps}
 
     def _commit(self, record: Record, asides: list[AsideFile]) -> None:
         with self.folder.lock():

@@ -5,7 +5,13 @@ from typing import Annotated, Literal
 
 from cache_schema.errors import DitDistillError
 from cache_schema.fields import Setting, check_limits
-from cache_schema.format.vocabulary import Compression, EncodingKind, StoreKind, TextCondition
+from cache_schema.format.vocabulary import (
+    Compression,
+    EncodingKind,
+    MassiveChannels,
+    StoreKind,
+    TextCondition,
+)
 from pipeline.curriculum import DEFAULT_STEPS, DEFAULT_TIMESTEPS, check_timesteps
 from pipeline.datasets.base import SPLITS
 from pipeline.inputs.views import VIEWS
@@ -30,9 +36,10 @@ class BuildConfig:
     out-of-memory, down to one image at one timestep. min_cosine: per tap and timestep; None accepts any.
     """
 
-    taps: Annotated[tuple[str, ...], Setting("Where features are read: hidden, velocity, double.N, single.N.")] = (
-        "hidden",
-    )
+    taps: Annotated[
+        tuple[str, ...],
+        Setting("Where features are read: hidden, velocity, double.N, single.N, double.N.modulated."),
+    ] = ("hidden",)
     timesteps: Annotated[tuple[int, ...], Setting("Curriculum P.")] = DEFAULT_TIMESTEPS
     num_steps: Annotated[int, Setting("Length T of the scheduler; 1 is the noisiest step, T the clearest.")] = (
         DEFAULT_STEPS
@@ -47,6 +54,13 @@ class BuildConfig:
     encoding: Annotated[EncodingKind, Setting("Number format in which features are stored.")] = "int8"
     pool: Annotated[int, Setting("Store the mean over N × N tokens.", least=1, most=64)] = 1
     pca: Annotated[int | None, Setting("Store the K strongest principal components.", least=1)] = None
+    massive_channels: Annotated[
+        MassiveChannels,
+        Setting("The few channels that are many times larger than the others: keep, remove (zeros), standardize."),
+    ] = "keep"
+    massive_factor: Annotated[
+        float, Setting("A channel is massive from so many times the median of the channels on.", above=1)
+    ] = 10.0
     compression: Annotated[Compression, Setting("Lossless compression of the stored bytes.")] = "none"
     min_cosine: Annotated[
         float | None,

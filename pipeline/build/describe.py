@@ -21,6 +21,18 @@ from pipeline.teachers.lora import lora_file
 from pipeline.teachers.weights import file_digest
 
 
+def encoding_of(config: BuildConfig) -> Encoding:
+    """How a build encodes its features."""
+    return Encoding(
+        kind=config.encoding,
+        pool=config.pool,
+        pca=config.pca,
+        compression=config.compression,
+        massive=config.massive_channels,
+        massive_factor=None if config.massive_channels == "keep" else config.massive_factor,
+    )
+
+
 def describe_cache(teacher: AnyTeacher, dataset: Dataset, config: BuildConfig, samples: pa.Table) -> Manifest:
     """The manifest of a build that is about to start; the cache id follows from it. samples: in cache row order."""
     splits = samples.slice(0, count_usable(samples))["split"].to_pylist()
@@ -65,7 +77,7 @@ def describe_cache(teacher: AnyTeacher, dataset: Dataset, config: BuildConfig, s
             seed=config.seed,
         ),
         taps=[TapInfo(name=s.name, tokens=s.tokens, channels=s.channels, grid=s.grid) for s in shapes],
-        encoding=Encoding(kind=config.encoding, pool=config.pool, pca=config.pca, compression=config.compression),
+        encoding=encoding_of(config),
         views=list(config.views),
         images=images if config.with_images else None,
         image_rows=len(splits),

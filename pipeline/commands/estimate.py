@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     "build.encoding", "build.pool", "build.pca", "build.image_size", "build.image_format", "build.image_quality",
     Exposed("build.with_images", " /--no-images", help="Leave the student's images out.", shown=""),
     Exposed("build.batch", "--teacher-batch", help="Images a pass of --measure, or auto; the build's --batch."),
-    "build.samples_per_shard", *PRECISION, *FORWARD,
+    "build.samples_per_shard", "build.massive_channels", "build.massive_factor", *PRECISION, *FORWARD,
 )  # fmt: skip
 def estimate(
     given: Values,

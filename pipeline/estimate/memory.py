@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from cache_schema.encoding.reduction import stored_tap
 from cache_schema.format.card import format_bytes
-from cache_schema.format.manifest import Encoding, TapInfo
+from cache_schema.format.manifest import TapInfo
 from cache_schema.writing.plan import choose_samples_per_shard
 from pipeline.build.config import BuildConfig
+from pipeline.build.describe import encoding_of
 from pipeline.estimate.tensor_memory import FusedAttention, MemoryMeter, module_bytes
 from pipeline.inputs.conditions import Conditions
 from pipeline.refine.loss import cdr_loss
@@ -201,7 +202,7 @@ def _trains(resident: Sequence[Any]) -> bool:
 def _shard_bytes(teacher: DiffusersTeacher, config: BuildConfig) -> int:
     """Bytes of a shard's features as the teacher computes them."""
     shapes = [teacher.tap_shape(tap) for tap in config.taps]
-    encoding = Encoding(kind=config.encoding, pool=config.pool, pca=config.pca)
+    encoding = encoding_of(config)
     taps = [TapInfo(name=s.name, tokens=s.tokens, channels=s.channels, grid=s.grid) for s in shapes]
     stored = [stored_tap(tap, encoding) for tap in taps]
     samples = config.samples_per_shard or choose_samples_per_shard(

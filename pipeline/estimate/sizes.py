@@ -14,6 +14,7 @@ from cache_schema.format.card import format_bytes
 from cache_schema.format.manifest import Encoding, TapInfo
 from cache_schema.writing.estimate import VALUE_BYTES, chunk_bytes, estimate_size
 from pipeline.build.config import BuildConfig
+from pipeline.build.describe import encoding_of
 from pipeline.build.student_images import student_image
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.inputs.conditions import captions_of
@@ -64,7 +65,7 @@ class CachePlan:
     @property
     def encoding(self) -> Encoding:
         """The encoding asked for."""
-        return Encoding(kind=self.config.encoding, pool=self.config.pool, pca=self.config.pca)
+        return encoding_of(self.config)
 
 
 @dataclass(frozen=True)

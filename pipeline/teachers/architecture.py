@@ -16,14 +16,31 @@ MAX_TEXT_TOKENS = {"flux": 512, "flux2": 512, "sd3": 256}
 _CLIP_TOKENS = 77
 
 
+# Behind the name of a block: what its attention reads, in place of what it returns.
+MODULATED = ".modulated"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tap is read. depth: of its block, counted from the input. modulated: what the block's attention reads.
+
+    That is the block's input after the layer norm, scale and shift of AdaLN, which bring a few massive channels nearer
+    to the others (DiTF, arXiv 2505.18584); otherwise it is the raw residual stream behind the block.
+    """
+
+    depth: int
+    modulated: bool = False
+
+
 @dataclass(frozen=True)
 class Architecture:
     """The shapes of one diffusion transformer and its VAE.
 
     latent_channels: of packed latents (2×2 patches). blocks: (kind, count), in the order in which they run; a tap
-    `kind.N` reads the N-th of its kind. vae_factor: pixels per latent, per side. max_columns: where the positional
-    table ends, for families that put two views side by side. guidance_embeds: whether guidance is one of its inputs.
-    text_values: numbers in the embedding of a caption, at most: a tokenizer with a shorter limit gives fewer.
+    `kind.N` reads the N-th of its kind, `kind.N.modulated` what its attention reads. vae_factor: pixels per latent, per
+    side. max_columns: where the positional table ends, for families that put two views side by side. guidance_embeds:
+    whether guidance is one of its inputs. text_values: numbers in the embedding of a caption, at most: a tokenizer with
+    a shorter limit gives fewer.
     """
 
     family: str
@@ -61,23 +78,44 @@ class Architecture:
         """A tap for every block's output, as `kind.N`."""
         return [f"{kind}.{n}" for kind, count in self.blocks for n in range(count)]
 
+    def all_taps(self, modulated: bool = False) -> list[str]:
+        """Every tap there is, each place once, in the order in which they are read; the modulated ones if wanted."""
+        outputs = self.taps()
+        names = [*outputs[:-1], "hidden"]  # hidden is the last block's output
+        if modulated:
+            names = [name for block, name in zip(outputs, names, strict=True) for name in (block + MODULATED, name)]
+        return [*names, "velocity"]
+
     def tap_shape(self, tap: str, resolution: int, source: str) -> TapShape:
         """Shape of a tap at a resolution in pixels; raises TeacherError for an unknown tap or such a resolution."""
         grid = self.grid(resolution, source)
         if tap != "velocity":
-            self.block(tap, source)
+            self.place(tap, source)
         channels = self.latent_channels if tap == "velocity" else self.hidden_channels
         return TapShape(tap, grid[0] * grid[1], channels, grid)
 
     def block(self, tap: str, source: str) -> int:
-        """Depth of the block whose output a tap reads, counted from the input; raises TeacherError, naming the taps."""
+        """Depth of the block that a tap is read at, counted from the input; raises TeacherError, naming the taps."""
+        return self.place(tap, source).depth
+
+    def place(self, tap: str, source: str) -> Place:
+        """Where a tap is read, for all but `velocity`, the output; raises TeacherError, naming the taps."""
         taps = self.taps()
         if tap == "hidden":
-            return len(taps) - 1
-        if tap in taps:
-            return taps.index(tap)
+            return Place(len(taps) - 1)
+        block = tap.removesuffix(MODULATED)
+        if block in taps:
+            return Place(taps.index(block), modulated=block != tap)
         known = ["velocity", "hidden", *(f"{kind}.0–{kind}.{count - 1}" for kind, count in self.blocks if count)]
-        raise TeacherError(f"the teacher {source} has no tap {tap!r}; it has {', '.join(known[:-1])} and {known[-1]}")
+        raise TeacherError(
+            f"the teacher {source} has no tap {tap!r}; it has {', '.join(known[:-1])} and {known[-1]}, and of each "
+            f"block also what its attention reads, as {taps[0]}{MODULATED}"
+        )
+
+    def middle(self) -> str:
+        """The tap in the middle of the blocks, as DiTF found it best for FLUX: what the attention there reads."""
+        taps = self.taps()
+        return taps[len(taps) // 2] + MODULATED
 
 
 # How a family's architecture follows from the configurations of its transformer and its VAE.

@@ -82,8 +82,8 @@ class AnyTeacher(Protocol):
         """Component name → SHA-256 of its weights and configuration."""
         ...
 
-    def taps(self) -> list[str]:
-        """Every tap there is, from the input to the output, each place once."""
+    def taps(self, modulated: bool = False) -> list[str]:
+        """Every tap there is, from the input to the output, each place once; of a DiT also the modulated if wanted."""
         ...
 
     def tap_shape(self, tap: str) -> TapShape:

@@ -1,10 +1,13 @@
 """Reading taps off a running transformer, and leaving it as soon as the deepest one was read."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+import torch
 from torch.nn import Module
+
+from pipeline.teachers.architecture import Place
 
 
 class _TapsCaptured(Exception):  # noqa: N818 - control flow, not an error
@@ -12,29 +15,69 @@ class _TapsCaptured(Exception):  # noqa: N818 - control flow, not an error
 
 
 @contextmanager
-def capture(blocks: Sequence[Module], taps: Mapping[str, int], leave_early: bool) -> Iterator[dict[str, Any]]:
-    """Keep what blocks return while the transformer runs, through forward hooks: {tap: output of its block}.
+def capture(
+    blocks: Sequence[Module], taps: Mapping[str, Place], leave_early: bool, compiled: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Keep what blocks return, or what their attention is given, while the transformer runs, through forward hooks.
 
-    blocks: in the order in which they run. taps: name → index of the block. With leave_early, the body of the `with`
-    ends where the deepest of them has run, so that later blocks cost nothing.
+    blocks: in the order in which they run. Found of a tap is the output of its block; of a modulated one, image tokens
+    as a pair (None, tokens), or tokens alone where the block has text and image in one sequence. With leave_early the
+    body of the `with` ends where the deepest tap was read, so that later blocks, and the rest of a block of which only
+    the modulated tokens are wanted, cost nothing. compiled: whether the blocks were compiled.
     """
     found: dict[str, Any] = {}
-    deepest = max(taps.values(), default=-1)
+    # What a block reads comes before what it returns.
+    last = max(taps.values(), key=lambda place: (place.depth, not place.modulated), default=None)
 
-    def reader(depth: int):
-        names = [tap for tap, wanted in taps.items() if wanted == depth]
+    def keep(place: Place, value: Any) -> None:
+        found.update(dict.fromkeys((tap for tap, wanted in taps.items() if wanted == place), value))
+        if leave_early and place == last:
+            raise _TapsCaptured
 
-        def hook(_module: Module, _inputs: Any, output: Any) -> None:
-            found.update(dict.fromkeys(names, output))
-            if leave_early and depth == deepest:
-                raise _TapsCaptured
-
-        return hook
-
-    handles = [blocks[depth].register_forward_hook(reader(depth)) for depth in sorted(set(taps.values()))]
-    try:
+    with ExitStack() as hooks:
+        for place in set(taps.values()):
+            block: Any = blocks[place.depth]
+            if not place.modulated:
+                hooks.enter_context(_hooked(block.register_forward_hook, lambda m, i, o, at=place: keep(at, o)))
+                continue
+            if compiled:
+                hooks.enter_context(_run_as_written(block))
+            hooks.enter_context(
+                _hooked(
+                    block.attn.register_forward_pre_hook,
+                    lambda m, i, given, at=place: keep(at, _image_tokens(given)),
+                    with_kwargs=True,
+                )
+            )
         with suppress(_TapsCaptured):
             yield found
+
+
+def _image_tokens(given: Mapping[str, Any]) -> Any:
+    """What attention is given of the image; where it is given the text apart, the image's tokens are alone."""
+    tokens = given["hidden_states"]
+    return (None, tokens) if given.get("encoder_hidden_states") is not None else tokens
+
+
+@contextmanager
+def _hooked(register: Callable[..., Any], hook: Callable[..., None], **options: Any) -> Iterator[None]:
+    handle = register(hook, **options)
+    try:
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
+
+
+@contextmanager
+def _run_as_written(block: Module) -> Iterator[None]:
+    """Keep the compiler out while a block runs: inside of what it made, no hook is called."""
+    with ExitStack() as eager:
+
+        def begin(_module: Module, _inputs: Any) -> None:
+            eager.enter_context(torch.compiler.set_stance("force_eager"))
+
+        def end(_module: Module, _inputs: Any, _output: Any) -> None:
+            eager.close()
+
+        with _hooked(block.register_forward_pre_hook, begin), _hooked(block.register_forward_hook, end):
+            yield

@@ -144,7 +144,7 @@ class DiffusersTeacher(ABC):
 
     @abstractmethod
     def _object_tokens(self, output: Any, text: TextEmbedding, with_context: bool) -> Tensor:
-        """(B, L, C), the object tokens in what a block returned."""
+        """(B, L, C), the object tokens in what was captured: a pair of text and image tokens, or both in sequence."""
 
     @property
     @abstractmethod
@@ -185,11 +185,11 @@ class DiffusersTeacher(ABC):
     ) -> dict[str, Tensor]:
         steps = len(noisy) // len(text.tokens)
         blocks = self._blocks()
-        depths = {tap: self.architecture.block(tap, self.source) for tap in taps if tap != "velocity"}
-        deepest = len(blocks) - 1 if "velocity" in taps else max(depths.values())
+        places = {tap: self.architecture.place(tap, self.source) for tap in taps if tap != "velocity"}
+        deepest = len(blocks) - 1 if "velocity" in taps else max(place.depth for place in places.values())
         given = None if context is None else self._share_context(context, steps, deepest)
         features: dict[str, Tensor] = {}
-        with capture(blocks, depths, leave_early="velocity" not in taps) as found:
+        with capture(blocks, places, "velocity" not in taps, compiled=self.loading.compile) as found:
             features["velocity"] = -self._forward(noisy, given, sigma, text.repeat(steps))
         for tap, output in found.items():
             features[tap] = self._object_tokens(output, text, context is not None)
@@ -205,8 +205,8 @@ class DiffusersTeacher(ABC):
     def _blocks(self) -> list[Module]:
         return blocks_of(self.transformer)
 
-    def taps(self) -> list[str]:
-        return [*self.architecture.taps()[:-1], "hidden", "velocity"]  # hidden is the last block's output
+    def taps(self, modulated: bool = False) -> list[str]:
+        return self.architecture.all_taps(modulated)
 
     def tap_shape(self, tap: str) -> TapShape:
         return self.architecture.tap_shape(tap, self.resolution, self.source)

@@ -87,4 +87,6 @@ class FluxTeacher(DiffusersTeacher):
         return out[:, : noisy.shape[1]]
 
     def _object_tokens(self, output: Any, text: TextEmbedding, with_context: bool) -> Tensor:
-        return output[1][:, : self.grid[0] * self.grid[1]]  # (text tokens, image tokens)
+        # Blocks return (text tokens, image tokens); the attention of single blocks is given both in one sequence.
+        images = output[1] if isinstance(output, tuple) else output[:, text.tokens.shape[1] :]
+        return images[:, : self.grid[0] * self.grid[1]]

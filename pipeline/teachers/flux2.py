@@ -25,7 +25,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 from torch.nn import Module
 
-from pipeline.teachers.architecture import MAX_TEXT_TOKENS, Architecture, flux2_architecture
+from pipeline.teachers.architecture import MAX_TEXT_TOKENS, Architecture, Place, flux2_architecture
 from pipeline.teachers.base import ContextMode, TextEmbedding
 from pipeline.teachers.capture import capture
 from pipeline.teachers.diffusers_teacher import DiffusersTeacher
@@ -171,7 +171,7 @@ class Flux2KleinTeacher(DiffusersTeacher):
         # The context does not see the text; one token of zeros, because not every kernel takes an empty sequence.
         text = context.new_zeros(len(context), 1, self.transformer.config.joint_attention_dim, dtype=self.dtype)
         try:
-            with capture(blocks, {"deepest": deepest}, leave_early=True):
+            with capture(blocks, {"deepest": Place(deepest)}, leave_early=True):
                 self._transform(
                     context, self._context_ids, context.new_zeros(len(context)), text,
                     kv_cache_mode="extract", num_ref_tokens=context.shape[1],

@@ -58,8 +58,8 @@ class TimmEncoder:
         """Component name → SHA-256 of its weights, under timm's names, and of what it is."""
         return {"encoder": self._digest}
 
-    def taps(self) -> list[str]:
-        """Every tap there is, from the input to the output."""
+    def taps(self, modulated: bool = False) -> list[str]:
+        """Every tap there is, from the input to the output; no timestep modulates any."""
         return list(self._shapes)
 
     def tap_shape(self, tap: str) -> TapShape:

@@ -18,9 +18,12 @@ PAIRED_VIEWS = ("canonical", "hflip")  # the views whose student image can be ma
 
 @dataclass(frozen=True)
 class FeatureNeed:
-    """One tap at some timesteps (None: all that there are), of the run's own cache or of another (path or URL)."""
+    """One tap at some timesteps (None: all that there are), of the run's own cache or of another (path or URL).
 
-    tap: str
+    tap: None is `hidden` where the cache has it, otherwise its first.
+    """
+
+    tap: str | None
     timesteps: tuple[int, ...] | None = None
     cache: str | None = None
 
@@ -50,9 +53,9 @@ class FeatureSource:
     """
 
     def __init__(self, own: Cache, cache: Cache, need: FeatureNeed):
-        self.cache, self.tap = cache, need.tap
+        self.cache, self.tap = cache, need.tap or cache.manifest.default_tap
         timesteps = choose_timesteps(cache, need.timesteps)
-        _, tokens, channels = token_shape(cache, need.tap, timesteps)
+        _, tokens, channels = token_shape(cache, self.tap, timesteps)
         self.shape = FeatureShape(timesteps, tokens, channels)
         self._row_of = None if cache is own else _match(own, cache)
 

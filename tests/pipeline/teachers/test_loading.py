@@ -182,7 +182,8 @@ def test_compiled_blocks_are_read_at_any_tap_in_any_order(load):
     plain, compiled = load(), load(loading=Loading(compile=True))
     given = inputs(plain)
     # Only the first of the two kinds of blocks: the compiler takes its time.
-    for taps in (["double.1"], ["double.0"], ["double.1", "double.0"]):
+    for taps in (["double.1"], ["double.0"], ["double.1", "double.0"], ["double.1.modulated"],
+                 ["double.1.modulated", "double.0"], ["double.1", "double.1.modulated"]):  # fmt: skip
         expected, found = features(plain, taps, given), features(compiled, taps, given)
         for tap in taps:
             torch.testing.assert_close(found[tap], expected[tap], atol=1e-4, rtol=1e-4)

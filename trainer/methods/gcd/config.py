@@ -70,7 +70,7 @@ class GcdConfig(TrainConfig):
 
     method: Literal["gcd"] = "gcd"
     unlabeled_per_batch: int = Field(default=0, ge=0)  # extra rows per batch that only CAL sees
-    tap: str = "hidden"
+    tap: str | None = None  # None: hidden where the cache has it, otherwise its first
     timesteps: tuple[int, ...] | None = None  # None: all that the cache has
     gim: GimConfig = GimConfig()
     loss: LossConfig = LossConfig()
