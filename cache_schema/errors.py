@@ -28,7 +28,13 @@ def printable(text: str) -> str:
 
 
 class DitDistillError(Exception):
-    """The base of every error that a command reports in one line, without a traceback."""
+    """The base of every error that a command reports in one line, without a traceback.
+
+    exit_code: what the command ends with; prefix: what the line begins with.
+    """
+
+    exit_code = 1
+    prefix = "error"
 
 
 class CacheError(DitDistillError):

@@ -13,6 +13,8 @@ Quantization = Literal["int8", "fp8"]
 ContextMode = Literal["joint", "reused"]
 # What becomes of the few channels that are many times larger than the others, before anything is stored.
 MassiveChannels = Literal["keep", "remove", "standardize"]
+# Times the median of the channels. Ours, and untuned: papers name massive channels of a model by hand.
+DEFAULT_MASSIVE_FACTOR = 10.0
 # What an image encoder is shown of a photograph: the crop of the object, or all of it.
 EncoderInput = Literal["object", "image"]
 # What a teacher is conditioned on: the caption of each image, or an empty prompt.

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from cache_schema.errors import DitDistillError
 from cache_schema.fields import Setting, check_limits
 from cache_schema.format.vocabulary import (
+    DEFAULT_MASSIVE_FACTOR,
     Compression,
     EncodingKind,
     MassiveChannels,
@@ -60,7 +61,7 @@ class BuildConfig:
     ] = "keep"
     massive_factor: Annotated[
         float, Setting("A channel is massive from so many times the median of the channels on.", above=1)
-    ] = 10.0
+    ] = DEFAULT_MASSIVE_FACTOR
     compression: Annotated[Compression, Setting("Lossless compression of the stored bytes.")] = "none"
     min_cosine: Annotated[
         float | None,

@@ -6,7 +6,6 @@ from cache_schema.errors import DitDistillError
 from cache_schema.format.manifest import (
     Curriculum,
     DatasetInfo,
-    Encoding,
     ImagesInfo,
     Manifest,
     TapInfo,
@@ -15,22 +14,11 @@ from cache_schema.format.manifest import (
 from cache_schema.format.samples import count_usable, fingerprint_samples
 from cache_schema.writing.plan import plan_manifest
 from pipeline.build.config import BuildConfig
+from pipeline.build.encoding import encoding_of
 from pipeline.datasets.base import SPLITS, Dataset
 from pipeline.teachers.base import AnyTeacher, is_image_encoder
 from pipeline.teachers.lora import lora_file
 from pipeline.teachers.weights import file_digest
-
-
-def encoding_of(config: BuildConfig) -> Encoding:
-    """How a build encodes its features."""
-    return Encoding(
-        kind=config.encoding,
-        pool=config.pool,
-        pca=config.pca,
-        compression=config.compression,
-        massive=config.massive_channels,
-        massive_factor=None if config.massive_channels == "keep" else config.massive_factor,
-    )
 
 
 def describe_cache(teacher: AnyTeacher, dataset: Dataset, config: BuildConfig, samples: pa.Table) -> Manifest:

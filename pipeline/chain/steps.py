@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import cast
 
 from cache_schema.errors import DitDistillError
+from pipeline.chain.agreement import remarks_on
 from pipeline.chain.next_step import next_line
 from pipeline.config import RunConfig
 from pipeline.opening import open_data, open_teacher
@@ -43,7 +44,8 @@ def refine_teacher(config: RunConfig, output: Path, *, alone: bool = True) -> No
             "--compile: PyTorch cannot compile gradients through weights of 8 bits; leave out --compile or --quantize"
         )
     opened = open_data(config.data)
-    loaded = open_teacher(replace(config.teacher, offload=False), lora=None)
+    guidance = config.teacher.guidance if config.refine.train_guidance is None else config.refine.train_guidance
+    loaded = open_teacher(replace(config.teacher, offload=False, guidance=guidance), lora=None)
     if is_image_encoder(loaded):
         raise DitDistillError(
             f"teacher {loaded.source}: an image encoder has no Stage I; go on with dit-cache build, or leave refine "
@@ -78,6 +80,8 @@ def build_cache(
     opened = DecodedImages(open_data(config.data))
     scanned = scan_for(opened, config.build, config.tolerance)
     loaded = open_teacher(config.teacher, lora)
+    for remark in remarks_on(loaded, lora, config.build.num_steps):
+        print(remark)
     build(
         loaded, opened, config.build, output,
         tolerance=config.tolerance, scanned=scanned, repair=repair, conditions=config.conditions,

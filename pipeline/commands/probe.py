@@ -32,6 +32,7 @@ def _read_timesteps(text: str) -> object:
 @configured_by(
     DATASET, *IMAGES, ANNOTATIONS, LIMIT, *TEACHER, "probe.taps",
     Exposed("probe.timesteps", help="Timesteps to compare, or all of 1 to --num-steps.", reads=_read_timesteps),
+    "probe.modulated", "probe.massive_channels", "probe.massive_factor",
     "probe.num_steps", "probe.images", "probe.per_class", "probe.split", "probe.cells", "probe.recommend",
     "probe.seed", "probe.batch", CONDITIONS, *PRECISION, *FORWARD, "teacher.offload", "teacher.compile",
 )  # fmt: skip

@@ -24,7 +24,9 @@ from pipeline.presets import run_folder
 
 @configured_by(
     DATASET, *IMAGES, ANNOTATIONS, LIMIT, *TEACHER,
-    "refine.steps", "refine.batch", "refine.accumulate", "refine.lr", "refine.rank", "refine.validation_images",
+    "refine.steps", "refine.batch", "refine.accumulate", "refine.lr", "refine.rank", "refine.lora_targets",
+    "refine.sigma", "refine.grad_clip", "refine.caption_dropout", "refine.flip", "refine.train_guidance",
+    "refine.validation_images",
     "refine.validate_every", "refine.checkpoint_every", "refine.pictures_every", "refine.gradient_checkpointing",
     "refine.seed", CONDITIONS, *PRECISION, *FORWARD, "teacher.compile",
 )  # fmt: skip

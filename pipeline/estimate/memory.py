@@ -14,7 +14,7 @@ from cache_schema.format.card import format_bytes
 from cache_schema.format.manifest import TapInfo
 from cache_schema.writing.plan import choose_samples_per_shard
 from pipeline.build.config import BuildConfig
-from pipeline.build.describe import encoding_of
+from pipeline.build.encoding import encoding_of
 from pipeline.estimate.tensor_memory import FusedAttention, MemoryMeter, module_bytes
 from pipeline.inputs.conditions import Conditions
 from pipeline.refine.loss import cdr_loss

@@ -14,7 +14,7 @@ from cache_schema.format.card import format_bytes
 from cache_schema.format.manifest import Encoding, TapInfo
 from cache_schema.writing.estimate import VALUE_BYTES, chunk_bytes, estimate_size
 from pipeline.build.config import BuildConfig
-from pipeline.build.describe import encoding_of
+from pipeline.build.encoding import encoding_of
 from pipeline.build.student_images import student_image
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.inputs.conditions import captions_of
@@ -136,7 +136,8 @@ def mean_image_bytes(dataset: Dataset | None, config: BuildConfig) -> tuple[floa
 def estimate(plan: CachePlan, demand: Demand, output: Path, rate: TeacherRate | None) -> dict[str, Any]:
     """Everything there is to say about a build before it, as plain JSON values; sizes in bytes, before compression.
 
-    Keys: `teacher` (source, family, resolution, origin), `taps`, `views`, `timesteps`, `rows` (features, images),
+    Keys: `teacher` (source, family, resolution, origin), `blocks` (run, of: a pass ends at the deepest tap; None of an
+    image encoder), `taps`, `views`, `timesteps`, `rows` (features, images),
     `encoding` (as asked), `image` (bytes, basis), `sizes` (per encoding, pool and pca: bytes_per_image, features,
     images, total, read_per_second; null where the shapes do not allow it), `reading` (what the bandwidth is for),
     `conditions` (bytes, captions: what is kept beside the cache while it is made), `disk` (path, free, needed, fits),
@@ -161,6 +162,7 @@ def estimate(plan: CachePlan, demand: Demand, output: Path, rate: TeacherRate | 
             "resolution": outline.resolution,
             "origin": outline.origin,
         },
+        "blocks": _blocks(plan),
         "taps": [t.model_dump(mode="json", exclude={"teacher_channels"}) for t in taps],
         "views": list(plan.config.views),
         "timesteps": list(plan.config.timesteps),
@@ -238,6 +240,14 @@ def _size(plan: CachePlan, encoding: Encoding, demand: Demand) -> dict[str, Any]
         "total": size.total,
         "read_per_second": round(per_row * demand.batch * demand.steps_per_second),
     }
+
+
+def _blocks(plan: CachePlan) -> dict[str, int] | None:
+    architecture = plan.outline.architecture
+    total = sum(count for _, count in architecture.blocks)
+    if not total:
+        return None
+    return {"run": architecture.blocks_run(plan.config.taps, plan.outline.source), "of": total}
 
 
 def _trainer_tap(taps: Sequence[TapInfo]) -> TapInfo:

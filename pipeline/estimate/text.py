@@ -15,9 +15,12 @@ def estimate_text(found: dict[str, Any]) -> str:
 def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
     teacher, rows = found["teacher"], found["rows"]
     taps = ", ".join(f"{t['name']} {t['grid'][0]}×{t['grid'][1]} tokens × {t['channels']}" for t in found["taps"])
+    blocks = found["blocks"] or {"run": 0, "of": 0}
+    run, of = blocks["run"], blocks["of"]
     facts = [
         ("teacher", f"{teacher['source']} at {teacher['resolution']} px, from its {teacher['origin']}"),
         ("taps", taps),
+        *([("pass", f"{run} of {of} blocks, about {run / of:.0%} of the time of a whole pass")] if of else []),
         ("timesteps", ", ".join(map(str, found["timesteps"]))),
         ("views", ", ".join(found["views"])),
         ("images", f"{rows['features']:,} with features, {rows['images']:,} student images"),

@@ -71,15 +71,17 @@ class ConditionStore:
         digests: Mapping[str, str] | None = None,
         check: Callable[[], None] = lambda: None,
         log: Callable[[str], None] = tqdm.write,
+        without_caption: bool = False,
     ) -> Encoded:
         """Encode what is missing for these samples under these views, then release text encoders and VAE.
 
         digests: SHA-256 of the image files by sample id, where they are known. check: called before every piece of
-        work; may raise to end it. Raises DataError for an image that cannot be read, CacheStorageError where the disk
-        refuses.
+        work; may raise to end it. without_caption: encode the empty one as well. Raises DataError for an image that
+        cannot be read, CacheStorageError where the disk refuses.
         """
         self._digests |= digests if digests is not None else self._digest(samples)
-        captions = list(dict.fromkeys(captions_of(self._dataset, samples, self._use_captions)))
+        wanted = captions_of(self._dataset, samples, self._use_captions) + [""] * without_caption
+        captions = list(dict.fromkeys(wanted))
         captions = [caption for caption in captions if not self._text_file(caption).exists()]
         lacking = [(s, v) for s in samples if (v := [v for v in views if not self._latents_file(s, v).exists()])]
         if not captions and not lacking:
@@ -99,15 +101,17 @@ class ConditionStore:
 
         Raises DamagedConditions for a file that is not what was written, or no longer there.
         """
-        text = [_read(self._text_file(c)) for c in captions_of(self._dataset, samples, self._use_captions)]
         latents = [_read(self._latents_file(sample, view)) for sample in samples]
         return Conditions(
             object=torch.stack([found["object"] for found in latents]),
             context=torch.stack([found["context"] for found in latents]),
-            text=TextEmbedding(
-                torch.stack([found["tokens"] for found in text]), torch.stack([found["pooled"] for found in text])
-            ),
+            text=self.text(captions_of(self._dataset, samples, self._use_captions)),
         )
+
+    def text(self, captions: Sequence[str]) -> TextEmbedding:
+        """The embeddings of captions that were prepared. Raises as `read`."""
+        found = [_read(self._text_file(caption)) for caption in captions]
+        return TextEmbedding(torch.stack([f["tokens"] for f in found]), torch.stack([f["pooled"] for f in found]))
 
     def _encode_captions(self, captions: Sequence[str], check: Callable[[], None]) -> float:
         if not captions:

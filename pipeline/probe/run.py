@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cache_schema.encoding.calibration import Moments
 from cache_schema.errors import DitDistillError
+from cache_schema.format.vocabulary import MassiveChannels
 from cache_schema.storage.files import write_file
 from pipeline.curriculum import DEFAULT_TIMESTEPS
 from pipeline.datasets.base import Dataset, Sample
@@ -21,7 +23,15 @@ from pipeline.inputs.feature_source import DiffusionSource, EncoderSource, Featu
 from pipeline.inputs.pictures import save_picture
 from pipeline.probe.config import ProbeConfig
 from pipeline.probe.picture import draw_heat_maps
-from pipeline.probe.scores import Score, high_frequency_ratio, linear_accuracy, pool_cells, recall_at_1, standardise
+from pipeline.probe.scores import (
+    Score,
+    high_frequency_ratio,
+    linear_accuracy,
+    pool_cells,
+    recall_at_1,
+    standardise,
+    treat_places,
+)
 from pipeline.teachers.base import AnyTeacher, Teacher, is_image_encoder
 from pipeline.teachers.passes import memory_errors
 
@@ -39,6 +49,13 @@ class Advice:
     recall: float
     default_recall: float | None
     warning: str | None
+    massive: MassiveChannels = "keep"
+
+    @property
+    def options(self) -> str:
+        """The advice as options to type."""
+        massive = "" if self.massive == "keep" else f" --massive-channels {self.massive}"
+        return f"--taps {self.tap} --timesteps {','.join(map(str, self.timesteps))}{massive}"
 
 
 def probe(
@@ -55,7 +72,7 @@ def probe(
     Returns what is written to probe.json. conditions: folder of the `ConditionStore`, by default beside `output`.
     Raises DitDistillError where the data set has too few labelled images.
     """
-    taps = config.taps or tuple(teacher.taps())
+    taps = config.taps or tuple(teacher.taps(config.modulated))
     for tap in taps:
         teacher.tap_shape(tap)
     samples = choose_samples(dataset, config)
@@ -83,7 +100,7 @@ def probe(
         f"{len(samples)} images of {classes} classes of the split {config.split}; chance: {100 / classes:.1f} %, "
         f"one standard error {100 * standard_error(advice.recall, len(samples)):.1f} points"
     )
-    log(f"recommended: --taps {advice.tap} --timesteps {','.join(map(str, advice.timesteps))}")
+    log(f"recommended: {advice.options}")
     if advice.warning:
         log(f"warning: {advice.warning}")
     log(f"wrote {output / 'probe.json'} and {output / 'probe.png'}")
@@ -146,6 +163,7 @@ def score_all(
             source = source_at(sigmas[p - 1])
             pooled: dict[str, list[Tensor]] = {tap: [] for tap in taps}
             energy: dict[str, list[float]] = {tap: [] for tap in taps}
+            moments = {tap: Moments(1, teacher.tap_shape(tap).channels) for tap in taps}
             for batch in batches:
                 with memory_errors(f"in a forward pass of {len(batch)} images", "use a smaller --batch"):
                     found = source.compute(batch, source.read(batch))
@@ -156,18 +174,27 @@ def score_all(
                     pooled[tap].append(pool_cells(tokens.float(), grid, config.cells).cpu())
                     _check_finite(pooled[tap][-1], batch, f"tap {tap} at timestep {p}")
                     energy[tap] += high_frequency_ratio(tokens.float(), grid).tolist()
+                    if config.massive_channels != ("keep",):
+                        moments[tap].add(tokens.float().cpu().numpy()[:, None])
                 bar.update(len(batch))
             for tap in taps:
-                features = standardise(torch.cat(pooled[tap]).numpy())
-                scores.append(
-                    Score(
-                        tap=tap,
-                        timestep=p,
-                        recall_at_1=recall_at_1(features, labels),
-                        linear=linear_accuracy(features, labels),
-                        high_frequency=float(np.mean(energy[tap])),
+                kept = torch.cat(pooled[tap]).numpy()
+                for kind in config.treatments:
+                    plain = kept
+                    if kind != "keep":
+                        plain = treat_places(kept, moments[tap].treatment(kind, config.massive_factor))
+                    features = standardise(plain)
+                    scores.append(
+                        Score(
+                            tap=tap,
+                            timestep=p,
+                            recall_at_1=recall_at_1(features, labels),
+                            linear=linear_accuracy(features, labels),
+                            high_frequency=float(np.mean(energy[tap])),
+                            massive=kind,
+                            plain_recall_at_1=recall_at_1(plain, labels),
+                        )
                     )
-                )
     return scores
 
 
@@ -189,8 +216,9 @@ def standard_error(share: float, count: int) -> float:
 
 def advise(scores: Sequence[Score], config: ProbeConfig, images: int) -> Advice:
     """The tap whose best timesteps retrieve best on average, and these timesteps, from coarse to fine."""
-    table = {(s.tap, s.timestep): s.recall_at_1 for s in scores}
-    taps = list(dict.fromkeys(s.tap for s in scores))
+    table = {(s.name, s.timestep): s.recall_at_1 for s in scores}
+    taps = list(dict.fromkeys(s.name for s in scores))
+    named = {s.name: s for s in scores}
     count = min(config.recommend, len(config.timesteps))
 
     def best_steps(tap: str) -> list[int]:
@@ -210,20 +238,22 @@ def advise(scores: Sequence[Score], config: ProbeConfig, images: int) -> Advice:
             f"the default --taps {DEFAULT_TAP} --timesteps {','.join(map(str, default))} has a mean R@1 of "
             f"{100 * default_recall:.1f} %, the recommended choice {100 * recall:.1f} %"
         )
-    return Advice(tap, tuple(steps), recall, default_recall, warning)
+    return Advice(named[tap].tap, tuple(steps), recall, default_recall, warning, named[tap].massive)
 
 
 def render_table(scores: Sequence[Score]) -> str:
     """R@1 / linear accuracy in % and the high-frequency ratio: a line per tap, a column per timestep."""
-    taps, steps = list(dict.fromkeys(s.tap for s in scores)), sorted({s.timestep for s in scores})
-    table = {(s.tap, s.timestep): s for s in scores}
+    taps, steps = list(dict.fromkeys(s.name for s in scores)), sorted({s.timestep for s in scores})
+    width = max(12, *map(len, taps))
+    table = {(s.name, s.timestep): s for s in scores}
     blocks = []
     for title, show in (
         ("R@1 %, k-NN", lambda s: f"{100 * s.recall_at_1:6.1f}"),
+        ("R@1 %, k-NN of features that are not standardised", lambda s: f"{100 * s.plain_recall_at_1:6.1f}"),
         ("linear accuracy %, leave-one-out ridge", lambda s: f"{100 * s.linear:6.1f}"),
         ("high-frequency ratio", lambda s: f"{s.high_frequency:6.3f}"),
     ):
-        head = f"{'tap':<12}" + "".join(f"  p={p:<4}" for p in steps)
-        lines = [f"{tap:<12}" + "".join(f" {show(table[tap, p])}" for p in steps) for tap in taps]
+        head = f"{'tap':<{width}}" + "".join(f"  p={p:<4}" for p in steps)
+        lines = [f"{tap:<{width}}" + "".join(f" {show(table[tap, p])}" for p in steps) for tap in taps]
         blocks.append("\n".join([title, head, *lines]))
     return "\n\n".join(blocks)

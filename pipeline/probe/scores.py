@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cache_schema.encoding.massive import ChannelTreatment
+from cache_schema.format.vocabulary import MassiveChannels
+
 Array = np.ndarray
 
 # Frequencies beyond this share of the highest one along an axis count as high.
@@ -16,13 +19,24 @@ _RIDGE = 1.0
 
 @dataclass(frozen=True)
 class Score:
-    """One tap at one timestep. recall_at_1, linear: shares of images; high_frequency: share of energy."""
+    """One tap at one timestep. recall_at_1, linear: shares of images; high_frequency: share of energy.
+
+    massive: what was done to massive channels. plain_recall_at_1: of features that are not standardised, so that what
+    massive channels drown shows.
+    """
 
     tap: str
     timestep: int
     recall_at_1: float
     linear: float
     high_frequency: float
+    massive: MassiveChannels = "keep"
+    plain_recall_at_1: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The tap and, where they are not kept, what was done to massive channels."""
+        return self.tap if self.massive == "keep" else f"{self.tap} ({self.massive})"
 
 
 def pool_cells(tokens: Tensor, grid: tuple[int, int], cells: int) -> Tensor:
@@ -38,6 +52,13 @@ def standardise(features: Array) -> Array:
     centred = features - features.mean(axis=0)
     deviation = centred.std(axis=0)
     return centred / np.where(deviation > 0, deviation, 1)
+
+
+def treat_places(features: Array, treatment: ChannelTreatment) -> Array:
+    """Pooled features (n, C · places) as a build that treats massive channels would store them; treatment: (1, C)."""
+    n, channels = len(features), treatment.offset.shape[1]
+    by_place = features.reshape(n, channels, -1).swapaxes(1, 2)[:, None]  # n, T=1, places, C
+    return treatment.apply(by_place)[:, 0].swapaxes(1, 2).reshape(n, -1)
 
 
 def recall_at_1(features: Array, labels: Array) -> float:

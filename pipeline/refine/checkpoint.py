@@ -18,7 +18,16 @@ from cache_schema.storage.files import flush_directory, storage_errors, sweep_as
 
 FOLDER = "checkpoint"
 # What runs that began before there was a choice did not write down.
-_ALWAYS_SO = {"context": "joint", "quantization": None}
+_ALWAYS_SO = {
+    "context": "joint",
+    "quantization": None,
+    "lora_targets": "attention",
+    "sigma": "uniform",
+    "grad_clip": None,
+    "caption_dropout": 0.0,
+    "flip": False,
+    "train_guidance": None,
+}
 _STATE, _TENSORS = "state.json", "tensors.safetensors"
 
 

@@ -1,15 +1,22 @@
 """The settings of Stage I, checked once."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cache_schema.fields import Setting, check_limits
 from pipeline.curriculum import DEFAULT_STEPS, DEFAULT_TIMESTEPS, check_timesteps
+
+# How σ is drawn; see `pipeline.refine.draws.sigma_of`.
+SigmaDistribution = Literal["uniform", "logit-normal", "shifted"]
+LoraTargets = Literal["attention", "attention+ff"]
 
 
 @dataclass(frozen=True)
 class RefineConfig:
     """The paper's setting: Adam 1e-4, batch 1, 30 000 steps, rank 16. σ is uniform on (0, 1), as in L_CDR.
+
+    What others do beside it is off by default: σ where images take shape, clipping, captions left out now and then so
+    that the refined DiT can do without, mirrored images where the build caches the view hflip.
 
     One optimiser step sees `batch` × `accumulate` images on each process. gradient_checkpointing: None does so on a
     GPU. `timesteps` of `num_steps` are the noise levels that the pictures show.
@@ -20,6 +27,22 @@ class RefineConfig:
     accumulate: Annotated[int, Setting("Batches per step, and per process, whose gradients add up.", least=1)] = 1
     lr: Annotated[float, Setting("Learning rate of Adam.", above=0)] = 1e-4
     rank: Annotated[int, Setting("Rank of the LoRA.", least=1)] = 16
+    lora_targets: Annotated[
+        LoraTargets, Setting("What the LoRA adapts: the attention projections, or the feed-forward layers as well.")
+    ] = "attention"
+    sigma: Annotated[
+        SigmaDistribution,
+        Setting("How noise levels are drawn: uniform, logit-normal (Esser et al. 2024), or shifted as the sampler's."),
+    ] = "uniform"
+    grad_clip: Annotated[
+        float | None, Setting("Clip the norm of the gradients to this, e.g. 1; default not at all.", above=0)
+    ] = None
+    caption_dropout: Annotated[float, Setting("Share of the draws that see an empty caption.", least=0, most=1)] = 0.0
+    flip: Annotated[bool, Setting("Mirror half of the draws, for a build that caches the view hflip.")] = False
+    train_guidance: Annotated[
+        float | None,
+        Setting("Guidance that Stage I feeds to teachers that embed it, e.g. 1; default --guidance, the build's."),
+    ] = None
     seed: Annotated[int, Setting("Seed of initialisation, order and noise.")] = 0
     gradient_checkpointing: Annotated[
         bool | None,

@@ -17,8 +17,10 @@ from tqdm import tqdm
 from cache_schema.errors import DitDistillError
 from cache_schema.fields import fields_of
 from cache_schema.storage.files import write_file
+from pipeline.curriculum import DEFAULT_STEPS
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.inputs.condition_store import ConditionStore, default_store
+from pipeline.inputs.conditions import Conditions
 from pipeline.inputs.pictures import save_picture
 from pipeline.refine.card import render_card
 from pipeline.refine.checkpoint import (
@@ -29,11 +31,11 @@ from pipeline.refine.checkpoint import (
     save_checkpoint,
 )
 from pipeline.refine.config import RefineConfig
-from pipeline.refine.draws import noise_of, rows_of
+from pipeline.refine.draws import chosen_of, noise_of, rows_of
 from pipeline.refine.loss import HeldOut, cdr_loss, hold_out, read_held_out, validation_loss
 from pipeline.refine.metrics import MetricsLog
 from pipeline.refine.pictures import draw_reconstructions
-from pipeline.teachers.base import Teacher
+from pipeline.teachers.base import Teacher, TextEmbedding
 from pipeline.teachers.lora import RECORD_NAME, add_lora
 from pipeline.teachers.passes import memory_errors
 from pipeline.teachers.weights import file_digest
@@ -92,6 +94,7 @@ class _Run:
         samples = [s for s in dataset.samples if s.split == "train"]
         self.train_samples, self.held_out = hold_out(samples, config.validation_images)
         self.slots = config.accumulate * self.accelerator.num_processes
+        self.schedule = teacher.sigmas(DEFAULT_STEPS) if config.sigma == "shifted" else []
         self.progress = Progress(self._identity())
         self.parameters: dict[str, Tensor] = {}
 
@@ -111,8 +114,8 @@ class _Run:
     def train(self) -> None:
         """All steps from the last checkpoint on."""
         config = self.config
-        self.store.prepare([*self._drawn_samples(), *self.held_out], log=self.log)
-        add_lora(self.teacher.transformer, config.rank, config.seed)
+        self._prepare()
+        add_lora(self.teacher.transformer, config.rank, config.seed, config.lora_targets)
         recompute = config.gradient_checkpointing
         if self.teacher.device.type == "cuda" if recompute is None else recompute:
             self.teacher.transformer.enable_gradient_checkpointing()
@@ -174,6 +177,35 @@ class _Run:
         self.accelerator.wait_for_everyone()
         return record
 
+    def _prepare(self) -> None:
+        """Encode all that will be drawn: mirrored images and the empty caption only where they can be."""
+        config, drawn = self.config, self._drawn_samples()
+        empty = config.caption_dropout > 0
+        self.store.prepare([*drawn, *self.held_out], log=self.log, without_caption=empty)
+        if config.flip:
+            self.store.prepare(drawn, ("hflip",), log=self.log)
+
+    def _read(self, step: int, slot: int) -> Conditions:
+        """What the DiT is conditioned on in one micro-batch."""
+        config = self.config
+        rows = rows_of(config.seed, step, slot, self.slots, config.batch, len(self.train_samples))
+        samples = [self.train_samples[row] for row in rows]
+        share = 0.5 if config.flip else 0.0
+        mirrored = chosen_of(config.seed, "flip", step, slot, len(samples), share)
+        empty = chosen_of(config.seed, "caption", step, slot, len(samples), config.caption_dropout)
+        if not any(mirrored + empty):
+            return self.store.read(samples, "canonical")
+        parts = [
+            self.store.read([sample], "hflip" if flip else "canonical")
+            for sample, flip in zip(samples, mirrored, strict=True)
+        ]
+        texts = [self.store.text([""]) if none else part.text for part, none in zip(parts, empty, strict=True)]
+        return Conditions(
+            object=torch.cat([part.object for part in parts]),
+            context=torch.cat([part.context for part in parts]),
+            text=TextEmbedding(torch.cat([t.tokens for t in texts]), torch.cat([t.pooled for t in texts])),
+        )
+
     def _drawn_samples(self) -> Sequence[Sample]:
         """The training images that the run will see: all of them unless it is shorter than an epoch."""
         config, count = self.config, len(self.train_samples)
@@ -190,9 +222,9 @@ class _Run:
         total = torch.zeros((), device=teacher.device)
         for micro in range(config.accumulate):
             slot = micro * self.accelerator.num_processes + self.accelerator.process_index
-            rows = rows_of(config.seed, step, slot, self.slots, config.batch, len(self.train_samples))
-            conditions = self.store.read([self.train_samples[r] for r in rows], "canonical").to(teacher.device)
-            noise, sigma = noise_of(config.seed, step, slot, tuple(conditions.object.shape))
+            conditions = self._read(step, slot).to(teacher.device)
+            shape = tuple(conditions.object.shape)
+            noise, sigma = noise_of(config.seed, step, slot, shape, config.sigma, self.schedule)
             with memory_errors(f"in step {step + 1}", _OUT_OF_MEMORY):
                 loss = cdr_loss(teacher, conditions, noise.to(conditions.object), sigma.to(teacher.device))
                 (loss / config.accumulate).backward()
@@ -204,6 +236,8 @@ class _Run:
                 f"the loss of step {step + 1} is {total.item()}: the teacher failed; use --dtype bfloat16 or float32, "
                 f"or a lower --lr; the last checkpoint in {self.output} is from before"
             )
+        if config.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.grad_clip)
         self.optimiser.step()
         return total.item()
 

@@ -1,7 +1,7 @@
 """What a teacher's configuration alone says: token counts and channels, without a single weight."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,12 @@ class Architecture:
             f"the teacher {source} has no tap {tap!r}; it has {', '.join(known[:-1])} and {known[-1]}, and of each "
             f"block also what its attention reads, as {taps[0]}{MODULATED}"
         )
+
+    def blocks_run(self, taps: Sequence[str], source: str) -> int:
+        """How many blocks a pass runs that ends where the deepest tap was read; raises TeacherError as `place`."""
+        count = sum(number for _, number in self.blocks)
+        places = [self.place(tap, source) for tap in taps if tap != "velocity"]
+        return count if len(places) < len(taps) else max(place.depth + (not place.modulated) for place in places)
 
     def middle(self) -> str:
         """The tap in the middle of the blocks, as DiTF found it best for FLUX: what the attention there reads."""

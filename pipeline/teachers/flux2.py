@@ -25,7 +25,14 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 from torch.nn import Module
 
-from pipeline.teachers.architecture import MAX_TEXT_TOKENS, Architecture, Place, flux2_architecture
+from pipeline.teachers.architecture import (
+    INDEX_NAME,
+    MAX_TEXT_TOKENS,
+    Architecture,
+    Place,
+    flux2_architecture,
+    read_config,
+)
 from pipeline.teachers.base import ContextMode, TextEmbedding
 from pipeline.teachers.capture import capture
 from pipeline.teachers.diffusers_teacher import DiffusersTeacher
@@ -105,6 +112,11 @@ class Flux2KleinTeacher(DiffusersTeacher):
     @property
     def caption_tokens(self) -> int:
         return min(_MAX_TEXT_TOKENS, self.text_pipe.tokenizer.model_max_length)
+
+    @property
+    def step_distilled(self) -> bool:
+        """Whether it was distilled to a few steps: klein, not klein-base. Folders say so as the pipeline does."""
+        return bool(read_config(str(self.folder), INDEX_NAME, None).get("is_distilled"))
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextEmbedding:

@@ -1,11 +1,11 @@
-"""LoRA on the attention projections: made for Stage I, saved and loaded in diffusers' own layout."""
+"""LoRA on attention projections, or on MLPs too: made for Stage I, saved and loaded in diffusers' own layout."""
 
 import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
@@ -68,6 +68,16 @@ def check_made_for(path: Path, transformer_digest: str, teacher: str, context: C
         )
 
 
+def refined_with(path: Path) -> dict[str, Any]:
+    """Guidance and resolution of Stage I, as its record beside a LoRA has them; nothing where there is no record."""
+    record = lora_file(path).parent / RECORD_NAME
+    try:
+        identity = json.loads(record.read_text(encoding="utf-8"))["identity"]
+        return {name: identity[name] for name in ("guidance", "resolution") if name in identity}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def attention_projections(transformer: Any) -> list[str]:
     """What the LoRA adapts: the attention projections of a family, as peft names them.
 
@@ -82,14 +92,32 @@ def attention_projections(transformer: Any) -> list[str]:
     return [*ATTENTION_PROJECTIONS, *fused]
 
 
-def add_lora(transformer: Any, rank: int, seed: int) -> list[torch.nn.Parameter]:
+def feed_forward_layers(transformer: Any) -> list[str]:
+    """The linear layers of the blocks' MLPs, as peft names them; FLUX.2's single blocks have theirs fused (above)."""
+    return [
+        name
+        for name, module in transformer.named_modules()
+        if isinstance(module, torch.nn.Linear) and "transformer_blocks." in name and _in_mlp(name.split(".")[2:])
+    ]
+
+
+def _in_mlp(path: list[str]) -> bool:
+    return path[0] in ("ff", "ff_context", "proj_mlp", "proj_out")
+
+
+def add_lora(
+    transformer: Any, rank: int, seed: int, targets: Literal["attention", "attention+ff"] = "attention"
+) -> list[torch.nn.Parameter]:
     """Attach a fresh LoRA (B = 0, so nothing changes yet) in float32 and return its trainable parameters."""
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         init_lora_weights="gaussian",
-        target_modules=attention_projections(transformer),
+        target_modules=[
+            *attention_projections(transformer),
+            *(feed_forward_layers(transformer) if targets == "attention+ff" else []),
+        ],
     )
     with _no_talk_of_merging():
         transformer.add_adapter(config)

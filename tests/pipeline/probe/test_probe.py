@@ -13,7 +13,7 @@ from pipeline.build.config import BuildConfig
 from pipeline.curriculum import DEFAULT_TIMESTEPS
 from pipeline.inputs.condition_store import ConditionStore
 from pipeline.inputs.feature_source import DiffusionSource, Wanted
-from pipeline.probe.run import ProbeConfig, advise, choose_samples, probe, score_all
+from pipeline.probe.run import ProbeConfig, advise, choose_samples, probe, render_table, score_all
 from pipeline.probe.scores import Score, high_frequency_ratio, linear_accuracy, pool_cells, recall_at_1, standardise
 from pipeline.teachers.base import TeacherError
 
@@ -168,3 +168,37 @@ def test_a_setting_that_makes_no_sense_is_named(bad, said):
 def test_an_unknown_tap_is_refused_before_any_image_is_read(teacher, tiny_dataset, tmp_path):
     with pytest.raises(TeacherError, match="has no tap"):
         probe(teacher, tiny_dataset, ProbeConfig(taps=("double.9",)), tmp_path, log=str)
+
+
+class Drowned(Separable):
+    """The same beside a channel that says nothing about the class and is far larger, as massive ones are."""
+
+    def compute(self, samples, given):
+        rng = np.random.default_rng([ord(letter) for s in samples for letter in s.id])
+        one_hot = torch.eye(64)[[s.label for s in samples]] + 0.1
+        massive = torch.from_numpy(1000 * rng.normal(size=(len(samples), 1)).astype(np.float32))
+        tokens = torch.cat([one_hot[:, :31], massive], dim=1)
+        return {"hidden": tokens[:, None, None, None].expand(-1, 1, 1, 16, -1)}
+
+
+def test_massive_channels_are_compared_kept_removed_and_standardised(teacher, tiny_dataset):
+    config = ProbeConfig(timesteps=(10,), images=12, per_class=3, massive_channels=("keep", "remove", "standardize"))
+    samples = choose_samples(tiny_dataset, config)
+    found = score_all(teacher, lambda sigma: Drowned(), samples, ["hidden"], config)
+    assert [score.name for score in found] == ["hidden", "hidden (remove)", "hidden (standardize)"]
+    kept, removed, _ = (score.plain_recall_at_1 for score in found)
+    assert kept < removed == 1.0
+    advice = advise(found, config, len(samples))
+    assert advice.options.startswith("--taps hidden --timesteps 10")
+    assert "hidden (remove)" in render_table(found)
+
+
+def test_modulated_taps_are_probed_beside_the_raw_ones(teacher, tiny_dataset, tmp_path):
+    config = ProbeConfig(timesteps=(28,), images=6, per_class=3, modulated=True)
+    record = probe(teacher, tiny_dataset, config, tmp_path, log=str)
+    assert [s["tap"] for s in record["scores"]] == teacher.taps(modulated=True)
+
+
+def test_what_is_to_be_done_to_massive_channels_is_one_of_three():
+    with pytest.raises(DitDistillError, match="--massive-channels drop: name one or more of keep, remove, standardize"):
+        ProbeConfig(massive_channels=("drop",))

@@ -126,3 +126,18 @@ def test_the_flux_families_are_read_in_their_middle_unless_told_otherwise(name):
 
 def test_the_demo_teacher_is_read_at_its_end():
     assert preset_values("demo")["build"].get("taps", ["hidden"]) == ["hidden"]
+
+
+@pytest.mark.parametrize(
+    ("taps", "run"),
+    [
+        (("single.9.modulated",), 28),
+        (("single.9",), 29),
+        (("double.0.modulated",), 0),
+        (("double.3", "single.0"), 20),
+        (("hidden",), 57),
+        (("velocity", "double.0"), 57),
+    ],
+)
+def test_how_many_blocks_a_pass_runs_is_known_before_any_weight_is_loaded(taps, run):
+    assert outline_teacher("flux-dev").architecture.blocks_run(taps, "flux-dev") == run
