@@ -49,7 +49,8 @@ def run(
 ) -> NoReturn:
     """Run a typer app and leave the process with a meaningful exit code.
 
-    Exit codes: 0 success, 1 a reported error or an interruption (Ctrl-C, SIGTERM, SIGHUP), 2 wrong usage. `--debug`,
+    Exit codes: 0 success, 1 a reported error or an interruption (Ctrl-C, SIGTERM, SIGHUP), 2 wrong usage, or that of an
+    error that has its own. `--debug`,
     wherever it stands among the options, adds the full traceback; it is taken out of the arguments, so an app declares
     it only to list it in its help. `~` at the beginning of a path is a home. `argv` defaults to the process's own
     arguments, `name` to the program's own name.
@@ -65,7 +66,7 @@ def run(
         with _interruptible():
             command.main(args=arguments, prog_name=name, standalone_mode=True)
     except DitDistillError as error:
-        _fail(advised(error), debug)
+        _fail(advised(error), debug, error.exit_code, error.prefix)
     except OSError as error:
         if error.errno not in _USER_ERRNOS:
             raise
@@ -134,12 +135,12 @@ def _take_debug(argv: list[str]) -> tuple[list[str], bool]:
     return [argument for argument in options if argument != "--debug"] + rest, "--debug" in options
 
 
-def _fail(message: str, debug: bool) -> NoReturn:
+def _fail(message: str, debug: bool, code: int = EXIT_ERROR, prefix: str = "error") -> NoReturn:
     if debug:
         traceback.print_exc()
     # Messages name what is in files that somebody else may have made.
-    print(f"error: {printable(message)}", file=sys.stderr)
-    sys.exit(EXIT_ERROR)
+    print(f"{prefix}: {printable(message)}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _interrupted(hint: str) -> NoReturn:

@@ -17,6 +17,7 @@ from pipeline.commands.preview import preview
 from pipeline.commands.probe import probe
 from pipeline.commands.refine import refine
 from pipeline.commands.run import run
+from pipeline.commands.seal import seal
 from pipeline.datasets import DatasetOptionError
 
 app = typer.Typer(
@@ -46,7 +47,7 @@ def _with_usage_errors(command: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
-for command in (run, annotate, estimate, probe, refine, build, convert, info, preview, verify):
+for command in (run, annotate, estimate, probe, refine, build, convert, info, preview, verify, seal):
     app.command()(_with_usage_errors(command))
 
 

@@ -56,6 +56,17 @@ def create_cache(path: str | os.PathLike[str], manifest: Manifest, samples: pa.T
     return CacheWriter(folder, existing, stored)
 
 
+def continue_cache(path: str | os.PathLike[str]) -> CacheWriter:
+    """Return the writer of the cache that was begun at `path`; raises CacheNotFound and CacheCorrupt."""
+    folder = local_folder(path)
+    manifest, stored = load_manifest(folder), load_samples(folder)
+    try:
+        check_against_manifest(stored, manifest)
+    except CacheError as error:
+        raise CacheCorrupt(f"{folder.where(MANIFEST_NAME)} is not that of this cache: {error}") from error
+    return CacheWriter(folder, manifest, stored)
+
+
 def _establish_manifest(folder: LocalFolder, planned: Manifest) -> Manifest:
     """Return the manifest in a folder, putting `planned` there if there is none: of two builders, one wins."""
     try:

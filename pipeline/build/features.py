@@ -1,5 +1,6 @@
 """The heavy part of a build: the teacher's features, computed shard by shard while the shard before is written."""
 
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -16,6 +17,7 @@ from cache_schema.writing.claims import Claims
 from cache_schema.writing.writer import CacheWriter
 from pipeline.build.calibration import CalibrationImages
 from pipeline.build.config import BuildConfig
+from pipeline.build.engines.part import WHOLE, Part
 from pipeline.datasets.base import Sample
 from pipeline.inputs.feature_source import FeatureSource
 from pipeline.inputs.scan import ScannedSample
@@ -56,7 +58,7 @@ class FeatureBuilder:
     """Computes and commits what a cache lacks of features.
 
     usable: the samples that are not quarantined, in cache row order. bad: counts the samples that the teacher fails on.
-    check: called before every batch; may raise to end the build.
+    check: called before every batch; may raise to end the build. part: which shards are built here, and until when.
     Memory does not depend on the data set: one shard is computed while the one before is encoded and written, and a
     store that is slower than the teacher makes the teacher wait.
     """
@@ -70,7 +72,9 @@ class FeatureBuilder:
         usable: Sequence[ScannedSample],
         bad: BadSamples,
         check: Callable[[], None] = lambda: None,
+        part: Part = WHOLE,
     ) -> None:
+        self._part = part
         self._writer, self._claims, self._source = writer, claims, source
         self._config, self._usable, self._bad, self._check = config, usable, bad, check
         self._calibration = CalibrationImages(writer.manifest, config.batch_images)
@@ -78,26 +82,32 @@ class FeatureBuilder:
 
     def run(self) -> None:
         """Compute and commit every missing shard that no other builder computes; then those that others gave up."""
-        self._encode()
-        self._calibrate()
-        if not self._writer.missing_shards():
+        if self._part.waits or self._missing_here():
+            self._encode()
+            self._calibrate()
+        if not self._missing_here():
             return
         self._bad.check()
         with ThreadPoolExecutor(1) as pool, tqdm(desc="teacher", unit="image", total=self._missing_rows()) as bar:
-            self._build(self._claims.missing("features", self._writer.missing_shards()), pool, bar)
-            others = self._writer.missing_shards()
+            mine = self._claims.missing("features", self._missing_here())
+            self._build(self._part.in_time(mine, self._writer.manifest.store.samples_per_shard), pool, bar)
+            others = self._writer.missing_shards() if self._part.waits else []
             if others:
                 self._bad.log(f"waiting for the other builder of this cache, which has {len(others)} shards left")
             # Nothing is claimed while waiting for the next, so that two builders cannot wait for each other.
             for shard in self._claims.missing("features", others, wait=True):
                 self._build([shard], pool, bar)
 
+    def _missing_here(self) -> list[int]:
+        """The shards of this part that nobody has committed."""
+        return self._part.of(self._writer.missing_shards())
+
     def _missing_rows(self) -> int:
-        return sum(len(self._writer.shard_rows(k)) for k in self._writer.missing_shards())
+        return sum(len(self._writer.shard_rows(k)) for k in self._missing_here())
 
     def _missing(self) -> set[int]:
-        """The rows of the shards that are still to be built."""
-        return {row for k in self._writer.missing_shards() for row in self._writer.shard_rows(k)}
+        """The rows of the shards that are still to be built here."""
+        return {row for k in self._missing_here() for row in self._writer.shard_rows(k)}
 
     def _encode(self) -> None:
         """Prepare all that will be needed: a DiT's captions and latents are encoded before it is in memory."""
@@ -150,6 +160,7 @@ class FeatureBuilder:
         turn = 0
         with closing(self._ahead(self._batches(shards), self._fresh)) as ahead:
             for rows, given in ahead:
+                begun = time.monotonic()
                 computed = self._features(rows, given)
                 failures = find_failures(computed, self._config)
                 number = rows.start // self._writer.manifest.store.samples_per_shard
@@ -161,9 +172,13 @@ class FeatureBuilder:
                     self._bad.add(self._usable[rows[i]].sample.source, reason)
                 self._bad.check()
                 bar.update(len(rows))
+                self._part.note(len(rows), time.monotonic() - begun)
                 if rows.stop == shard.rows.stop:
                     if pending:
+                        # A store that is slower than the teacher counts as well.
+                        begun = time.monotonic()
                         pending.result()
+                        self._part.note(0, time.monotonic() - begun)
                     pending = pool.submit(self._write, number, shard)
                     shard, turn = None, turn + 1
         if pending:

@@ -1,25 +1,17 @@
 """The cache build: run the frozen, refined DiT once per image, view and timestep, and write what it saw."""
 
-import platform
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from threading import Event
 
-import torch
 from tqdm import tqdm
 
 from cache_schema import create_cache
 from cache_schema.care.repair import repair as mend
 from cache_schema.format.journal import committed_shards, read_record
-from cache_schema.format.manifest import (
-    Manifest,
-    Provenance,
-)
+from cache_schema.format.manifest import Manifest
 from cache_schema.format.manifest_file import load_manifest
 from cache_schema.format.samples import samples_table
 from cache_schema.storage.local import LocalFolder
@@ -27,7 +19,9 @@ from cache_schema.writing.claims import Claims
 from cache_schema.writing.writer import CacheWriter
 from pipeline.build.config import BuildConfig
 from pipeline.build.describe import describe_cache
+from pipeline.build.engines.part import WHOLE, Part, StoppedEarly
 from pipeline.build.features import FeatureBuilder
+from pipeline.build.provenance import provenance_of
 from pipeline.build.source import source_for
 from pipeline.build.student_images import write_student_images
 from pipeline.datasets.base import Dataset
@@ -39,7 +33,6 @@ from pipeline.inputs.tolerance import BadSamples, Tolerance
 from pipeline.teachers.base import AnyTeacher
 from pipeline.teachers.passes import Passes
 
-_VERSIONED = ("dit-distill", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
 DEFAULT_TOLERANCE = Tolerance()
 
 
@@ -61,16 +54,18 @@ def build(
     scanned: Sequence[ScannedSample] | None = None,
     repair: bool = False,
     conditions: Path | None = None,
+    part: Part = WHOLE,
     log: Callable[[str], None] = tqdm.write,
 ) -> Manifest:
-    """Build, or resume, the cache of a data set at `output` and seal it.
+    """Build, or resume, the cache of a data set at `output` and seal it once it is whole.
 
     A shard that is already there is not computed again, nor one that another builder of the same cache is computing.
     scanned: what `scan_for` returned, if it was called before (of `DecodedImages`, so that no image need be decoded
-    again). repair: take out what is damaged first, so that exactly
+    again). part: which shards are built here, and until when; the manifest is that of an unsealed cache where others
+    are still missing. repair: take out what is damaged first, so that exactly
     that is built again. Raises CacheMismatch if another cache is at `output`, TooManyBadSamples if the scan or the
     teacher finds more bad samples than `tolerance` allows, LowFidelity if the encoding loses more than
-    `config.min_cosine` permits.
+    `config.min_cosine` permits, StoppedEarly where the time was up.
     """
     started = time.monotonic()
     for tap in config.taps:
@@ -95,8 +90,10 @@ def build(
         sigmas = manifest.curriculum.sigmas
         passes = Passes(config.batch_images, len(sigmas), adaptive=config.batch == "auto", log=log)
         source = source_for(teacher, dataset, config, sigmas, conditions or default_store(output), passes)
-        _fill(writer, source, dataset, config, scanned, bad)
-    sealed = writer.seal(_provenance(teacher, time.monotonic() - started), min_cosine=config.min_cosine)
+        _fill(writer, source, dataset, config, scanned, bad, part)
+        if not part.waits and not _is_whole(writer, part, log):
+            return writer.manifest
+    sealed = writer.seal(provenance_of(teacher.device, time.monotonic() - started), min_cosine=config.min_cosine)
     log(f"sealed {output}: {sealed.dataset.feature_rows} images with features, {_megabytes(sealed)}")
     return sealed
 
@@ -108,6 +105,7 @@ def _fill(
     config: BuildConfig,
     scanned: Sequence[ScannedSample],
     bad: BadSamples,
+    part: Part,
 ) -> None:
     """Write all that is missing: student images beside the teacher's work, which they would otherwise delay."""
     usable = [s for s in scanned if s.ok]
@@ -115,39 +113,47 @@ def _fill(
     bad.recount(quarantined + _count_failed(writer))
     stop = Event()
     with Claims(writer.folder) as claims, ThreadPoolExecutor(1) as pool:
-        images = pool.submit(write_student_images, writer, claims, dataset, config, usable, stop=stop)
+        images = pool.submit(write_student_images, writer, claims, dataset, config, usable, stop=stop, part=part)
 
         def check() -> None:
+            part.check()
             if images.done():
                 images.result()
 
         try:
-            FeatureBuilder(writer, claims, source, config, usable, bad, check).run()
+            FeatureBuilder(writer, claims, source, config, usable, bad, check, part).run()
             images.result()
-            write_student_images(writer, claims, dataset, config, usable, stop=stop, wait=True)
+            write_student_images(writer, claims, dataset, config, usable, stop=stop, wait=part.waits, part=part)
         finally:
             stop.set()
     bad.recount(quarantined + _count_failed(writer))
     bad.check()
 
 
+def _is_whole(writer: CacheWriter, part: Part, log: Callable[[str], None]) -> bool:
+    """Whether nothing is missing any more; raises StoppedEarly where something of this part is."""
+    features, images = writer.missing_shards(), writer.missing_image_shards()
+    left = len(part.of(features)) + len(part.of(images))
+    if left and part.deadline is not None:
+        raise StoppedEarly(
+            f"{_shards(left)} of {writer.folder} left that could not be finished in time; run the same command again"
+        )
+    if features or images:
+        log(
+            f"this part of {writer.folder} is done; {_shards(len(features) + len(images))} of others left; whoever "
+            f"commits the last one seals the cache, and so does dit-cache seal {writer.folder}"
+        )
+    return not (features or images)
+
+
+def _shards(count: int) -> str:
+    return f"{count} shard" if count == 1 else f"{count} shards"
+
+
 def _count_failed(writer: CacheWriter) -> int:
     """The number of rows that the journal says the teacher failed on."""
     records = (read_record(writer.folder, "features", k) for k in committed_shards(writer.folder, "features"))
     return sum(len(record.failed) for record in records if record)
-
-
-def _provenance(teacher: AnyTeacher, seconds: float) -> Provenance:
-    device = (
-        torch.cuda.get_device_name(teacher.device) if teacher.device.type == "cuda" else platform.processor() or "cpu"
-    )
-    return Provenance(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions={name: metadata.version(name) for name in _VERSIONED} | {"python": platform.python_version()},
-        device=device,
-        seconds=round(seconds, 1),
-        command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    )
 
 
 def _megabytes(manifest: Manifest) -> str:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from cache_schema.writing.claims import Claims
 from cache_schema.writing.writer import CacheWriter
 from pipeline.build.config import BuildConfig
+from pipeline.build.engines.part import WHOLE, Part
 from pipeline.datasets.base import Dataset
 from pipeline.inputs.decoding import read_image
 from pipeline.inputs.scan import ScannedSample
@@ -33,18 +34,21 @@ def write_student_images(
     *,
     stop: Event,
     wait: bool = False,
+    part: Part = WHOLE,
 ) -> None:
     """Write the image shards that nobody has committed or claimed; give up, between two images, once `stop` is set.
 
-    usable: the samples that are not quarantined, in cache row order. With `wait` see `Claims.missing`.
+    usable: the samples that are not quarantined, in cache row order. With `wait` see `Claims.missing`. part: which of
+    the shards are written here, and until when.
     """
-    missing = writer.missing_image_shards()
+    missing = part.of(writer.missing_image_shards())
     if not missing:
         return
     total = sum(len(writer.image_rows(k)) for k in missing)
     # Below the teacher's bar, where there is a terminal to show two.
     with tqdm(total=total, desc="student images", unit="image", position=1, leave=False, disable=None) as bar:
-        for k in claims.missing("images", missing, wait=wait):
+        # Beside the teacher they cost little, so that their own speed is not measured.
+        for k in part.in_time(claims.missing("images", missing, wait=wait), 0):
             encoded = []
             for row in writer.image_rows(k):
                 if stop.is_set():

@@ -9,7 +9,7 @@ is a command of its own (`alone`) ends with where its result is and what comes n
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from cache_schema.errors import DitDistillError
 from pipeline.chain.agreement import remarks_on
@@ -17,6 +17,9 @@ from pipeline.chain.next_step import next_line
 from pipeline.config import RunConfig
 from pipeline.opening import open_data, open_teacher
 from pipeline.teachers.base import Teacher, is_image_encoder
+
+if TYPE_CHECKING:
+    from pipeline.build.engines.part import Part
 
 
 def annotate_images(
@@ -71,9 +74,19 @@ def probe_teacher(config: RunConfig, lora: Path | None, output: Path, *, alone: 
 
 
 def build_cache(
-    config: RunConfig, lora: Path | None, output: Path, *, repair: bool = False, alone: bool = True
+    config: RunConfig,
+    lora: Path | None,
+    output: Path,
+    *,
+    repair: bool = False,
+    alone: bool = True,
+    part: "Part | None" = None,
 ) -> None:
-    """The cache into the folder `output`. repair: look for damage first, and build again exactly what is damaged."""
+    """The cache into the folder `output`. repair: look for damage first, and build again exactly what is damaged.
+
+    part: which shards are built here and until when; None is all of them.
+    """
+    from pipeline.build.engines.part import WHOLE
     from pipeline.build.run import build, scan_for
     from pipeline.inputs.decoded import DecodedImages
 
@@ -82,11 +95,11 @@ def build_cache(
     loaded = open_teacher(config.teacher, lora)
     for remark in remarks_on(loaded, lora, config.build.num_steps):
         print(remark)
-    build(
+    built = build(
         loaded, opened, config.build, output,
-        tolerance=config.tolerance, scanned=scanned, repair=repair, conditions=config.conditions,
+        tolerance=config.tolerance, scanned=scanned, repair=repair, conditions=config.conditions, part=part or WHOLE,
     )  # fmt: skip
-    if alone:
+    if alone and built.sealed:
         print(next_line("build", config, output))
 
 

@@ -44,15 +44,34 @@ def build(
     repair: Annotated[
         bool, typer.Option("--repair", help="Check the cache first, and build again exactly what is damaged.")
     ] = False,
+    shard_slice: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Build every N-th shard from the I-th on, I from 0: one job of an array."),
+    ] = None,
+    until: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            envvar="SLURM_JOB_END_TIME",
+            help="Begin no shard that cannot be finished by then (02:30, 2026-11-26T02:30, seconds since 1970); exit "
+            "code 75 says that some are left and the command is to be run again.",
+        ),
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Build the cache, or resume it: a shard that is there is not computed again."""
+    from pipeline.build.engines.part import Deadline, Part, read_slice, read_time
+
+    part = Part(
+        None if shard_slice is None else read_slice(shard_slice),
+        None if until is None else Deadline(read_time(until)),
+    )
     place = output or run_folder(given["data.name"]) / "cache"
     if resume or repair:
         _check_begun(place, "--repair" if repair else "--resume")
     from pipeline.chain.steps import build_cache
 
-    build_cache(configure(given), lora, place, repair=repair)
+    build_cache(configure(given), lora, place, repair=repair, part=part)
 
 
 def _check_begun(cache: Path, option: str) -> None:
