@@ -109,6 +109,9 @@ class TrainConfig(Frozen):
     compile: Annotated[bool, Setting("Compile the student's network: a minute at the start, faster afterwards.")] = (
         False
     )
+    deterministic: Annotated[
+        bool, Setting("Only algorithms that give the same bits each time, so that a run on a GPU can be repeated.")
+    ] = False
     workers: Annotated[int, Setting("Loader processes; 0: one thread.", resumable=True)] = Field(default=0, ge=0)
     threads: Annotated[int | None, Setting("Of torch; its own choice by default.", resumable=True)] = Field(
         default=None, ge=1

@@ -32,7 +32,7 @@ SHOWN = (
     Exposed("student.name", "--student", shown="of the preset", help="Student network, by timm name."),
     Exposed("student.pretrained", "--pretrained", help="Start from timm's weights."),
     Exposed("student.weights", "--student-weights", help="Start from this safetensors file."),
-    "compile", "device", "workers",
+    "compile", "deterministic", "device", "workers",
 )  # fmt: skip
 
 
@@ -52,7 +52,12 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Any field, e.g. student.depth=4; repeatable."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run, exactly.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Continue an interrupted run; exactly on a CPU, and on a GPU with --deterministic."
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output directory.")] = False,
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Accept an unsealed cache.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the run's config and stop.")] = False,

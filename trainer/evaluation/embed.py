@@ -13,7 +13,7 @@ from torch import Tensor
 from trainer.data.features import FeatureSource, Needs, open_sources
 from trainer.data.images import ImageStore
 from trainer.data.splits import Split, hold_out_classes, select_split
-from trainer.device import Precision, autocast
+from trainer.device import full_precision
 from trainer.errors import TrainError
 from trainer.models.student import Student
 
@@ -85,7 +85,7 @@ def embed_students(student: Student, test: TestSplit, device: torch.device) -> T
     student.eval()
     found = []
     for rows in _chunks(test.split.rows):
-        with autocast(device, _precision(device)):
+        with full_precision(device):
             found.append(student(test.images.load(rows).to(device)).float().cpu())
     return torch.cat(found)
 
@@ -103,7 +103,7 @@ def embed_auxiliary(auxiliary: Auxiliary, student: Tensor, test: TestSplit, devi
     found: dict[str, list[Tensor]] = {name: [] for name in auxiliary.auxiliary_names}
     for at, rows in zip(_chunks(np.arange(len(student))), _chunks(test.split.rows), strict=True):
         read = {name: _read(source, rows) for name, source in sources.items()}
-        with autocast(device, _precision(device)):
+        with full_precision(device):
             features = {name: part.decode(device=device, dtype=torch.float32) for name, part in read.items()}
             embedded = auxiliary.auxiliary(student[at].to(device), features)
         for name, parts in found.items():
@@ -125,11 +125,6 @@ def _sources(auxiliary: Auxiliary, test: TestSplit) -> dict[str, FeatureSource] 
 def _read(source: FeatureSource, rows: np.ndarray) -> EncodedBatch:
     timesteps = list(source.shape.timesteps)
     return source.cache.read(source.rows(rows).tolist(), tap=source.tap, timesteps=timesteps, view="canonical")
-
-
-def _precision(device: torch.device) -> Precision:
-    """float32 on a CPU, so that the scores of a student do not depend on the machine that computes them."""
-    return "float32" if device.type == "cpu" else "bfloat16"
 
 
 def _chunks(values: np.ndarray) -> Iterator[np.ndarray]:

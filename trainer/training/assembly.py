@@ -11,7 +11,7 @@ from timm.utils import ModelEmaV3
 
 from trainer.config import TrainConfig
 from trainer.data.batches import TrainingBatches
-from trainer.device import choose_device, use_device
+from trainer.device import choose_device, resumes_exactly, set_deterministic, use_device
 from trainer.errors import TrainError
 from trainer.evaluation.embed import TestSplit, open_rows
 from trainer.methods.method import Method
@@ -55,6 +55,7 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
     print(use_device(device))
+    set_deterministic(config.deterministic)
     torch.manual_seed(config.seed)
     student = build_student(config.student)
     kind = find_method(config.method)
@@ -87,6 +88,8 @@ def start(parts: Parts, run: Path, resume: bool) -> Progress:
     if checkpoint is None:
         parts.method.fit(batches[update].to(parts.device) for update in range(FIT_UPDATES))
         return beginning
+    if not resumes_exactly(parts.device, parts.config.deterministic):
+        print(f"note: on {parts.device} the run goes on with other last bits; with --deterministic it would not")
     progress = load_checkpoint(checkpoint, parts.method, parts.optimizer, parts.device, parts.average)
     if progress.cache_id != beginning.cache_id:
         trained_on = f"cache {progress.cache_id[:8]}, not on {cache.manifest.label}"
