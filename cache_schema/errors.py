@@ -107,5 +107,9 @@ class CacheStorageError(CacheError):
     """The operating system refused to write: no space left, no permission, a read-only file system."""
 
 
+class CacheUnreachable(CacheError):
+    """The machine that holds the cache does not answer, or refuses the credentials; nothing is known to be damaged."""
+
+
 class LoaderError(DitDistillError):
     """A loader cannot go on: a worker process died, or memory could not be page-locked."""

@@ -19,8 +19,9 @@ from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Compression, Manifest, StoreInfo, StoreKind
 from cache_schema.format.manifest_file import load_manifest, manifest_checksum, revalidate
 from cache_schema.format.samples import load_samples
-from cache_schema.storage.folder import ReadableFile
+from cache_schema.storage.folder import Folder, ReadableFile
 from cache_schema.storage.local import LocalFolder, local_folder
+from cache_schema.storage.places import folder_at
 from cache_schema.stores.calibration_files import load_calibration
 from cache_schema.stores.checked_rows import ArrayRows, ImageRows
 from cache_schema.stores.registry import store_of
@@ -45,9 +46,10 @@ def convert(
     CacheUnsealed for a source that is not complete, CacheCorrupt, naming file, shard and sample, for a damaged one,
     and CacheMismatch where something else than this copy is at `target`.
     """
-    original = _Source(local_folder(source))
+    original = _Source(folder_at(source))
     root = local_folder(target).path
-    _check_apart(original.folder.path, root)
+    if isinstance(original.folder, LocalFolder):
+        _check_apart(original.folder.path, root)
     planned = _plan(original.manifest, store, compression, samples_per_shard)
     writer = create_cache(root, planned, original.samples)
     _check_is_this_copy(writer, planned)
@@ -157,7 +159,7 @@ def _copy_shard(original: "_Source", writer: CacheWriter, shard: int) -> None:
 class _Source:
     """The cache that is copied, read row by row, everything checked against its journal."""
 
-    def __init__(self, folder: LocalFolder) -> None:
+    def __init__(self, folder: Folder) -> None:
         self.folder = folder
         self.manifest = load_manifest(folder)
         if not self.manifest.sealed:
@@ -236,5 +238,5 @@ class _Source:
         return _damaged(self.folder, problem, shard=shard, row=row, sample=name)
 
 
-def _damaged(folder: LocalFolder, problem: str, **facts: Any) -> CacheCorrupt:
+def _damaged(folder: Folder, problem: str, **facts: Any) -> CacheCorrupt:
     return CacheCorrupt(problem, remedy="verify lists all damage", cache=str(folder), copied=True, **facts)

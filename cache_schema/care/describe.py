@@ -20,7 +20,7 @@ from cache_schema.format.manifest import Fidelity, Manifest
 from cache_schema.format.manifest_file import load_manifest
 from cache_schema.format.samples import check_against_manifest, count_usable, load_samples
 from cache_schema.storage.folder import Folder
-from cache_schema.storage.local import local_folder
+from cache_schema.storage.places import folder_at
 from cache_schema.stores.registry import store_of
 
 
@@ -38,7 +38,7 @@ def describe(path: str | os.PathLike[str], shard_table: bool = False) -> dict[st
 
     Raises CacheNotFound, UnsupportedSchema, and CacheCorrupt for a manifest, samples table or journal that is damaged.
     """
-    folder = local_folder(path)
+    folder = folder_at(path)
     manifest = load_manifest(folder)
     store, samples = manifest.store, _samples(folder)
     kinds: tuple[Kind, Kind] = ("features", "images")

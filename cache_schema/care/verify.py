@@ -18,7 +18,7 @@ from cache_schema.format.samples import check_against_manifest, count_usable, lo
 from cache_schema.read_ahead import ReadAhead
 from cache_schema.storage.files import FileDigest, is_aside
 from cache_schema.storage.folder import Folder
-from cache_schema.storage.local import local_folder
+from cache_schema.storage.places import folder_at
 from cache_schema.stores.base import FeatureStore
 from cache_schema.stores.checked_rows import ArrayRows, ImageRows
 from cache_schema.stores.images import check_tar, render_index
@@ -78,7 +78,7 @@ def verify(path: str | os.PathLike[str], threads: int = 4) -> list[Problem]:
     `threads` files are read at a time. In a cache that is not sealed, pieces that were never committed are no problem.
     Raises CacheNotFound where there is no cache and UnsupportedSchema for one this release cannot read.
     """
-    folder = local_folder(path)
+    folder = folder_at(path)
     try:
         manifest = load_manifest(folder)
     except CacheCorrupt as error:
@@ -102,7 +102,7 @@ def verify(path: str | os.PathLike[str], threads: int = 4) -> list[Problem]:
 
 def advice(problems: list[Problem], path: str | os.PathLike[str]) -> str:
     """Return one line that counts the problems of the cache at `path` and says what to do about them."""
-    folder = local_folder(path)
+    folder = folder_at(path)
     count = f"{len(problems)} problem{'' if len(problems) == 1 else 's'} in {folder}"
     if any(problem.kind is not None for problem in problems):
         return f"{count}; {how_to_mend(folder)}"

@@ -23,6 +23,7 @@ from cache_schema.loading.dataset import CacheDataset, FeatureBatch, View, view_
 from cache_schema.loading.sampler import VIEWS, EpochSampler, Rows, generator
 from cache_schema.read_ahead import PREFETCH, ReadAhead
 from cache_schema.reading.reader import Cache
+from cache_schema.storage.places import is_remote
 
 
 class FeatureLoader:
@@ -45,7 +46,8 @@ class FeatureLoader:
     all slots (two for each worker, and four) are kept, further batches are read into fresh memory, which is slower.
     `pin_memory` page-locks the slots where there is CUDA, so that `batch.to(device, non_blocking=True)` overlaps, on
     any stream of any device: the slot is not used again before that copy is done. If you copy a batch's tensors by
-    other means, let go of it while the stream that does is the current one. `start_method` is multiprocessing's.
+    other means, let go of it while the stream that does is the current one. `start_method` is multiprocessing's,
+    by default "spawn" for a cache that is elsewhere.
 
     Raises CacheRequestError for what the cache does not hold; while iterating, what `Cache.read` raises, and
     LoaderError if a worker dies.
@@ -80,6 +82,9 @@ class FeatureLoader:
         self.sampler = EpochSampler(dataset.rows, batch_size, seed, drop_last=drop_last)
         self._dataset = dataset
         make = _Batches(dataset, self.sampler, views)
+        if start_method is None and is_remote(cache.folder.location):
+            # Clients of remote places have threads, which a forked process would wait for in vain.
+            start_method = "spawn"
         self._ahead = ReadAhead(make, processes=workers, start_method=start_method)
         self._stream: Iterator[FeatureBatch] | None = None  # from batch `_taken` on
         self._order = {

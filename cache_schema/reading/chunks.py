@@ -5,6 +5,8 @@ The loops over rows are plain Python on purpose: a batch has tens of rows, for w
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +17,12 @@ from cache_schema.format.damage import damaged, view_and_timestep
 from cache_schema.format.journal import Kind, Record, read_record, record_name
 from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Manifest
+from cache_schema.reading.fetching import FetchedFile, at_once, fetch, stretches
 from cache_schema.reading.open_shards import Checksums, ChunkPlaces, OpenShard, OpenShards
 from cache_schema.storage.checksum import combine_crc32c, crc32c
 from cache_schema.storage.folder import Folder, ReadableFile
+from cache_schema.storage.local import LocalFolder
+from cache_schema.storage.streamed import StreamedFile
 from cache_schema.stores.base import PieceChecksums
 from cache_schema.stores.compression import decompress
 from cache_schema.stores.registry import store_of
@@ -54,12 +59,38 @@ class ChunkRequest:
 
     def read_into(self, target: Array) -> None:
         """Read and check the chunks into `target`, uint8, as long as all of them."""
+        if not self._source.distant:
+            self._read_runs(self._runs, target)
+            return
+        for part in stretches([run[4] for run in self._runs]):
+            runs = self._runs[part.start : part.stop]
+            try:
+                self._read_runs(self._fetched(runs), target)
+            except CacheCorrupt:
+                # What a line or a local disk garbled is right when it is fetched again; what is wrong there is not.
+                for file in {id(run[0].file): run[0].file for run in runs}.values():
+                    self._source.forget(file)
+                self._read_runs(self._fetched(runs), target)
+
+    def _fetched(self, runs: list[_Run]) -> list[_Run]:
+        """Return runs whose bytes are in memory, fetched at once."""
+        try:
+            parts = fetch([(shard.file, offset, size) for shard, _, _, offset, size, _ in runs])
+        except CacheCorrupt as error:
+            raise self._damage(error, runs[0][5]) from error
+        found = []
+        for (shard, first, count, offset, size, out), data in zip(runs, parts, strict=True):
+            file: Any = FetchedFile(shard.file.path, offset, data)
+            found.append((replace(shard, file=file), first, count, offset, size, out))
+        return found
+
+    def _read_runs(self, runs: list[_Run], target: Array) -> None:
         if self._array.compression != "none":
-            for run in self._runs:
+            for run in runs:
                 self._decompress_run(run, target)
             return
         each, view = chunk_bytes(self._array), target.data
-        for run in self._runs:
+        for run in runs:
             shard, first, count, offset, size, out = run
             at, checksums = out * each, shard.checksums
             if checksums is not None and (size > _BLOCK or shard.piece != 1):
@@ -81,7 +112,7 @@ class ChunkRequest:
     def _locate(self) -> list[_Run]:
         per_shard, (_, V, T) = self._array.samples_per_shard, self._array.outer
         segments = _consecutive(self._steps)
-        opened: dict[int, OpenShard] = {}
+        opened: dict[int, OpenShard] = self._open_at_once() if self._source.distant else {}
         runs: list[_Run] = []
         out = 0
         for row, view in zip(self._rows, self._views, strict=True):
@@ -110,6 +141,15 @@ class ChunkRequest:
             if offsets[chunk] < 0:
                 raise self._damage(f"{shard.file.path} lacks the features", out + chunk - first)
         return [(shard, first + i, 1, offsets[first + i], lengths[first + i], out + i) for i in range(count)]
+
+    def _open_at_once(self) -> dict[int, OpenShard]:
+        """Open all shards of the rows, for which several answers have to be waited for, side by side."""
+        first: dict[int, int] = {}
+        for index, row in enumerate(self._rows):
+            first.setdefault(row // self._array.samples_per_shard, index * len(self._steps))
+        if not self._steps:
+            return {}
+        return dict(zip(first, at_once(lambda number: self._open(number, first[number]), list(first)), strict=True))
 
     def _open(self, number: int, out: int) -> OpenShard:
         try:
@@ -207,6 +247,7 @@ class ChunkSource:
 
     def __init__(self, folder: Folder, manifest: Manifest, verify: bool) -> None:
         self.folder, self.manifest, self.verify = folder, manifest, verify
+        self.distant = not isinstance(folder, LocalFolder)
         self.opened = OpenShards(folder)
         self._store = store_of(manifest)
 
@@ -216,7 +257,17 @@ class ChunkSource:
         if known is not None:
             return known
         file = self.opened.file(self._store.array_file(array, number))
-        places = self.opened.places(file, array.name, lambda opened: self._read_places(opened, array, number))
+
+        def read_places(opened: ReadableFile) -> ChunkPlaces:
+            try:
+                return self._read_places(opened, array, number)
+            except CacheCorrupt:
+                if not self.distant:
+                    raise
+                self.forget(opened)
+                return self._read_places(opened, array, number)
+
+        places = self.opened.places(file, array.name, read_places)
         checksums: memoryview | None = None
         piece = 1
         if self.verify:
@@ -226,6 +277,11 @@ class ChunkSource:
             joint = _joint_checksums(checksums, T, size)
         shard = OpenShard(file, places, checksums, piece, joint)
         return self.opened.shards.put((array.name, number), shard, places.nbytes + (joint.nbytes if joint else 0))
+
+    def forget(self, file: ReadableFile) -> None:
+        """Have a distant file that is not what it should be fetched again."""
+        if isinstance(file, StreamedFile):
+            file.forget()
 
     def checksums(self, kind: Kind, shard: int, name: str) -> PieceChecksums:
         """Return the checksums of an array's shard, or of an image tar, as the journal has them."""

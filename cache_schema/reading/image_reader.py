@@ -1,6 +1,7 @@
 """Student images out of their tar files: each by one read of just its bytes, checked if that is asked for."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 
 from cache_schema.encoding.number_formats import Array
 from cache_schema.errors import CacheCorrupt, CacheUnsealed
@@ -8,6 +9,7 @@ from cache_schema.format import layout
 from cache_schema.format.damage import damaged
 from cache_schema.format.journal import read_committed, read_record
 from cache_schema.reading.chunks import ChunkSource
+from cache_schema.reading.fetching import at_once
 from cache_schema.storage.checksum import crc32c
 from cache_schema.stores.images import check_places, index_size, parse_index, recorded_places
 
@@ -37,6 +39,22 @@ class ImageReader:
         except IndexError:
             raise damaged(source.folder, f"the journal does not know all images of {name}", shard, row) from None
         return image
+
+    def read_at_once(self, rows: Sequence[int]) -> list[bytes]:
+        """Return the encoded images of rows of a distant cache; those of wrong bytes are fetched once more."""
+        per_shard = self._source.manifest.store.images_per_shard
+        for shard in {row // per_shard for row in rows}:
+            with contextlib.suppress(CacheCorrupt):
+                self._places(shard)  # once, rather than by every thread
+
+        def read(row: int) -> bytes:
+            try:
+                return self.read(row)
+            except CacheCorrupt:
+                self._source.forget(self._source.opened.file(layout.image_file(row // per_shard)))
+                return self.read(row)
+
+        return at_once(read, rows)
 
     def _places(self, shard: int) -> Array:
         """Return where the images of a shard are, int64 (rows, 2)."""

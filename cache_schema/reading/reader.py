@@ -24,7 +24,8 @@ from cache_schema.reading.chunks import ChunkRequest, ChunkSource
 from cache_schema.reading.image_reader import ImageReader
 from cache_schema.storage.buffers import empty
 from cache_schema.storage.folder import Folder
-from cache_schema.storage.local import LocalFolder, local_folder
+from cache_schema.storage.local import LocalFolder
+from cache_schema.storage.streamed import reading_folder
 from cache_schema.stores.calibration_files import load_channel, load_components
 
 if TYPE_CHECKING:
@@ -37,8 +38,13 @@ Buffer = torch.Tensor | np.ndarray[Any, np.dtype[Any]]
 _NUMPY_BITS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
 
 
-def open_cache(path: str | os.PathLike[str], allow_partial: bool = False, verify: bool = True) -> "Cache":
-    """Open the cache at `path` (a directory or a file:// URL) for reading.
+def open_cache(
+    path: str | os.PathLike[str], allow_partial: bool = False, verify: bool = True, local_cache: str | None = None
+) -> "Cache":
+    """Open the cache at `path` for reading: a directory, or a URL (file, s3, gs, az, https, sftp, hf).
+
+    Of one that is elsewhere, what a batch needs is fetched when it is read, and kept on a local disk up to
+    `local_cache` ("50GB"; 10 GB by default, "0" keeps nothing), which all processes of the machine share.
 
     With `verify`, every chunk and image is checked against its checksum in the journal as it is read: damage on a disk
     that is shared for months is then an error and not a slightly wrong feature. Reading from the page cache, the
@@ -48,12 +54,12 @@ def open_cache(path: str | os.PathLike[str], allow_partial: bool = False, verify
 
     Raises CacheNotFound, CacheUnsealed (an unfinished cache, unless `allow_partial`), CacheCorrupt, UnsupportedSchema.
     """
-    folder = local_folder(path)
+    folder = reading_folder(path, local_cache)
     try:
         manifest = load_manifest(folder)
     except CacheCorrupt as error:
         raise CacheCorrupt(f"{error}; copy the cache here again, or build it anew in an empty directory") from error
-    cache = Cache(folder, manifest, verify)
+    cache = Cache(folder, manifest, verify, local_cache)
     if not manifest.sealed and not allow_partial:
         raise CacheUnsealed(
             f"cache {folder} is not sealed: {cache.missing_samples} of {manifest.dataset.feature_rows} samples have no "
@@ -70,10 +76,11 @@ class Cache:
     A partial cache is read as it was when it was opened: open it again to see what was built since.
     """
 
-    def __init__(self, folder: Folder, manifest: Manifest, verify: bool = True) -> None:
+    def __init__(self, folder: Folder, manifest: Manifest, verify: bool = True, local_cache: str | None = None) -> None:
         self.folder = folder
         self.manifest = manifest
         self.verify = verify
+        self._local_cache = local_cache
         self._calibrations: dict[str, torch.Tensor] = {}  # by tap, of all timesteps
         self._channels: dict[str, tuple[list[int], torch.Tensor]] = {}  # by tap, of the timesteps last asked for
         self._components: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
@@ -85,10 +92,10 @@ class Cache:
         """The directory of the cache; raises CacheRequestError for one that is not in a directory of this machine."""
         if isinstance(self.folder, LocalFolder):
             return self.folder.path
-        raise CacheRequestError(f"cache {self.folder} is not in a directory of this machine; copy it here first")
+        raise CacheRequestError(f"cache {self.folder} is not in a directory of this machine; pull it here first")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (open_cache, (self.folder.location, True, self.verify))
+        return (open_cache, (self.folder.location, True, self.verify, self._local_cache))
 
     def __repr__(self) -> str:
         state = "sealed" if self.manifest.sealed else "partial"
@@ -255,6 +262,8 @@ class Cache:
             raise CacheRequestError(f"cache {self.manifest.label} was built without images")
         wanted = self._row_indices(rows, self._image_count, "an image")
         self._leave_parents_files()
+        if self._source.distant:
+            return self._image_reader.read_at_once(wanted)
         return [self._image_reader.read(row) for row in wanted]
 
     @cached_property

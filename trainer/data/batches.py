@@ -13,6 +13,7 @@ from torch import Tensor
 from cache_schema.loading.dataset import CacheDataset, FeatureBatch
 from cache_schema.loading.sampler import AUGMENT, VIEWS, EpochSampler, StreamSampler, generator
 from cache_schema.read_ahead import ReadAhead
+from cache_schema.storage.places import is_remote
 from trainer.config import TrainConfig
 from trainer.data.augmentation import jitter_color
 from trainer.data.features import FeatureSource, Needs, open_sources, shared_views
@@ -81,6 +82,11 @@ class TrainingBatches:
         self.features = {name: _SourceReader(source, self) for name, source in self.sources.items()}
 
     @property
+    def caches(self) -> list[Cache]:
+        """All caches that batches are read from."""
+        return [self.cache, *(source.cache for source in self.sources.values())]
+
+    @property
     def per_epoch(self) -> int:
         """Updates in an epoch."""
         return self.labelled.batches_per_epoch
@@ -134,7 +140,11 @@ class _SourceReader:
 
 def iterate(batches: TrainingBatches, start: int, stop: int, workers: int) -> Generator[Batch, None, None]:
     """Yield batches start..stop-1 in order, made ahead of time by one thread or by `workers` processes."""
-    with ReadAhead(batches.__getitem__, processes=workers, threads=1) as ahead:
+    # Clients of remote caches have threads, which a forked process would wait for in vain.
+    remote = any(is_remote(cache.folder.location) for cache in batches.caches)
+    with ReadAhead(
+        batches.__getitem__, processes=workers, threads=1, start_method="spawn" if remote else None
+    ) as ahead:
         yield from ahead.over(range(start, stop))
 
 

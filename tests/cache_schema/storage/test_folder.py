@@ -3,25 +3,86 @@
 import os
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
+import cache_servers as servers
 import pytest
 from cache_building import many_examples
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cache_schema import CacheCorrupt, CacheError
-from cache_schema.storage.files import digest, is_aside
+from cache_schema.storage.checksum import Bytes
+from cache_schema.storage.files import FileDigest, digest, is_aside
 from cache_schema.storage.folder import Folder
+from cache_schema.storage.http import HttpPlace
 from cache_schema.storage.local import LocalFolder, local_folder
+from cache_schema.storage.places import folder_at
+from cache_schema.storage.remote import RemoteFolder
 
+
+def _on_s3(place: Path) -> Folder:
+    servers.use_s3()
+    return folder_at(f"s3://team/{place.as_posix().strip('/')}/{next(_serial)}")
+
+
+def _over_ssh(place: Path) -> Folder:
+    url, home = servers.ssh_host()
+    os.environ["HOME"] = str(home)
+    return folder_at(f"{url}{place}/folder")
+
+
+class _Served(RemoteFolder):
+    """A folder that is read from a web server; what is written is put where the server finds it."""
+
+    writable = True
+
+    def __init__(self, url: str, path: Path) -> None:
+        super().__init__(url, HttpPlace(url))
+        self.files = LocalFolder(path)  # type: ignore[assignment]
+
+    def write(self, name: str, data: Bytes) -> FileDigest:
+        path = self.files.path / name  # type: ignore[attr-defined]
+        before = path.stat().st_mtime if path.exists() else 0
+        written = self.files.write(name, data)  # type: ignore[attr-defined]
+        # Web servers tell files of one size apart by whole seconds.
+        os.utime(path, (before + 2, before + 2))
+        return written
+
+    def write_new(self, name: str, data: Bytes) -> bool:
+        return self.files.write_new(name, data)  # type: ignore[attr-defined]
+
+    def delete(self, name: str) -> None:
+        self.files.delete(name)  # type: ignore[attr-defined]
+
+    def walk(self) -> Iterator[str]:
+        yield from sorted(self.place.list_files())
+
+
+def _on_the_web(place: Path) -> Folder:
+    url, files = servers.nginx()
+    path = place.as_posix().strip("/") + f"/{next(_serial)}"
+    return _Served(f"{url}/{path}", files / path)
+
+
+_serial = count()
 # From an empty directory of the test to a folder, empty and writable, whose files are there or where else it likes.
-FOLDERS: dict[str, Callable[[Path], Folder]] = {"local": lambda place: LocalFolder(place / "folder")}
+FOLDERS: dict[str, Callable[[Path], Folder]] = {
+    "local": lambda place: LocalFolder(place / "folder"),
+    "file url": lambda place: folder_at(f"file://{place}/folder"),
+    "s3": _on_s3,
+    "sftp": _over_ssh,
+    "http": _on_the_web,
+}
+# Of the thousands of requests that a test may make, those to a server are a sample.
+_FEWER = settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(params=FOLDERS)
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
+    monkeypatch.setenv("HOME", os.environ.get("HOME", "/"))  # given back after the test
     return FOLDERS[request.param](tmp_path)
 
 
@@ -119,15 +180,33 @@ def test_a_file_that_was_replaced_is_told_from_the_one_before(folder: Folder) ->
     assert folder.open("a").signature == folder.open("a").signature
 
 
-@pytest.mark.parametrize("kind", FOLDERS)
+_CONTENTS = st.binary(max_size=300)
+_RANGES = st.lists(st.tuples(st.integers(-2, 310), st.integers(-2, 310)), max_size=8)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FOLDERS if kind in ("local", "file url")])
 @many_examples
-@given(
-    data=st.binary(max_size=300),
-    ranges=st.lists(st.tuples(st.integers(-2, 310), st.integers(-2, 310)), max_size=8),
-)
+@given(data=_CONTENTS, ranges=_RANGES)
 def test_ranges_are_slices_of_the_file_and_others_are_refused(
     kind: str, data: bytes, ranges: list[tuple[int, int]]
 ) -> None:
+    _check_ranges(kind, data, ranges)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FOLDERS if kind not in ("local", "file url")])
+@_FEWER
+@given(data=_CONTENTS, ranges=_RANGES)
+def test_ranges_of_a_remote_file_are_its_slices_and_others_are_refused(
+    kind: str, data: bytes, ranges: list[tuple[int, int]]
+) -> None:
+    home = os.environ["HOME"]
+    try:
+        _check_ranges(kind, data, ranges)
+    finally:
+        os.environ["HOME"] = home
+
+
+def _check_ranges(kind: str, data: bytes, ranges: list[tuple[int, int]]) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = FOLDERS[kind](Path(place))
         folder.write("a", data)
@@ -151,9 +230,10 @@ def test_one_open_file_is_read_by_many_threads(folder: Folder) -> None:
     folder.write("a", bytes(range(256)) * 64)
     file = folder.open("a")
     wrong: list[int] = []
+    step = 97 if isinstance(folder, LocalFolder) else 1500
 
     def read(start: int) -> None:
-        for offset in range(start, file.size - 256, 97):
+        for offset in range(start, file.size - 256, step):
             if file.read(offset, 3) != bytes((offset + i) % 256 for i in range(3)):
                 wrong.append(offset)
 

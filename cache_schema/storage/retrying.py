@@ -1,0 +1,45 @@
+"""Asking again: what a network loses is asked for again, ever more slowly, until a deadline."""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from cache_schema.errors import CacheUnreachable
+
+T = TypeVar("T")
+
+# Of one request with all its repetitions, in seconds: a server that is started again answers within a minute or two.
+DEADLINE = 180.0
+_FIRST_WAIT = 0.1
+_LONGEST_WAIT = 5.0
+
+
+class Transient(Exception):  # noqa: N818 -- reads as what happened
+    """A request failed in a way that may pass: a cut connection, a server that is busy or restarting."""
+
+
+@dataclass(frozen=True)
+class Retrying:
+    """How long one request is repeated, in seconds, and how it is waited for in between."""
+
+    deadline: float = DEADLINE
+    sleep: Callable[[float], None] = time.sleep
+
+    def call(self, where: str, ask: Callable[[], T]) -> T:
+        """Return what `ask` returns; raises CacheUnreachable where it was Transient until the deadline."""
+        started, wait = time.monotonic(), _FIRST_WAIT
+        while True:
+            try:
+                return ask()
+            except Transient as error:
+                spent = time.monotonic() - started
+                if spent + wait > self.deadline:
+                    raise CacheUnreachable(
+                        f"{where} cannot be reached: {error} (asked for {spent:.0f} s); check the connection and run "
+                        "the same command again: finished work is kept"
+                    ) from error
+            # With jitter, so that the workers of a run do not come back all at once.
+            self.sleep(wait * random.uniform(0.5, 1.0))
+            wait = min(2 * wait, _LONGEST_WAIT)

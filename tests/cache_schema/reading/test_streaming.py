@@ -1,0 +1,284 @@
+"""A cache at a URL is read as one here is: what a batch needs is fetched, kept up to a bound, and never believed."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cache_servers as servers
+import pytest
+import torch
+from cache_building import FEATURE_ROWS, IMAGE_ROWS, TAPS, image_of
+from cache_proxy import FaultyProxy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache_schema import CacheCorrupt, CacheError, CacheUnreachable, FeatureLoader, open_cache
+from cache_schema.care.describe import describe
+from cache_schema.care.verify import verify
+from cache_schema.storage import blocks as stored
+from cache_schema.storage.blocks import BLOCK, BlockStore
+from cache_schema.storage.object_store import _store
+from cache_schema.storage.places import folder_at
+from cache_schema.storage.remote import RemoteFolder, Stat
+from cache_schema.storage.retrying import Retrying
+from cache_schema.storage.streamed import StreamedFolder, parse_size
+
+CacheOf = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def own_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DIT_CACHE_LOCAL", str(tmp_path / "blocks"))
+    for name, value in servers.s3_environment().items():
+        monkeypatch.setenv(name, value)
+    return tmp_path / "blocks"
+
+
+def on_s3(root: Path, name: str) -> str:
+    """The URL of a copy of a cache, on the tests' S3 server."""
+    folder = folder_at(f"s3://team/{name}")
+    for path in sorted(root.rglob("*")):
+        if path.is_file():
+            folder.write(path.relative_to(root).as_posix(), path.read_bytes())
+    return folder.location
+
+
+@pytest.mark.parametrize(("kind", "compression", "store"), [
+    ("int8", "none", "zarr"), ("float16", "zstd", "zarr"), ("bfloat16", "none", "webdataset"),
+])  # fmt: skip
+def test_a_cache_on_s3_reads_as_the_one_it_is_a_copy_of(
+    cache_of: CacheOf, kind: str, compression: str, store: str
+) -> None:
+    root = cache_of(kind=kind, compression=compression, store=store)
+    url = on_s3(root, f"same-{kind}")
+    here, there = open_cache(root), open_cache(url)
+    rows = [5, 0, 3, 3, FEATURE_ROWS - 1]
+    for _ in range(2):  # from a distance, then from the local disk
+        for tap in TAPS:
+            for steps in (None, [28, 10]):
+                a, b = (cache.read(rows, tap=tap, timesteps=steps, view="hflip").decode() for cache in (here, there))
+                assert torch.equal(a, b)
+        assert there.images(list(range(IMAGE_ROWS))) == [image_of(row) for row in range(IMAGE_ROWS)]
+    assert verify(url) == []
+    assert {**describe(url), "path": ""} == {**describe(root), "path": ""}
+
+
+def test_workers_of_a_loader_and_a_web_server_in_forked_processes_read_the_same(cache_of: CacheOf) -> None:
+    root = cache_of(kind="int8")
+    expected = [batch.payload for batch in FeatureLoader(open_cache(root), 3, seed=1)]
+    with FeatureLoader(open_cache(on_s3(root, "workers")), 3, seed=1, workers=1) as loader:
+        assert all(torch.equal(a, b.payload) for a, b in zip(expected, loader, strict=True))
+    url, files = servers.nginx()
+    if not (files / "forked").exists():
+        (files / "forked").symlink_to(root)
+    cache = open_cache(f"{url}/forked")
+    assert torch.equal(cache.read([0]).payload, open_cache(root).read([0]).payload)
+    with FeatureLoader(cache, 3, seed=1, workers=1, start_method="fork") as loader:
+        assert all(torch.equal(a, b.payload) for a, b in zip(expected, loader, strict=True))
+
+
+def test_a_bucket_opened_before_a_fork_is_refused_in_the_forked_process_rather_than_waited_for(
+    cache_of: CacheOf,
+) -> None:
+    cache = open_cache(on_s3(cache_of(), "fork"))
+    with (
+        FeatureLoader(cache, 3, workers=1, start_method="fork") as loader,
+        pytest.raises(CacheError, match="spawn"),
+    ):
+        next(iter(loader))
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """A proxy before the S3 server, by which s3:// goes once `AWS_ENDPOINT_URL` is its own."""
+    with FaultyProxy(servers.s3_endpoint()) as server:
+        yield server
+    _store.cache_clear()
+
+
+FAULTS = ["cut", "500", "429", "truncated", "wrong bytes", "slow"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_that_passes_costs_nothing(
+    cache_of: CacheOf, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    root = cache_of(kind="int8")
+    url = on_s3(root, f"fault-{fault.replace(' ', '-')}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    _store.cache_clear()
+    cache, rows = open_cache(url), list(range(FEATURE_ROWS))
+    proxy.fail(fault, "/features/", 3)
+    assert torch.equal(cache.read(rows).decode(), open_cache(root).read(rows).decode())
+    assert proxy.failed == 3
+
+
+def test_what_stays_wrong_is_named_and_is_right_again_when_the_server_is(
+    cache_of: CacheOf, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = cache_of()
+    url = on_s3(root, "wrong")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    _store.cache_clear()
+    cache = open_cache(url)
+    proxy.fail("wrong bytes", "/features/hidden/c/0/", 1000)
+    with pytest.raises(CacheCorrupt, match=r"s3://team/wrong/features/hidden/c/0/.*sample"):
+        cache.read([0])
+    proxy.fail("none", "", 0)
+    assert torch.equal(cache.read([0]).payload, open_cache(root).read([0]).payload)
+
+
+def test_a_server_that_does_not_answer_is_said_to_be_unreachable_after_the_deadline(tmp_path: Path) -> None:
+    waits: list[float] = []
+    folder = folder_at(f"http://127.0.0.1:{servers.free_port()}/cache")
+    assert isinstance(folder, RemoteFolder)
+    patient = RemoteFolder(folder.url, folder.place, Retrying(deadline=0.5, sleep=waits.append))
+    with pytest.raises(CacheUnreachable, match="cannot be reached: the connection was refused"):
+        patient.read_bounded("manifest.json", 100)
+    assert waits == sorted(waits, key=lambda wait: wait > 0.1)  # ever longer
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.integers(0, 6 * BLOCK),
+    ranges=st.lists(st.tuples(st.integers(0, 6 * BLOCK), st.integers(0, 2 * BLOCK)), max_size=6),
+    bound=st.integers(0, 4),
+)
+def test_ranges_by_way_of_blocks_are_slices_and_no_byte_is_fetched_twice(
+    tmp_path_factory: pytest.TempPathFactory, size: int, ranges: list[tuple[int, int]], bound: int
+) -> None:
+    data = bytes(i * 31 % 251 for i in range(997)) * (size // 997 + 1)
+    place = _Memory({"a": data[:size]})
+    store = BlockStore(tmp_path_factory.mktemp("blocks"), bound * BLOCK, least=0)
+    file = StreamedFolder(RemoteFolder("s3://x/y", place), store).open("a")
+    inside = [(offset, length) for offset, length in ranges if offset + length <= size]
+    expected = [data[offset : offset + length] for offset, length in inside]
+    assert file.read_ranges(inside) == expected
+    assert place.sent <= size
+    fetched = place.sent
+    assert file.read_ranges(inside) == expected
+    if bound == 4 and fetched <= 3 * BLOCK:
+        assert place.sent == fetched
+    assert _used(store) <= store.bound
+
+
+class _Memory:
+    """Files in memory as a place, which counts what it sends."""
+
+    writable = False
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files, self.sent = files, 0
+
+    def stat(self, name: str) -> Stat | None:
+        return Stat(len(self.files[name]), "1") if name in self.files else None
+
+    def get(self, name: str, start: int, stop: int, tag: str) -> bytes:
+        self.sent += stop - start
+        return self.files[name][start:stop]
+
+
+def _used(store: BlockStore) -> int:
+    # Each file has a table besides, of less than a page for these.
+    return sum(max(0, path.stat().st_blocks * 512 - 8192) for path in store.files())
+
+
+def _one_block(store: BlockStore, name: str) -> stored.BlockFile:
+    file = store.file(name, "1", BLOCK)
+    with file.lease():
+        file.put({0: name.encode() * (BLOCK // len(name))})
+    return file
+
+
+def test_the_longest_unused_files_make_room_but_none_that_is_being_read(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path / "blocks", 3 * BLOCK + 40_000, least=0)
+    old, read, new = (_one_block(store, name) for name in ("aa", "bb", "cc"))
+    for age, path in enumerate(sorted(store.files(), key=lambda path: path.stat().st_mtime_ns)):
+        os.utime(path, (1000 + age, 1000 + age))
+    with read.lease():
+        for name in ("dd", "ee", "ff"):
+            _one_block(store, name)
+        assert read.has(0)
+    assert len(list(store.files())) <= 3
+    with old.lease():
+        assert not old.has(0)
+
+
+def test_a_killed_reader_keeps_nothing_from_being_removed(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path / "blocks", BLOCK + 20_000, least=0)
+    _one_block(store, "aa")
+    path = next(store.files())
+    program = (
+        "import fcntl,os,sys,time\nfcntl.flock(os.open(sys.argv[1], os.O_RDWR), fcntl.LOCK_SH)\n"
+        "print(1, flush=True)\ntime.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE) as reader:
+        assert reader.stdout is not None
+        reader.stdout.readline()
+        _one_block(store, "bb")
+        assert path.exists()
+        reader.kill()
+    _one_block(store, "cc")
+    assert not path.exists()
+
+
+def test_a_block_that_a_crash_left_torn_is_fetched_again(tmp_path: Path) -> None:
+    place = _Memory({"a": b"x" * (2 * BLOCK)})
+    for _ in range(2):
+        store = BlockStore(tmp_path / "blocks", 8 * BLOCK, least=0)
+        file = StreamedFolder(RemoteFolder("s3://x/y", place), store).open("a")
+        assert file.read(BLOCK - 5, 10) == b"x" * 10
+        path = next(store.files())
+        with path.open("r+b") as torn:
+            torn.seek(-BLOCK, os.SEEK_END)
+            torn.write(bytes(1000))
+        (store.root / "used").write_bytes(b"")
+    assert place.sent == 3 * BLOCK
+
+
+def test_many_threads_and_a_small_bound_end_and_read_what_is_there(tmp_path: Path) -> None:
+    data = {str(i): bytes([i]) * BLOCK for i in range(8)}
+    folder = StreamedFolder(
+        RemoteFolder("s3://x/y", _Memory(data)), BlockStore(tmp_path / "blocks", 2 * BLOCK, least=0)
+    )
+    wrong: list[str] = []
+
+    def read(first: int) -> None:
+        for i in range(first, first + 24):
+            name = str(i % 8)
+            if folder.open(name).read(100, 1000) != data[name][:1000]:
+                wrong.append(name)
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_bound_below_what_is_in_flight_and_a_folder_that_is_not_ours_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="allow more"):
+        BlockStore(tmp_path / "blocks", 1000)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    with pytest.raises(CacheError, match="holds other things"):
+        BlockStore(tmp_path / "mine", 1 << 30)
+    assert [parse_size(text) for text in ("50GB", "1.5 mb", "0", "12")] == [50_000_000_000, 1_500_000, 0, 12]
+    with pytest.raises(CacheError, match="no size"):
+        parse_size("lots")
+
+
+def test_only_our_own_files_in_the_folder_are_ever_removed(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path / "blocks", BLOCK + 20_000, least=0)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / ("a" * 40)).write_bytes(b"x" * BLOCK)
+    (store.root / "ab").symlink_to(tmp_path / "elsewhere")
+    (store.root / "keep").write_text("mine")
+    for name in ("aa", "bb", "cc"):
+        _one_block(store, name)
+    assert (tmp_path / "elsewhere" / ("a" * 40)).exists()
+    assert (store.root / "keep").exists()
