@@ -74,6 +74,10 @@ class CacheCorrupt(CacheError):
     copied: bool = False
 
 
+class CacheExists(CacheError):
+    """The cache to be built has been built already, elsewhere."""
+
+
 class CacheMismatch(CacheError):
     """The cache at this place was made from other inputs than those given."""
 

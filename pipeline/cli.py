@@ -18,6 +18,7 @@ from pipeline.commands.probe import probe
 from pipeline.commands.refine import refine
 from pipeline.commands.run import run
 from pipeline.commands.seal import seal
+from pipeline.commands.share import find, gc, ls, pull, push, rm
 from pipeline.datasets import DatasetOptionError
 
 app = typer.Typer(
@@ -47,7 +48,9 @@ def _with_usage_errors(command: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
-for command in (run, annotate, estimate, probe, refine, build, convert, info, preview, verify, seal):
+_HERE = (run, annotate, estimate, probe, refine, build, convert, info, preview, verify, seal)
+_ELSEWHERE = (push, pull, ls, find, rm, gc)
+for command in (*_HERE, *_ELSEWHERE):
     app.command()(_with_usage_errors(command))
 
 

@@ -27,7 +27,7 @@ IMPORTED_BY_OTHERS = {
 # Extras of their own: one method, and caches elsewhere (where the Hub's library registers itself with fsspec).
 OPTIONAL_IN_CONTRACT = {
     "webdataset": {"webdataset"},
-    "remote": {"botocore", "fsspec", "httpx", "huggingface-hub", "obstore", "paramiko"},
+    "remote": {"botocore", "cryptography", "fsspec", "httpx", "huggingface-hub", "obstore", "paramiko"},
 }
 
 

@@ -89,7 +89,10 @@ class TrainConfig(Frozen):
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # what a method adds to the presets below
 
-    cache: Annotated[str, Setting("Teacher cache to train from.", resumable=True)] = ""
+    cache: Annotated[str, Setting("Teacher cache to train from: a folder or a URL.", resumable=True)] = ""
+    local_cache: Annotated[
+        str, Setting("Disk that may hold what was fetched of a cache at a URL, e.g. 50GB.", resumable=True)
+    ] = "10GB"
     method: str
     seed: Annotated[int, Setting("The one seed of the run.")] = Field(default=0, ge=0)
     epochs: Annotated[int, Setting("Passes over the labelled images.")] = Field(default=30, ge=1)

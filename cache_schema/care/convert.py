@@ -21,7 +21,7 @@ from cache_schema.format.manifest_file import load_manifest, manifest_checksum, 
 from cache_schema.format.samples import load_samples
 from cache_schema.storage.folder import Folder, ReadableFile
 from cache_schema.storage.local import LocalFolder, local_folder
-from cache_schema.storage.places import folder_at
+from cache_schema.storage.streamed import reading_folder
 from cache_schema.stores.calibration_files import load_calibration
 from cache_schema.stores.checked_rows import ArrayRows, ImageRows
 from cache_schema.stores.registry import store_of
@@ -46,7 +46,7 @@ def convert(
     CacheUnsealed for a source that is not complete, CacheCorrupt, naming file, shard and sample, for a damaged one,
     and CacheMismatch where something else than this copy is at `target`.
     """
-    original = _Source(folder_at(source))
+    original = _Source(reading_folder(source))
     root = local_folder(target).path
     if isinstance(original.folder, LocalFolder):
         _check_apart(original.folder.path, root)

@@ -13,7 +13,13 @@ from cache_schema.format import layout
 from cache_schema.format.journal import JOURNAL_FOLDER, FileRecord, Kind, Record, committed, read_record, record_name
 from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Manifest
-from cache_schema.format.manifest_file import MANIFEST_NAME, MAX_MANIFEST_BYTES, load_manifest, render_document
+from cache_schema.format.manifest_file import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    SIGNATURE_NAME,
+    load_manifest,
+    render_document,
+)
 from cache_schema.format.samples import check_against_manifest, count_usable, load_samples
 from cache_schema.read_ahead import ReadAhead
 from cache_schema.storage.files import FileDigest, is_aside
@@ -84,7 +90,7 @@ def verify(path: str | os.PathLike[str], threads: int = 4) -> list[Problem]:
     except CacheCorrupt as error:
         return [Problem(MANIFEST_NAME, None, None, str(error))]
     problems = list(_check_manifest_bytes(folder))
-    known = {MANIFEST_NAME}
+    known = {MANIFEST_NAME, SIGNATURE_NAME}
     store, done = store_of(manifest), set(committed(folder))
     samples = _load_table(folder, manifest)
 

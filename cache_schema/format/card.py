@@ -3,6 +3,7 @@
 import re
 
 from cache_schema.errors import printable
+from cache_schema.format.licences import licence_of
 from cache_schema.format.manifest import Encoding, Manifest, StoreKind
 
 _STORES: dict[StoreKind, str] = {
@@ -67,6 +68,7 @@ def _contents(manifest: Manifest) -> str:
         "without features": f"{len(manifest.failed_rows)} images that the teacher failed on",
         "teacher": _plain(f"{teacher.family} at {teacher.resolution} px in {teacher.dtype}, text: {teacher.text}"),
         "teacher weights": ", ".join(f"{_plain(name)} `{sha[:12]}`" for name, sha in sorted(teacher.digests.items())),
+        "licence of the teacher": _plain(licence_of(teacher)),
         "refined (LoRA)": f"`{teacher.lora_digest[:12]}`" if teacher.lora_digest else "no",
         "timesteps": f"{levels} of {curriculum.num_steps}; seed {curriculum.seed}",
         "views": _plain(", ".join(manifest.views)),

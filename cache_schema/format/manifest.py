@@ -207,7 +207,8 @@ class Fidelity(FrozenModel):
 class Provenance(FrozenModel):
     """Everything about one build that another build of the same cache would not repeat.
 
-    `converted` says of a copy in another store what it was copied from; the rest is that of the original build.
+    `converted` says of a copy in another store what it was copied from, `pulled` of a part of a cache what of it there
+    is; the rest is that of the original build.
     """
 
     created: str | None = None
@@ -216,6 +217,7 @@ class Provenance(FrozenModel):
     seconds: FiniteFloat | None = None
     command: str | None = None
     converted: str | None = None
+    pulled: str | None = None
     # Covers the whole manifest, this part included; it is here because it changes whenever this part does.
     checksum: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")] | None = None
 

@@ -13,6 +13,8 @@ from cache_schema.storage.checksum import crc32c
 from cache_schema.storage.folder import Folder
 
 MANIFEST_NAME = "manifest.json"
+# Beside a cache that its owner signed; see `cache_schema.sharing.signing`.
+SIGNATURE_NAME = "signature.json"
 MAX_MANIFEST_BYTES = 64 << 20
 # A few for every tap and timestep. In memory, an empty list takes twenty times as much as in the file.
 _MAX_CONTAINERS = 1 << 18

@@ -44,7 +44,8 @@ def open_cache(
     """Open the cache at `path` for reading: a directory, or a URL (file, s3, gs, az, https, sftp, hf).
 
     Of one that is elsewhere, what a batch needs is fetched when it is read, and kept on a local disk up to
-    `local_cache` ("50GB"; 10 GB by default, "0" keeps nothing), which all processes of the machine share.
+    `local_cache` ("50GB"; 10 GB by default, "0" keeps nothing), which all processes of the machine share. A part that
+    was pulled on purpose (`manifest.provenance.pulled`) opens as what it is.
 
     With `verify`, every chunk and image is checked against its checksum in the journal as it is read: damage on a disk
     that is shared for months is then an error and not a slightly wrong feature. Reading from the page cache, the
@@ -60,7 +61,7 @@ def open_cache(
     except CacheCorrupt as error:
         raise CacheCorrupt(f"{error}; copy the cache here again, or build it anew in an empty directory") from error
     cache = Cache(folder, manifest, verify, local_cache)
-    if not manifest.sealed and not allow_partial:
+    if not manifest.sealed and not allow_partial and manifest.provenance.pulled is None:
         raise CacheUnsealed(
             f"cache {folder} is not sealed: {cache.missing_samples} of {manifest.dataset.feature_rows} samples have no "
             "features yet",

@@ -2,11 +2,11 @@
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from cache_schema.errors import CacheCorrupt, CacheStorageError
 from cache_schema.storage.checksum import Bytes, crc32c
@@ -14,6 +14,8 @@ from cache_schema.storage.files import FileDigest, digest
 from cache_schema.storage.folder import Signature
 from cache_schema.storage.names import check_listed
 from cache_schema.storage.retrying import Retrying
+
+T = TypeVar("T")
 
 REQUESTS = 16  # in flight at once, for one process
 _BLOCK = 8 << 20  # of one request, where a whole file is read
@@ -121,6 +123,7 @@ class RemoteFolder:
         self.url = url.rstrip("/")
         self.place = place
         self._retrying = retrying or Retrying()
+        self._answered = False
 
     @property
     def writable(self) -> bool:
@@ -142,13 +145,20 @@ class RemoteFolder:
         """Return the URL of a file."""
         return f"{self.url}/{name}"
 
+    def _call(self, where: str, ask: Callable[[], T]) -> T:
+        # A place that never answered is more likely misspelt than busy.
+        patience = self._retrying if self._answered else self._retrying.until_first_answer()
+        answer = patience.call(where, ask)
+        self._answered = True
+        return answer
+
     def get(self, name: str, start: int, stop: int, tag: str) -> bytes:
         """Return bytes [start, stop) of a file as it was when its `tag` was asked for; see `Place.get`."""
-        return self._retrying.call(self.where(name), lambda: self.place.get(name, start, stop, tag))
+        return self._call(self.where(name), lambda: self.place.get(name, start, stop, tag))
 
     def stat(self, name: str) -> Stat | None:
         """Return size and tag of a file, None where there is none of this name."""
-        return self._retrying.call(self.where(name), lambda: self.place.stat(name))
+        return self._call(self.where(name), lambda: self.place.stat(name))
 
     def open(self, name: str) -> RemoteFile:
         """Open a file for reading; raises CacheCorrupt where it is missing, CacheUnreachable."""
@@ -212,7 +222,7 @@ class RemoteFolder:
     def names(self, under: str = "") -> list[str]:
         """Return the names of what is in a sub-folder; raises CacheCorrupt for one that could not lie there."""
         where = self.where(under) if under else self.url
-        found = self._retrying.call(where, lambda: self.place.list_folder(under))
+        found = self._call(where, lambda: self.place.list_folder(under))
         return [check_listed(name, where) for name in found]
 
     def walk(self) -> Iterator[str]:
@@ -221,7 +231,7 @@ class RemoteFolder:
 
     def files(self) -> dict[str, int]:
         """Return the names and sizes of all files, by one listing; raises CacheCorrupt as `names` does."""
-        found = self._retrying.call(self.url, self.place.list_files)
+        found = self._call(self.url, self.place.list_files)
         return {check_listed(name, self.url): size for name, size in found.items()}
 
     def write(self, name: str, data: Bytes) -> FileDigest:
@@ -240,11 +250,11 @@ class RemoteFolder:
     def delete(self, name: str) -> None:
         """Remove a file; raises CacheStorageError."""
         self._check_writable(name)
-        self._retrying.call(self.where(name), lambda: self.place.delete(name))
+        self._call(self.where(name), lambda: self.place.delete(name))
 
     def _put(self, name: str, data: Bytes | Path, new: bool) -> bool:
         self._check_writable(name)
-        return self._retrying.call(self.where(name), lambda: self.place.put(name, data, new))
+        return self._call(self.where(name), lambda: self.place.put(name, data, new))
 
     def _check_writable(self, name: str) -> None:
         if not self.writable:

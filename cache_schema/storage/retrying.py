@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from cache_schema.errors import CacheUnreachable
@@ -12,6 +12,7 @@ T = TypeVar("T")
 
 # Of one request with all its repetitions, in seconds: a server that is started again answers within a minute or two.
 DEADLINE = 180.0
+_FIRST_DEADLINE = 15.0
 _FIRST_WAIT = 0.1
 _LONGEST_WAIT = 5.0
 
@@ -26,6 +27,10 @@ class Retrying:
 
     deadline: float = DEADLINE
     sleep: Callable[[float], None] = time.sleep
+
+    def until_first_answer(self) -> "Retrying":
+        """Return how a place is waited for that has never answered yet."""
+        return replace(self, deadline=min(self.deadline, _FIRST_DEADLINE))
 
     def call(self, where: str, ask: Callable[[], T]) -> T:
         """Return what `ask` returns; raises CacheUnreachable where it was Transient until the deadline."""

@@ -1,5 +1,6 @@
 """The cache build: run the frozen, refined DiT once per image, view and timestep, and write what it saw."""
 
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +11,12 @@ from tqdm import tqdm
 
 from cache_schema import create_cache
 from cache_schema.care.repair import repair as mend
+from cache_schema.errors import CacheError, CacheExists
 from cache_schema.format.journal import committed_shards, read_record
 from cache_schema.format.manifest import Manifest
-from cache_schema.format.manifest_file import load_manifest
+from cache_schema.format.manifest_file import MANIFEST_NAME, load_manifest
 from cache_schema.format.samples import samples_table
+from cache_schema.sharing.catalogue import find_built
 from cache_schema.storage.local import LocalFolder
 from cache_schema.writing.claims import Claims
 from cache_schema.writing.writer import CacheWriter
@@ -78,6 +81,7 @@ def build(
         log(f"{quarantined} of {len(scanned)} images are quarantined; `dit-cache info` names each and why")
     table = samples_table([s.row() for s in scanned])
     manifest = describe_cache(teacher, dataset, config, table)
+    _stop_where_built(manifest, output, log)
     # Another cache is not touched; create_cache refuses it.
     if repair and load_manifest(LocalFolder(output)).cache_id == manifest.cache_id:
         for found in mend(output):
@@ -96,6 +100,22 @@ def build(
     sealed = writer.seal(provenance_of(teacher.device, time.monotonic() - started), min_cosine=config.min_cosine)
     log(f"sealed {output}: {sealed.dataset.feature_rows} images with features, {_megabytes(sealed)}")
     return sealed
+
+
+def _stop_where_built(manifest: Manifest, output: Path, log: Callable[[str], None]) -> None:
+    """Raise CacheExists where the very cache is at the team's place already, unless it is being built here."""
+    if (output / MANIFEST_NAME).exists():
+        return
+    try:
+        url = find_built(manifest.cache_id, manifest.label)
+    except CacheError as error:
+        log(f"note: whether this cache exists already is not known: {error}")
+        return
+    if url is not None:
+        raise CacheExists(
+            f"this cache exists: `dit-cache pull {url} {shlex.quote(str(output))}` copies it here, `dit-train run "
+            f"--cache {url}` streams it; to build it all the same, unset DIT_CACHE_REMOTE"
+        )
 
 
 def _fill(

@@ -103,7 +103,7 @@ def build_cache(
         print(next_line("build", config, output))
 
 
-def verify_cache(cache: Path) -> None:
+def verify_cache(cache: str | Path) -> None:
     """Hold every file of a cache against the checksums in its journal; raises DitDistillError if anything is wrong."""
     from cache_schema.care.verify import advice, verify
 

@@ -11,7 +11,7 @@ from pipeline.commands.options import DebugOption
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A sealed cache.")],
+    source: Annotated[str, typer.Argument(help="A sealed cache: a folder or a URL.")],
     target: Annotated[Path, typer.Argument(help="Folder of the copy; a conversion begun there is continued.")],
     store: Annotated[StoreKind, typer.Option(help="How the copy stores features.")],
     compression: Annotated[
@@ -25,9 +25,9 @@ def convert(
 
     from cache_schema.care.convert import convert as copy
     from cache_schema.format.manifest_file import load_manifest
-    from cache_schema.storage.local import LocalFolder
+    from cache_schema.storage.places import folder_at
 
-    total = load_manifest(LocalFolder(source)).dataset.feature_rows
+    total = load_manifest(folder_at(source)).dataset.feature_rows
     with tqdm(total=total, desc="convert", unit="sample", delay=1) as bar:
         sealed = copy(
             source,

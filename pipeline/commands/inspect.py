@@ -1,7 +1,6 @@
 """`dit-cache info` and `dit-cache verify`: what a cache holds, and whether it is intact."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +9,7 @@ from pipeline.commands.options import DebugOption
 
 
 def info(
-    cache: Annotated[Path, typer.Argument(help="A cache, sealed or not.")],
+    cache: Annotated[str, typer.Argument(help="A cache, sealed or not: a folder or a URL.")],
     shards: Annotated[
         bool, typer.Option("--shards", help="Add a table of all shards: what is there, what is missing, how faithful.")
     ] = False,
@@ -27,7 +26,7 @@ def info(
 
 
 def verify(
-    cache: Annotated[Path, typer.Argument(help="A cache, sealed or not.")],
+    cache: Annotated[str, typer.Argument(help="A cache, sealed or not: a folder or a URL.")],
     debug: DebugOption = False,
 ) -> None:
     """Check every file against the checksums in the journal; exit code 1 if anything is wrong."""

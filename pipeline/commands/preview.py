@@ -9,7 +9,7 @@ from pipeline.commands.options import DebugOption
 
 
 def preview(
-    cache: Annotated[Path, typer.Argument(help="A cache; neither teacher nor data set are needed.")],
+    cache: Annotated[str, typer.Argument(help="A cache (folder or URL); neither teacher nor data set are needed.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The picture: .png, .jpg or .webp.")],
     sample: Annotated[list[str] | None, typer.Option(help="Id or row number of a sample; may be repeated.")] = None,
     random: Annotated[int | None, typer.Option(min=1, help="N samples drawn at random.")] = None,

@@ -88,7 +88,7 @@ def random_rows(cache: Cache, count: int, seed: int) -> list[int]:
     """Return `count` different rows that have features, ascending, the same for the same seed."""
     have = cache.feature_rows
     if not have:
-        raise CacheUnsealed(f"cache {cache.root} has no features yet; run the build again, it resumes")
+        raise CacheUnsealed(f"cache {cache.folder} has no features yet; run the build again, it resumes")
     chosen = np.random.default_rng(seed).choice(len(have), size=min(count, len(have)), replace=False)
     return sorted(int(have[i]) for i in chosen)
 

@@ -18,6 +18,10 @@ class FaultyProxy:
         self.latency = latency
         self._fault, self._part, self._times = "none", "", 0
         self._lock = threading.Lock()
+        self.log: list[tuple[str, str]] = []
+        self.stopped, self._going = threading.Event(), threading.Event()
+        self._stop_method, self._stop_after = "", 0
+        self._going.set()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, urlsplit(target).netloc))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -27,6 +31,25 @@ class FaultyProxy:
         """Fail the next so many requests whose path has `part` in it: cut, 500, 429, truncated, wrong bytes, slow."""
         with self._lock:
             self._fault, self._part, self._times = fault, part, times
+
+    def stop_after(self, method: str, count: int) -> None:
+        """Let so many requests of a method through, then hold every further one until `go_on`."""
+        self._stop_method, self._stop_after = method, count
+        self._going.clear()
+
+    def go_on(self) -> None:
+        """Let through what is held."""
+        self._going.set()
+
+    def hold(self, method: str, path: str) -> None:
+        """Note a request, and hold it if it is beyond those that are let through."""
+        with self._lock:
+            self.log.append((method, path))
+            held = not self._going.is_set() and method == self._stop_method and self._stop_after <= 0
+            self._stop_after -= method == self._stop_method
+        if held:
+            self.stopped.set()
+            self._going.wait()
 
     def fault_of(self, path: str) -> str:
         """The fault that strikes a request now."""
@@ -55,6 +78,7 @@ def _handler(proxy: FaultyProxy, target: str) -> type[BaseHTTPRequestHandler]:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             if proxy.latency:
                 time.sleep(proxy.latency)
+            proxy.hold(self.command, self.path)
             fault = proxy.fault_of(self.path)
             if fault == "cut":
                 # A reset, not an orderly end.

@@ -20,13 +20,18 @@ _CLASSES: dict[SplitName, str] = {
 
 def eval_run(
     run: Annotated[Path, typer.Argument(help="A run's directory, or a student.safetensors.")],
-    cache: Annotated[str | None, typer.Option(help="Cache to evaluate on; by default the run's own.")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Cache to evaluate on (folder or URL); default the run's own.")
+    ] = None,
     split: Annotated[
         SplitName, typer.Option(help="test, or validation: the training classes that the run held out.")
     ] = "test",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     save_embeddings: Annotated[Path | None, typer.Option(help="Also write the embeddings (.npz).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    local_cache: Annotated[
+        str | None, typer.Option(help="Disk that may hold what was fetched of a cache at a URL, e.g. 50GB.")
+    ] = None,
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Accept an unsealed cache.")] = False,
 ) -> None:
     """Recall@1/2/4/8 and mAP@R on classes never trained on: every image queries all the others."""
@@ -37,7 +42,7 @@ def eval_run(
     from trainer.runs import cache_of_run
     from trainer.training.run_folder import save_scores
 
-    opened = open_for(cache or cache_of_run(run), allow_partial)
+    opened = open_for(cache or cache_of_run(run), allow_partial, local_cache=local_cache)
     where = choose_device(device)
     named = use_device(where)
     scores, embeddings, test = evaluate.evaluate_run(run, opened, where, load_trained, split)

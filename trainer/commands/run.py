@@ -32,7 +32,7 @@ SHOWN = (
     Exposed("student.name", "--student", shown="of the preset", help="Student network, by timm name."),
     Exposed("student.pretrained", "--pretrained", help="Start from timm's weights."),
     Exposed("student.weights", "--student-weights", help="Start from this safetensors file."),
-    "compile", "deterministic", "device", "workers",
+    "compile", "deterministic", "device", "workers", "local_cache",
 )  # fmt: skip
 
 
@@ -40,7 +40,7 @@ SHOWN = (
 def run(
     given: Values,
     output: Annotated[
-        Path | None, typer.Option(help="Directory of the run; default: beside the cache, named by the mode.")
+        Path | None, typer.Option(help="Directory of the run; default: beside the cache (runs/NAME for one at a URL).")
     ] = None,
     method: Annotated[str | None, typer.Option(help=f"{', '.join(METHODS)}; default {DEFAULT} (DiT-Distill).")] = None,
     mode: Annotated[str | None, typer.Option(help="The same: distill (gcd) or baseline.")] = None,
@@ -77,16 +77,21 @@ def run(
 def _default_output(cache: str | None, mode: str | None, method: str | None) -> Path:
     from trainer.methods.registry import DEFAULT, mode_name
 
-    return Path(cache or DEFAULT_CACHE).resolve().parent / (mode or mode_name(method or DEFAULT))
+    name = mode or mode_name(method or DEFAULT)
+    if cache is not None and "://" in cache and not cache.startswith("file://"):
+        return Path("runs", cache.rstrip("/").rpartition("/")[2], name)
+    return Path((cache or str(DEFAULT_CACHE)).removeprefix("file://")).resolve().parent / name
 
 
 def _preset_for(cache: str) -> str:
     """The demo's cache asks for the demo's small student; whatever is wrong with a cache is said when it is opened."""
-    import json
+    from cache_schema import CacheError
+    from cache_schema.format.manifest_file import load_manifest
+    from cache_schema.storage.places import folder_at
 
     try:
-        name = json.loads((Path(cache) / "manifest.json").read_text(encoding="utf-8"))["dataset"]["name"]
-    except (OSError, ValueError, KeyError, TypeError):
+        name = load_manifest(folder_at(cache)).dataset.name
+    except CacheError:
         return "recommended"
     return "demo" if name == "demo" else "recommended"
 
@@ -135,7 +140,7 @@ def _train(config: TrainConfig, said: str, output: Path, resume: bool, overwrite
         typer.echo(_next_line(output))
         return
     try:
-        cache = open_for(config.cache, allow_partial, config.verify_reads)
+        cache = open_for(config.cache, allow_partial, config.verify_reads, config.local_cache)
     except CacheNotFound as error:
         raise TrainError(f"{error}; make one with dit-cache build, or name one with --cache") from None
     typer.echo(f"cache {cache.manifest.label}: {len(cache)} rows with features; {said}")

@@ -60,7 +60,7 @@ class TrainingBatches:
 
     def __init__(self, cache: Cache, config: TrainConfig, image_size: int, needs: Needs):
         self.cache, self.config = cache, config
-        self.sources = open_sources(cache, needs, config.verify_reads)
+        self.sources = open_sources(cache, needs, config.verify_reads, config.local_cache)
         self.views = shared_views(cache, self.sources, config.views)
         # Whatever a method reads, it keeps to the rows with features: all methods train on the same images.
         whole = select_split(cache, "train", need_features=True)

@@ -195,7 +195,7 @@ def _one_block(store: BlockStore, name: str) -> stored.BlockFile:
 
 def test_the_longest_unused_files_make_room_but_none_that_is_being_read(tmp_path: Path) -> None:
     store = BlockStore(tmp_path / "blocks", 3 * BLOCK + 40_000, least=0)
-    old, read, new = (_one_block(store, name) for name in ("aa", "bb", "cc"))
+    old, read, _ = (_one_block(store, name) for name in ("aa", "bb", "cc"))
     for age, path in enumerate(sorted(store.files(), key=lambda path: path.stat().st_mtime_ns)):
         os.utime(path, (1000 + age, 1000 + age))
     with read.lease():

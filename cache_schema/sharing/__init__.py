@@ -1,0 +1,1 @@
+"""Caches between machines: push, pull, a catalogue of what is at a place, signatures."""

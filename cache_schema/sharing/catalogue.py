@@ -1,0 +1,174 @@
+"""What caches are at a place: read from the caches themselves, so that no list can be wrong or lost."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache_schema.errors import CacheError, CacheNotFound, CacheRequestError
+from cache_schema.format.card import format_bytes, format_encoding
+from cache_schema.format.manifest import Manifest
+from cache_schema.format.manifest_file import MANIFEST_NAME, load_manifest
+from cache_schema.sharing.transfer import sizes_of
+from cache_schema.storage.folder import Folder
+from cache_schema.storage.places import folder_at
+
+VARIABLE = "DIT_CACHE_REMOTE"
+_READERS = 16
+COLUMNS = ("name", "data set", "teacher", "LoRA", "curriculum", "taps", "encoding", "size", "built", "state", "id")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cache at a place: its name there, its URL, and its manifest or, where that cannot be read, why."""
+
+    name: str
+    url: str
+    manifest: Manifest | None
+    problem: str = ""
+
+    def row(self) -> dict[str, str]:
+        """Return what a table says of it, by column."""
+        manifest = self.manifest
+        if manifest is None:
+            return {**dict.fromkeys(COLUMNS, ""), "name": self.name, "state": self.problem}
+        teacher, curriculum = manifest.teacher, manifest.curriculum
+        size = (manifest.bytes_features or 0) + (manifest.bytes_images or 0)
+        part = " (part)" if manifest.provenance.pulled else ""
+        return {
+            "name": self.name,
+            "data set": f"{manifest.dataset.name}, {manifest.dataset.feature_rows} images",
+            "teacher": f"{teacher.family} {teacher.source.rpartition('/')[2]}",
+            "LoRA": (teacher.lora_digest or "none")[:8],
+            "curriculum": f"{','.join(map(str, curriculum.timesteps))} of {curriculum.num_steps}",
+            "taps": ",".join(tap.name for tap in manifest.taps),
+            "encoding": format_encoding(manifest.encoding).replace(", compression none", ""),
+            "size": format_bytes(size) if manifest.sealed else "",
+            "built": (manifest.provenance.created or "")[:10],
+            "state": ("sealed" if manifest.sealed else "incomplete") + part,
+            "id": manifest.cache_id[:12],
+        }
+
+
+def prefix_of(url: str | None) -> str:
+    """Return the place to look at: the one given, or that of the environment; raises CacheRequestError for neither."""
+    found = url or os.environ.get(VARIABLE)
+    if not found:
+        raise CacheRequestError(f"name a place, for example s3://team/caches, or set {VARIABLE}")
+    return found.rstrip("/")
+
+
+def catalogue(prefix: str) -> list[Entry]:
+    """Return the caches one level below a prefix, by name, and the one at the prefix itself, if it is one."""
+    folder = folder_at(prefix)
+    names = folder.names()
+    if MANIFEST_NAME in names:
+        return [_entry(prefix.rpartition("/")[2], prefix)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        entries = pool.map(lambda name: _entry(name, f"{prefix}/{name}"), sorted(names))
+        return [entry for entry in entries if entry.problem != _NONE]
+
+
+_NONE = "no cache"
+
+
+def _entry(name: str, url: str) -> Entry:
+    try:
+        return Entry(name, url, load_manifest(folder_at(url)))
+    except CacheNotFound:
+        return Entry(name, url, None, "being pushed" if folder_at(url).size("push.json") else _NONE)
+    except CacheError as error:
+        return Entry(name, url, None, f"cannot be read: {error}")
+
+
+def matching(entries: Iterable[Entry], words: Iterable[str]) -> Iterator[Entry]:
+    """Yield the caches that every word applies to: part of a value, or `column=part of its value`.
+
+    Raises CacheRequestError for a column that there is not.
+    """
+    wanted = [_parse_word(word) for word in words]
+    for entry in entries:
+        row = entry.row()
+        if all(
+            any(text.lower() in value.lower() for name, value in row.items() if column in (None, name))
+            for column, text in wanted
+        ):
+            yield entry
+
+
+def _parse_word(word: str) -> tuple[str | None, str]:
+    column, equals, text = word.partition("=")
+    if not equals:
+        return None, word
+    known = {name.lower().replace(" ", ""): name for name in COLUMNS}
+    if column.lower().replace(" ", "") not in known:
+        raise CacheRequestError(f"there is no column {column!r}; there are {', '.join(known)}")
+    return known[column.lower().replace(" ", "")], text
+
+
+def table(entries: Iterable[Entry]) -> str:
+    """Return caches as a table for people, columns aligned."""
+    rows = [entry.row() for entry in entries]
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in COLUMNS}
+    lines = [{name: name for name in COLUMNS}, *rows]
+    return "\n".join("  ".join(line[name].ljust(widths[name]) for name in COLUMNS).rstrip() for line in lines)
+
+
+def find_built(cache_id: str, label: str) -> str | None:
+    """Return the URL of a sealed cache with this id at the place of the environment, None where it is not known."""
+    prefix = os.environ.get(VARIABLE)
+    if not prefix:
+        return None
+    url = f"{prefix.rstrip('/')}/{label}"
+    try:
+        found = load_manifest(folder_at(url))
+    except CacheNotFound:
+        return None
+    return url if found.cache_id == cache_id and found.sealed else None
+
+
+def remove(url: str) -> int:
+    """Remove the cache at a URL and return how many files that were; it stops being a cache first.
+
+    Raises CacheNotFound where there is none, so that nothing else is removed by mistake.
+    """
+    folder = folder_at(url)
+    if not folder.exists(MANIFEST_NAME) and not folder.exists("push.json"):
+        raise CacheNotFound(f"no cache at {url}: nothing is removed")
+    names = files_of(folder)
+    for name in names:
+        folder.delete(name)
+    return len(names)
+
+
+def files_of(folder: Folder) -> list[str]:
+    """Return the files of a cache, manifest first; raises CacheRequestError where other caches lie in its folder."""
+    names = sorted(sizes_of(folder), key=lambda name: (name != MANIFEST_NAME, name))
+    inside = [name for name in names if name.endswith(f"/{MANIFEST_NAME}")]
+    if inside:
+        raise CacheRequestError(f"{folder} holds other caches ({inside[0]}): name one of them")
+    return names
+
+
+def unused(entries: Iterable[Entry], runs: Path) -> list[Entry]:
+    """Return the sealed caches that no run below the folder `runs` refers to, by its id or its URL."""
+    used: set[str] = set()
+    for name in ("config.json", "result.json", "run.json"):
+        for path in runs.rglob(name):
+            used |= _references(path)
+    return [
+        entry
+        for entry in entries
+        if entry.manifest is not None and entry.manifest.cache_id not in used and entry.url.rstrip("/") not in used
+    ]
+
+
+def _references(path: Path) -> set[str]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()
+    found = [values.get(name) for name in ("cache", "cache_id")] if isinstance(values, dict) else []
+    return {str(value).rstrip("/") for value in found if value}

@@ -1,0 +1,169 @@
+"""Bringing a sealed cache to a place where others find it: piece by piece, resumable, visible once it is whole."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cache_schema.errors import CacheCorrupt, CacheError, CacheMismatch, CacheNotFound, CacheUnsealed
+from cache_schema.format.journal import Kind, Record, committed, read_record, record_name, render_record
+from cache_schema.format.manifest import Manifest
+from cache_schema.format.manifest_file import (
+    MANIFEST_NAME,
+    SIGNATURE_NAME,
+    load_manifest,
+    manifest_checksum,
+    render_manifest,
+)
+from cache_schema.sharing.rewriting import Rewritten, rewrite
+from cache_schema.sharing.scrubbing import scrub
+from cache_schema.sharing.signing import sha256_of, sign
+from cache_schema.sharing.transfer import Advance, in_parallel, send, sizes_of
+from cache_schema.storage.checksum import crc32c
+from cache_schema.storage.folder import Folder
+from cache_schema.storage.local import LocalFolder, local_folder
+from cache_schema.storage.places import folder_at
+
+# Says which build of a cache is on its way, so that no two builds of it are mixed; gone once it is whole.
+CLAIM_NAME = "push.json"
+_MAX_CLAIM = 1 << 16
+_ORDER: dict[Kind, int] = {"layout": 0, "calibration": 1, "images": 2, "features": 3, "seal": 4}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A push as it would be done: what is sent, what of the manifest is changed first, how many bytes it is."""
+
+    source: LocalFolder
+    target: Folder
+    manifest: Manifest
+    changes: list[str]
+    pieces: list[Rewritten]
+    bytes_total: int
+    key: Path | None = field(default=None)
+
+
+def plan_push(source: str, url: str, key: Path | None = None) -> Plan:
+    """Plan the push of the sealed cache in the folder `source` to `url`; nothing is written.
+
+    `key` signs the manifest. Raises CacheUnsealed, CacheCorrupt, and CacheError for what looks like a secret.
+    """
+    folder = local_folder(source)
+    manifest = load_manifest(folder)
+    if not manifest.sealed:
+        raise CacheUnsealed(f"cache {folder} is not complete, so it cannot be pushed; run its build again first")
+    target = folder_at(url)
+    if not target.writable:
+        raise CacheError(f"{url} is only read here; push to s3, gs, az, sftp or a folder")
+    scrubbed = scrub(manifest)
+    pieces = []
+    for kind, shard in sorted(committed(folder), key=lambda piece: (_ORDER[piece[0]], piece[1])):
+        record = read_record(folder, kind, shard)
+        assert record is not None
+        pieces.append(rewrite(scrubbed.manifest, record) if scrubbed.changes else Rewritten(record))
+    total = sum(file.bytes for piece in pieces for file in piece.record.files.values())
+    return Plan(folder, target, scrubbed.manifest, scrubbed.changes, pieces, total, key)
+
+
+def push(plan: Plan, take_over: bool = False, advance: Advance = lambda size: None) -> Manifest:
+    """Do what was planned and return the manifest as it is there; interrupted, the same call goes on.
+
+    `take_over` goes on although another build of the cache is on its way there. Raises CacheMismatch where another
+    cache, or another build of this one, is there already; CacheCorrupt for damage at either end; CacheUnreachable.
+    """
+    data = render_manifest(plan.manifest)
+    ours = manifest_checksum(plan.manifest.document())
+    if not _is_there(plan.target, plan.manifest, ours):
+        _claim(plan.target, _build_of(plan, ours), take_over)
+        there = sizes_of(plan.target)
+        # The record of a piece is written once all of it is there and right: a piece with a record is not sent again.
+        missing = [piece for piece in plan.pieces if not _is_whole(piece.record, there)]
+        advance(plan.bytes_total - sum(_size(piece) for piece in missing))
+        for last in (False, True):  # the seal when everything else is there
+            in_parallel(
+                lambda piece: _send(plan, piece, advance),
+                [piece for piece in missing if (piece.record.kind == "seal") == last],
+            )
+        if plan.key is not None:
+            plan.target.write(SIGNATURE_NAME, sign(_hashes(plan, data), plan.key))
+        if not plan.target.write_new(MANIFEST_NAME, data):
+            _is_there(plan.target, plan.manifest, ours)
+    else:
+        advance(plan.bytes_total)
+    plan.target.delete(CLAIM_NAME)
+    return plan.manifest
+
+
+def _hashes(plan: Plan, manifest: bytes) -> dict[str, str]:
+    """Return the SHA-256 of every file as it was sent."""
+    found = {MANIFEST_NAME: hashlib.sha256(manifest).hexdigest()}
+    for piece in plan.pieces:
+        for name in piece.record.files:
+            made = piece.made.get(name)
+            found[name] = sha256_of(plan.source.path / name) if made is None else hashlib.sha256(made).hexdigest()
+        record = render_record(piece.record)
+        found[record_name(piece.record.kind, piece.record.shard)] = hashlib.sha256(record).hexdigest()
+    return found
+
+
+def _build_of(plan: Plan, manifest: str) -> str:
+    """Return what tells this build's files from those of another build of the same cache."""
+    records = b"".join(render_record(piece.record) for piece in plan.pieces)
+    return f"{manifest}-{crc32c(records):08x}"
+
+
+def _size(piece: Rewritten) -> int:
+    return sum(file.bytes for file in piece.record.files.values())
+
+
+def _is_whole(record: Record, there: dict[str, int]) -> bool:
+    name = record_name(record.kind, record.shard)
+    expected = {file: known.bytes for file, known in record.files.items()} | {name: len(render_record(record))}
+    return all(there.get(file) == size for file, size in expected.items())
+
+
+def _is_there(target: Folder, manifest: Manifest, ours: str) -> bool:
+    """Say whether this very build is there, whole; raises CacheMismatch for anything else."""
+    try:
+        found = load_manifest(target)
+    except CacheNotFound:
+        return False
+    if found.cache_id != manifest.cache_id:
+        raise CacheMismatch(f"{target} holds another cache ({found.label}); choose another place")
+    if manifest_checksum(found.document()) != ours:
+        raise CacheMismatch(
+            f"{target} holds this cache already, from another build ({found.provenance.created or 'undated'}); "
+            "pull or stream that, or choose another place"
+        )
+    return True
+
+
+def _claim(target: Folder, ours: str, take_over: bool) -> None:
+    claim = json.dumps({"manifest": ours}).encode()
+    if target.write_new(CLAIM_NAME, claim):
+        return
+    try:
+        theirs = json.loads(target.read_bounded(CLAIM_NAME, _MAX_CLAIM))["manifest"]
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError, CacheCorrupt):
+        theirs = None
+    if theirs == ours:
+        return
+    if not take_over:
+        raise CacheMismatch(
+            f"another build of this cache is being pushed to {target}; wait for it and pull that, or, if that push was "
+            "given up, take its place with --take-over"
+        )
+    target.write(CLAIM_NAME, claim)
+
+
+def _send(plan: Plan, piece: Rewritten, advance: Callable[[int], None]) -> None:
+    for name, expected in piece.record.files.items():
+        if name in piece.made:
+            plan.target.write(name, piece.made[name])
+        else:
+            send(plan.source, plan.target, name, expected)
+        advance(expected.bytes)
+    plan.target.write(record_name(piece.record.kind, piece.record.shard), render_record(piece.record))

@@ -1,0 +1,267 @@
+"""A cache comes to another place whole, is seen there once it is, and nothing is moved twice."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import cache_servers as servers
+import pytest
+import torch
+from cache_building import build, damage, start, tree
+from cache_proxy import FaultyProxy
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from cache_schema import CacheCorrupt, CacheError, CacheMismatch, CacheNotFound, CacheUnsealed, Provenance, open_cache
+from cache_schema.care.verify import verify
+from cache_schema.format.journal import read_record, write_record
+from cache_schema.sharing.catalogue import catalogue, find_built, matching, remove, table, unused
+from cache_schema.sharing.parts import Selection
+from cache_schema.sharing.pull import plan_pull, pull
+from cache_schema.sharing.push import plan_push, push
+from cache_schema.sharing.scrubbing import scrub
+from cache_schema.storage.local import LocalFolder
+from cache_schema.storage.object_store import _store
+from cache_schema.storage.places import folder_at
+
+CacheOf = Callable[..., Path]
+SECRETIVE = Provenance(created="2026-01-02T00:00:00+00:00", command="dit-cache build --data=/home/mia/birds --output x")
+
+
+@pytest.fixture(autouse=True)
+def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DIT_CACHE_LOCAL", str(tmp_path / "blocks"))
+    for name, value in servers.s3_environment().items():
+        monkeypatch.setenv(name, value)
+
+
+def send(root: Path, url: str) -> None:
+    push(plan_push(str(root), url))
+
+
+def fetch(url: str, folder: Path, selection: Selection | None = None, key: Path | None = None) -> Path:
+    pull(plan_pull(url, str(folder), selection or Selection(), key))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def secretive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("secretive") / "cache", SECRETIVE, kind="int8")
+
+
+def test_what_was_pushed_and_pulled_is_the_cache_without_what_is_nobody_elses_business(
+    secretive: Path, tmp_path: Path
+) -> None:
+    plan = plan_push(str(secretive), "s3://team/push/whole")
+    assert any("provenance.command" in change for change in plan.changes)
+    push(plan)
+    folder = fetch("s3://team/push/whole", tmp_path / "copy")
+    assert verify(folder) == []
+    text = b"".join(tree(folder).values())
+    assert b"/home/mia" not in text
+    assert b"/somewhere" not in text
+    here, there = open_cache(folder), open_cache(secretive)
+    assert here.manifest.cache_id == there.manifest.cache_id
+    assert torch.equal(here.read([0, 5]).payload, there.read([0, 5]).payload)
+
+
+def test_a_push_that_was_killed_goes_on_without_sending_again_what_arrived(secretive: Path) -> None:
+    url = "s3://team/push/killed"
+    with FaultyProxy(servers.s3_endpoint()) as proxy:
+        program = textwrap.dedent(f"""
+            from cache_schema.sharing.push import plan_push, push
+            push(plan_push({str(secretive)!r}, {url!r}))
+        """)
+        proxy.stop_after("PUT", 9)
+        environment = servers.s3_environment(proxy.url)
+        sender = subprocess.Popen([sys.executable, "-c", program], env={**environment, "PATH": "/usr/bin:/bin"})
+        assert proxy.stopped.wait(60)
+        sender.send_signal(signal.SIGKILL)
+        sender.wait()
+        proxy.go_on()
+    assert catalogue("s3://team/push/killed") == []
+    there = set(folder_at(url).walk())  # type: ignore[attr-defined]
+    committed = {name for name in there if name.startswith("journal/")}
+    assert committed
+    with pytest.raises(CacheNotFound):
+        open_cache(url)
+    with FaultyProxy(servers.s3_endpoint()) as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        _store.cache_clear()
+        send(secretive, url)
+        sent = [path for method, path in proxy.log if method == "PUT"]
+        asked = [path for method, path in proxy.log if method in ("GET", "HEAD")]
+    _store.cache_clear()
+    assert not [name for name in committed if any(path.endswith(f"/{name}") for path in sent + asked)]
+    assert verify(url) == []
+
+
+def test_two_who_push_at_once_end_with_one_good_cache_and_another_build_is_refused(
+    secretive: Path, tmp_path: Path
+) -> None:
+    url = f"file://{tmp_path}/team/cache"
+    failures: list[Exception] = []
+
+    def go() -> None:
+        try:
+            send(secretive, url)
+        except CacheError as error:
+            failures.append(error)
+
+    pushers = [threading.Thread(target=go) for _ in range(2)]
+    for pusher in pushers:
+        pusher.start()
+    for pusher in pushers:
+        pusher.join()
+    assert failures == []
+    assert verify(url) == []
+    other = build(tmp_path / "other", Provenance(created="2026-05-05T00:00:00+00:00"), kind="int8")
+    with pytest.raises(CacheMismatch, match="from another build"):
+        send(other, url)
+    folder_at(f"file://{tmp_path}/begun").write("push.json", b'{"manifest": "of another build"}')
+    with pytest.raises(CacheMismatch, match="--take-over"):
+        send(other, f"file://{tmp_path}/begun")
+    push(plan_push(str(other), f"file://{tmp_path}/begun"), take_over=True)
+    assert verify(tmp_path / "begun") == []
+
+
+def test_damage_at_either_end_is_named_and_nothing_becomes_a_cache(secretive: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(secretive, broken)
+    shard = next(broken.glob("features/hidden/c/1/**/0"))
+    while shard.is_dir():
+        shard = next(shard.iterdir())
+    damage(shard, 5)
+    with pytest.raises(CacheCorrupt, match="does not match its checksum"):
+        send(broken, f"file://{tmp_path}/there")
+    assert not (tmp_path / "there/manifest.json").exists()
+    with pytest.raises(CacheCorrupt, match="not what its checksum says"):
+        fetch(f"file://{broken}", tmp_path / "here")
+    assert not (tmp_path / "here/manifest.json").exists()
+    shutil.copy(secretive / shard.relative_to(broken), shard)
+    assert verify(fetch(f"file://{broken}", tmp_path / "here")) == []
+
+
+def test_a_part_says_what_it_is_one_of_opens_as_that_and_grows_to_the_whole(secretive: Path, tmp_path: Path) -> None:
+    url, folder = f"file://{secretive}", tmp_path / "part"
+    fetch(url, folder, Selection(samples=(0, 3)))
+    part = open_cache(folder)
+    assert list(part.feature_rows) == [0, 1, 2]
+    assert "samples 0:3 of cache" in (part.manifest.provenance.pulled or "")
+    assert verify(folder) == []
+    assert torch.equal(part.read([0, 2]).payload, open_cache(secretive).read([0, 2]).payload)
+    fetch(url, folder, Selection(samples=(6, 7)))
+    assert list(open_cache(folder).feature_rows) == [0, 1, 2, 6]
+    fetch(url, folder)
+    assert tree(folder) == tree(secretive)
+
+
+def test_a_split_and_images_alone_come_with_just_their_shards(secretive: Path, tmp_path: Path) -> None:
+    images = open_cache(fetch(f"file://{secretive}", tmp_path / "images", Selection(images_only=True)))
+    assert len(images) == 0
+    assert images.images([0, 9]) == open_cache(secretive).images([0, 9])
+    split = open_cache(fetch(f"file://{secretive}", tmp_path / "split", Selection(split="test")))
+    assert len(split) == 0
+    assert split.images([9]) == images.images([9])
+    with pytest.raises(CacheUnsealed):
+        split.images([0])
+    with pytest.raises(CacheError, match="no split 'dev'"):
+        fetch(f"file://{secretive}", tmp_path / "dev", Selection(split="dev"))
+
+
+def test_some_taps_alone_are_the_cache_that_was_built_with_them(cache_of: CacheOf, tmp_path: Path) -> None:
+    root = cache_of(kind="int8")
+    folder = fetch(f"file://{root}", tmp_path / "hidden", Selection(taps=("hidden",)))
+    assert verify(folder) == []
+    cache, whole = open_cache(folder), open_cache(root)
+    assert cache.manifest.sealed
+    assert [tap.name for tap in cache.manifest.taps] == ["hidden"]
+    taps = [tap for tap in whole.manifest.taps if tap.name == "hidden"]
+    assert cache.manifest.cache_id == start(tmp_path / "built", kind="int8", taps=taps).manifest.cache_id
+    assert torch.equal(cache.read([4]).decode(), whole.read([4]).decode())
+    tars = cache_of(store="webdataset")
+    with pytest.raises(CacheError, match="all taps of a sample in one tar"):
+        fetch(f"file://{tars}", tmp_path / "tars", Selection(taps=("hidden",)))
+
+
+def test_a_signed_cache_is_told_from_one_that_another_altered(secretive: Path, tmp_path: Path) -> None:
+    key = Ed25519PrivateKey.generate()
+    private, public, other = tmp_path / "key", tmp_path / "key.pub", tmp_path / "other.pub"
+    pem, none = serialization.Encoding.PEM, serialization.NoEncryption()
+    private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.OpenSSH, none))
+    ssh = (serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    public.write_bytes(key.public_key().public_bytes(*ssh))
+    other.write_bytes(Ed25519PrivateKey.generate().public_key().public_bytes(*ssh))
+    url = f"file://{tmp_path}/signed"
+    push(plan_push(str(secretive), url, private))
+    assert verify(url) == []
+    assert verify(fetch(url, tmp_path / "copy", key=public)) == []
+    with pytest.raises(CacheCorrupt, match="not signed by the owner"):
+        fetch(url, tmp_path / "stranger", key=other)
+    with pytest.raises(CacheCorrupt, match="is not signed"):
+        fetch(f"file://{secretive}", tmp_path / "unsigned", key=public)
+    # A record that is valid by its own checksum, of another build: only the signature can tell.
+    forged = read_record(LocalFolder(tmp_path / "signed"), "features", 1)
+    assert forged is not None
+    write_record(LocalFolder(tmp_path / "signed"), forged.model_copy(update={"fidelity": []}))
+    with pytest.raises(CacheCorrupt, match="is not what was signed"):
+        fetch(url, tmp_path / "altered", key=public)
+
+
+@pytest.mark.parametrize(
+    "secret", ["hf_" + "a1B2" * 8, "AKIA" + "ABCD" * 4, "https://mia:hunter22@example.org/x", "--token=abcdef123"]
+)
+def test_what_looks_like_a_token_is_refused_and_not_repeated(cache_of: CacheOf, secret: str) -> None:
+    manifest = open_cache(cache_of()).manifest
+    provenance = manifest.provenance.model_copy(update={"command": f"dit-cache build --x {secret}"})
+    with pytest.raises(CacheError, match=r"provenance\.command holds what looks like") as caught:
+        scrub(manifest.model_copy(update={"provenance": provenance}))
+    assert secret not in str(caught.value)
+
+
+def test_user_and_host_are_taken_out_and_hub_names_stay(cache_of: CacheOf) -> None:
+    manifest = open_cache(cache_of()).manifest
+    provenance = manifest.provenance.model_copy(
+        update={"command": "dit-cache build --teacher owner/name --data ~/birds", "device": "A100 on mias-box"}
+    )
+    cleaned = scrub(manifest.model_copy(update={"provenance": provenance}), ("mias-box",)).manifest
+    assert cleaned.provenance.command == "dit-cache build --teacher owner/name --data birds"
+    assert cleaned.provenance.device == "A100 on …"
+    assert cleaned.cache_id == manifest.cache_id
+
+
+def test_a_catalogue_lists_finds_and_removes_what_is_there(
+    secretive: Path, cache_of: CacheOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = "s3://team/catalogue"
+    label = open_cache(secretive).manifest.label
+    send(secretive, f"{prefix}/{label}")
+    send(cache_of(kind="float16"), f"{prefix}/floats")
+    folder_at(f"{prefix}/broken").write("manifest.json", b"{")
+    folder_at(f"{prefix}/other").write("notes.txt", b"no cache")
+    entries = catalogue(prefix)
+    assert [entry.name for entry in entries] == ["broken", "floats", label]
+    assert "cannot be read" in entries[0].row()["state"]
+    assert "int8" in table(entries)
+    assert [entry.name for entry in matching(entries, ["encoding=int8", "tiny"])] == [label]
+    with pytest.raises(CacheError, match="no column"):
+        list(matching(entries, ["colour=red"]))
+    cache_id = open_cache(secretive).manifest.cache_id
+    assert find_built(cache_id, label) is None
+    monkeypatch.setenv("DIT_CACHE_REMOTE", prefix)
+    assert find_built(cache_id, label) == f"{prefix}/{label}"
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/config.json").write_text(f'{{"cache": "{prefix}/floats"}}')
+    assert [entry.name for entry in unused(entries, tmp_path / "runs")] == [label]
+    with pytest.raises(CacheError):
+        remove(prefix)
+    with pytest.raises(CacheNotFound):
+        remove(f"{prefix}/other")
+    assert remove(f"{prefix}/{label}") > 5
+    assert [entry.name for entry in catalogue(prefix)] == ["broken", "floats"]
+    assert folder_at(f"{prefix}/other").exists("notes.txt")
