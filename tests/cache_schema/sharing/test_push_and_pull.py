@@ -147,6 +147,21 @@ def test_damage_at_either_end_is_named_and_nothing_becomes_a_cache(secretive: Pa
     assert verify(fetch(f"file://{broken}", tmp_path / "here")) == []
 
 
+def test_a_place_that_stores_other_bytes_than_it_was_sent_is_not_believed(
+    secretive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FaultyProxy(servers.s3_endpoint()) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        _store.cache_clear()
+        proxy.fail("wrong bytes", "/features/", 1000)
+        with pytest.raises(CacheCorrupt, match="is not what was written there, twice"):
+            send(secretive, "s3://team/push/lying")
+    _store.cache_clear()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", servers.s3_endpoint())
+    assert folder_at("s3://team/push/lying").size("manifest.json") is None
+    _store.cache_clear()
+
+
 def test_a_part_says_what_it_is_one_of_opens_as_that_and_grows_to_the_whole(secretive: Path, tmp_path: Path) -> None:
     url, folder = f"file://{secretive}", tmp_path / "part"
     fetch(url, folder, Selection(samples=(0, 3)))

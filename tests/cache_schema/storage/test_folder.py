@@ -184,6 +184,17 @@ _CONTENTS = st.binary(max_size=300)
 _RANGES = st.lists(st.tuples(st.integers(-2, 310), st.integers(-2, 310)), max_size=8)
 
 
+def test_a_remote_file_that_was_replaced_while_it_was_open_is_refused_and_named(folder: Folder) -> None:
+    folder.write("a", b"first")
+    file = folder.open("a")
+    folder.write("a", b"other")
+    if isinstance(folder, RemoteFolder):
+        with pytest.raises(CacheCorrupt, match="a was changed while it was read"):
+            file.read(0, 5)
+    else:
+        assert file.read(0, 5) == b"first"
+
+
 @pytest.mark.parametrize("kind", [kind for kind in FOLDERS if kind in ("local", "file url")])
 @many_examples
 @given(data=_CONTENTS, ranges=_RANGES)

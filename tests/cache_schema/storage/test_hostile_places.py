@@ -1,0 +1,111 @@
+"""A place that lies: no name leads out of its folder, no redirect to another host, no more is taken in than asked."""
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import cache_servers as servers
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache_schema import CacheCorrupt, CacheError, CacheStorageError, CacheUnreachable
+from cache_schema.storage.names import is_inside
+from cache_schema.storage.places import folder_at
+from cache_schema.storage.remote import RemoteFolder
+
+
+class _Liar(BaseHTTPRequestHandler):
+    listing = ""
+
+    def do_GET(self) -> None:
+        if self.path.endswith("/endless"):
+            self.send_response(200)
+            self.send_header("ETag", '"1"')
+            self.end_headers()
+            try:
+                while True:
+                    self.wfile.write(bytes(1 << 16))
+            except OSError:
+                return
+        body = self.listing.encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("ETag", '"1"')
+        self.send_header("Content-Length", "1000" if self.path.endswith("/endless") else "9" * 17)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def liar() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Liar)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/cache"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("link", ["a/../../b", "%2e%2e/secret", "..%5Csecret", "a%5cb", "a%00b", "x%0ay"])
+def test_a_listing_that_leads_out_of_its_folder_is_refused(liar: str, link: str) -> None:
+    _Liar.listing = f'<html><a href="good">good</a><a href="{link}">bad</a></html>'
+    with pytest.raises(CacheCorrupt, match="lists"):
+        folder_at(liar).names()
+
+
+def test_links_around_a_listing_are_no_files(liar: str) -> None:
+    _Liar.listing = '<a href="?C=N">Name</a><a href="/">up</a><a href="https://example.org/x">x</a><a href="a">a</a>'
+    assert folder_at(liar).names() == ["a"]
+
+
+def test_no_more_is_taken_in_than_was_asked_for(liar: str) -> None:
+    folder = folder_at(liar)
+    assert len(folder.read_bounded("endless", 1000)) == 1000
+    with pytest.raises(CacheCorrupt, match="larger than"):
+        folder.read_bounded("huge", 1000)
+
+
+def test_a_redirect_is_followed_within_its_host_alone(tmp_path: object) -> None:
+    url, files = servers.nginx()
+    (files / "redirected").mkdir(exist_ok=True)
+    (files / "redirected/a").write_bytes(b"here")
+    assert folder_at(f"{url}/moved/redirected").read_bounded("a", 10) == b"here"
+    with pytest.raises(CacheUnreachable, match="redirects to another host"):
+        folder_at(f"{url}/away").read_bounded("a", 10)
+
+
+@pytest.mark.parametrize(
+    ("url", "complaint"),
+    [
+        ("s3://key:secret@bucket/cache", "holds credentials"),
+        ("https://mia@example.org/cache", "holds credentials"),
+        ("https://example.org/cache?token=abc", "without \\?"),
+        ("ftp://example.org/cache", "no kind of place"),
+    ],
+)
+def test_urls_with_credentials_or_of_no_known_kind_are_refused_and_not_repeated(url: str, complaint: str) -> None:
+    with pytest.raises(CacheError, match=complaint) as caught:
+        folder_at(url)
+    assert "secret" not in str(caught.value)
+    assert "abc" not in str(caught.value)
+
+
+def test_web_servers_are_only_read() -> None:
+    folder = folder_at("https://example.org/cache")
+    assert isinstance(folder, RemoteFolder)
+    assert not folder.writable
+    with pytest.raises(CacheStorageError, match="only read"):
+        folder.write("a", b"")
+
+
+@given(st.lists(st.sampled_from(["a", "..", ".", "", "b\\c", "C:", "x\0"]), min_size=1, max_size=4))
+def test_only_plain_relative_names_are_inside(parts: list[str]) -> None:
+    assert is_inside("/".join(parts)) == all(part == "a" for part in parts) or "C:" in parts[1:]
