@@ -21,7 +21,7 @@ teacher_option = $(if $(TEACHER),--teacher "$(TEACHER)")
 set_options = $(foreach setting,$(SET),--set "$(setting)")
 cache_options = $(if $(PROBE),--probe) $(if $(DRY_RUN),--dry-run) $(set_options) $(CACHE)
 
-.PHONY: help setup demo demo-teacher cache train eval test fuzz lint format bench clean
+.PHONY: help setup demo demo-teacher cache train eval test fuzz lint format bench gpu-check clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -92,6 +92,9 @@ $(BENCH_READY): $(READY) pyproject.toml
 bench: $(BENCH_READY) ## Run the benchmarks; tables are written under benchmarks/results
 	$(BENCH_VENV)/bin/python -m benchmarks reading writing
 	$(BIN)/python -m benchmarks --except reading,writing
+
+gpu-check: $(READY) ## Prove that a GPU does what it must, at real size (8 minutes on an H100); without one, a small twin on the CPU
+	$(BIN)/python -m benchmarks.gpu_check
 
 clean: ## Remove the environment and everything made by the demo
 	rm -rf $(VENV) $(BENCH_VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -10,7 +10,8 @@ from pathlib import Path
 def names() -> list[str]:
     """Return the benchmarks: every module beside this one that has a `main`."""
     folder = Path(__file__).parent
-    found = [module.name for module in pkgutil.iter_modules([str(folder)]) if module.name != "__main__"]
+    modules = pkgutil.iter_modules([str(folder)])
+    found = [module.name for module in modules if module.name != "__main__" and not module.ispkg]
     return [name for name in found if "\ndef main(" in (folder / f"{name}.py").read_text(encoding="utf-8")]
 
 

@@ -90,3 +90,31 @@ def test_every_benchmark_can_be_named_and_no_other():
     listed = run("benchmarks", "--help")
     assert all(name in listed for name in ("reading", "writing", "ablation"))
     assert "there is no benchmark nonsense" in run("benchmarks", "nonsense", expect=2)
+
+
+def test_without_a_gpu_its_checks_run_at_the_demo_teachers_size():
+    said = run("benchmarks.gpu_check", "--device", "cpu")
+    lines = [re.split(r"\s{2,}", line) for line in said.splitlines() if line.startswith(("PASS", "none", "FAIL"))]
+    words = {line[1]: line[0] for line in lines}
+    only_on_a_gpu = {"DiT compiled", "DiT offloaded", "a card of 24 GB"}
+    assert {name for name, word in words.items() if word == "none"} == only_on_a_gpu
+    assert {word for name, word in words.items() if name not in only_on_a_gpu} == {"PASS"}, said
+    assert "no GPU is used" in said.splitlines()[0]
+
+
+def test_a_check_that_fails_or_breaks_is_told_and_the_others_go_on(monkeypatch, capsys):
+    from benchmarks.gpu_check import __main__ as command
+    from benchmarks.gpu_check.scene import Failed
+
+    def fails(scene: object) -> str:
+        raise Failed("it is wrong by 3")
+
+    def breaks(scene: object) -> str:
+        raise ZeroDivisionError("division by zero")
+
+    checks = (("first", fails), ("second", breaks), ("third", lambda scene: "fine"))
+    monkeypatch.setattr(command, "CHECKS", checks)
+    assert command.main(["--device", "cpu"]) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"FAIL  first .* it is wrong by 3\nFAIL  second .* ZeroDivisionError.*\nPASS  third .* fine", said)
+    assert "1 of 3 passed; failed: first, second" in said

@@ -121,7 +121,7 @@ def latents_phase(teacher: DiffusersTeacher) -> Phase:
 
 def build_phase(teacher: DiffusersTeacher, config: BuildConfig) -> Phase:
     """The cache build: all timesteps of a batch of images in one pass that ends at the deepest tap."""
-    conditions, noisy, sigma = _inputs(teacher, config.batch_images, len(config.timesteps))
+    conditions, noisy, sigma = meta_inputs(teacher, config.batch_images, len(config.timesteps))
     run = partial(teacher.features, noisy, conditions.context, sigma, conditions.text, config.taps)
     what = f"activations, {_count(config.batch_images, 'image')} × {_count(len(config.timesteps), 'timestep')}"
     device = {
@@ -142,7 +142,7 @@ def refine_phases(teacher: DiffusersTeacher, settings: MemorySettings) -> tuple[
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)  # as in a second batch that accumulates
     gradients = [p.grad for p in trained if p.grad is not None]
-    conditions, noise, sigma = _inputs(teacher, settings.refine_batch)
+    conditions, noise, sigma = meta_inputs(teacher, settings.refine_batch)
 
     def step() -> None:
         cdr_loss(teacher, conditions, noise, sigma).backward()
@@ -170,7 +170,9 @@ def _teacher(outline: TeacherOutline, settings: MemorySettings, kind: Quantizati
     return weightless_teacher(outline, settings.dtype, kind, settings.context)
 
 
-def _inputs(teacher: DiffusersTeacher, images: int, steps: int = 1) -> tuple[Conditions, torch.Tensor, torch.Tensor]:
+def meta_inputs(
+    teacher: DiffusersTeacher, images: int, steps: int = 1
+) -> tuple[Conditions, torch.Tensor, torch.Tensor]:
     """On the meta device, conditions of a batch of images, and what differs in each of its `steps` rows: (B·T, …)."""
     config, dtype = teacher.transformer.config, teacher.dtype
     latents = teacher.tap_shape("velocity")

@@ -19,7 +19,7 @@ from pipeline.teachers.base import ImageEncoder, Teacher
 from pipeline.teachers.host_features import HostFeatures
 from pipeline.teachers.passes import Forward, Passes, memory_errors
 
-_NO_ROOM = "its weights do not fit: use --quantize int8 or fp8, --offload, --dtype bfloat16 or a larger device"
+NO_ROOM = "its weights do not fit: use --quantize int8 or fp8, --offload, --dtype bfloat16 or a larger device"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class DiffusionSource:
 
     def compute(self, samples: Sequence[Sample], given: Mapping[str, Conditions]) -> dict[str, Tensor]:
         # Not by the first pass: where the weights do not fit, smaller passes do not help, and each would load them.
-        with memory_errors("while loading the diffusion transformer", _NO_ROOM):
+        with memory_errors("while loading the diffusion transformer", NO_ROOM):
             self._teacher.load("transformer")
         return teacher_features(self._teacher, samples, given, self._wanted, self._passes)
 
