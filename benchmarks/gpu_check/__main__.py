@@ -46,7 +46,9 @@ CHECKS: tuple[tuple[str, Callable[[Scene], str]], ...] = (
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--only", default="", metavar="WORDS", help="only checks whose name has these words")
+    parser.add_argument(
+        "--only", default="", metavar="WORDS", help="only checks whose name has one of these, comma-separated"
+    )
     args = parser.parse_args(argv)
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"FAIL  device: {error}")
             return 1
         print(scene.title, flush=True)
-        chosen = [(name, check) for name, check in CHECKS if args.only.lower() in name.lower()]
+        words = args.only.lower().split(",")
+        chosen = [(name, check) for name, check in CHECKS if any(word.strip() in name.lower() for word in words)]
         failed = [name for name, check in chosen if not _run(scene, name, check)]
     print(f"{len(chosen) - len(failed)} of {len(chosen)} passed" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed or not chosen else 0

@@ -15,7 +15,6 @@ from pipeline.teachers.lora import add_lora
 from pipeline.teachers.weightless import weightless_teacher
 
 TAPS = ("hidden",)
-ROUNDS = 3
 LEAST_SHARE = 0.35  # of the peak, in plain bfloat16
 # Dense bfloat16 in FLOP/s, as NVIDIA's data sheets have it without sparsity; the first that is part of the card's name.
 PEAKS = (
@@ -105,7 +104,7 @@ def _rate(scene: Scene, teacher: DiffusersTeacher) -> float:
     """Images a second, each at all timesteps in one pass; the first pass does not count."""
     noisy, given, sigma = scene.inputs(teacher)
     seconds = []
-    for _ in range(ROUNDS + 1):
+    for _ in range(scene.rounds + 1):
         scene.wait()
         started = time.perf_counter()
         _features(teacher, noisy, given, sigma)

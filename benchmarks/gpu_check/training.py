@@ -20,8 +20,6 @@ from trainer.models.heads import drc_loss
 from trainer.models.student import build_student
 from trainer.training.optim import make_optimizer
 
-ROUNDS = 6
-
 
 def step(scene: Scene) -> str:
     """ViT-B/16 with features of FLUX.1 as int8, a batch of 32: milliseconds of each part of a step."""
@@ -43,7 +41,7 @@ def step(scene: Scene) -> str:
     images = torch.randint(0, 256, (rows, 3, network.input_size, network.input_size), dtype=torch.uint8)
     labels = torch.arange(rows) % 98
     parts = dict.fromkeys(("copy", "decode", "forward", "backward"), 0.0)
-    for turn in range(ROUNDS + 1):
+    for turn in range(scene.rounds + 1):
         clock = _clock(scene, parts if turn else {})
         with clock("copy"):
             moved = encoded.to(scene.device, non_blocking=True)
@@ -51,14 +49,14 @@ def step(scene: Scene) -> str:
         with clock("decode"):
             features = moved.decode(device=scene.device)
         with clock("forward"), autocast(scene.device):
-            losses = method(Batch(seen, named, {}, {TEACHER: features}), Moment(turn, ROUNDS + 1))
+            losses = method(Batch(seen, named, {}, {TEACHER: features}), Moment(turn, scene.rounds + 1))
         with clock("backward"):
             optimiser.zero_grad(set_to_none=True)
             losses["loss"].backward()
             optimiser.step()
         if not losses["loss"].isfinite():
             raise Failed(f"the loss of step {turn} is {losses['loss'].item()}")
-    each = {name: seconds / ROUNDS for name, seconds in parts.items()}
+    each = {name: seconds / scene.rounds for name, seconds in parts.items()}
     told = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in each.items())
     return f"{rows / sum(each.values()):.0f} images/s one after the other: {told}"
 
