@@ -84,6 +84,20 @@ class OptimConfig(Frozen):
     ] = Field(default=None, gt=0, lt=1)
 
 
+class RegressionConfig(Frozen):
+    """What of the teacher's features the student regresses, by heads that are thrown away after training."""
+
+    weight: float = Field(default=0.0, ge=0)  # of the whole term; 0: none
+    tokens: float = Field(default=1.0, ge=0)  # the part of each place of the image
+    pooled: float = Field(default=1.0, ge=0)  # the part of their mean, by E_R
+    components: int = Field(default=256, ge=1)  # principal components of the features, per timestep
+    power: float = Field(default=0.5, ge=0, le=1)  # 0: as they vary, 1: whitened
+
+    @property
+    def wanted(self) -> bool:
+        return self.weight > 0 and self.tokens + self.pooled > 0
+
+
 class TrainConfig(Frozen):
     """One run. The same config, cache and kind of machine give the same student."""
 
@@ -104,7 +118,13 @@ class TrainConfig(Frozen):
     views: Annotated[
         tuple[str, ...] | None, Setting("Views to train on; all that the caches have and the trainer can pair.")
     ] = None
-    augment: Literal["none", "color"] = "none"
+    augment: Annotated[
+        Literal["none", "color", "crop", "standard"],
+        Setting("What happens to the student's images: color jitter, random crops, standard: both. Flips are views."),
+    ] = "none"
+    crop_scale: Annotated[float, Setting("The smallest random crop, as a share of the image's area.")] = Field(
+        default=0.3, gt=0, le=1
+    )
     device: Annotated[str, Setting("auto, cpu, cuda, cuda:1, …", resumable=True)] = "auto"
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"], Setting("Of the forward pass; weights are always float32.")

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from cache_schema.loading.dataset import CacheDataset, FeatureBatch
-from cache_schema.loading.sampler import AUGMENT, VIEWS, EpochSampler, StreamSampler, generator
+from cache_schema.loading.sampler import AUGMENT, CROPS, VIEWS, EpochSampler, StreamSampler, generator
 from cache_schema.read_ahead import ReadAhead
 from cache_schema.storage.places import is_remote
 from trainer.config import TrainConfig
-from trainer.data.augmentation import jitter_color
+from trainer.data.augmentation import CROP_SOURCE, crop, draw_crops, jitter_color
 from trainer.data.features import FeatureSource, Needs, open_sources, shared_views
 from trainer.data.images import ImageStore
 from trainer.data.splits import hold_out_classes, select_split
@@ -34,12 +34,16 @@ class Batch:
     encoded: Mapping[str, FeatureBatch] = field(default_factory=dict)
     features: Mapping[str, Tensor] = field(default_factory=dict)  # (B+U, P, L, C_t) float32, by the method's names
     unlabelled: int = 0  # U
+    # (B+U, 4) float32: what an image shows of the picture whose features these are, as (left, top, right, bottom) in
+    # fractions of its sides; None: all of it.
+    boxes: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Move to `device` and decode the features there: encoded bytes are the cheaper ones to move."""
         features = {name: part.decode(device=device, dtype=torch.float32) for name, part in self.encoded.items()}
         images, labels = self.images.to(device, non_blocking=True), self.labels.to(device)
-        return Batch(images, labels, {}, features, self.unlabelled)
+        boxes = None if self.boxes is None else self.boxes.to(device)
+        return Batch(images, labels, {}, features, self.unlabelled, boxes)
 
     def split(self, parts: int) -> Iterator[Batch]:
         """Cut into equal parts of decoded rows, each with its share of the labelled and of the unlabelled ones."""
@@ -52,7 +56,8 @@ class Batch:
                 ]
             ).to(self.labels.device)
             features = {name: value[rows] for name, value in self.features.items()}
-            yield Batch(self.images[rows], self.labels[rows], {}, features, self.unlabelled // parts)
+            boxes = None if self.boxes is None else self.boxes[rows]
+            yield Batch(self.images[rows], self.labels[rows], {}, features, self.unlabelled // parts, boxes)
 
 
 class TrainingBatches:
@@ -78,7 +83,10 @@ class TrainingBatches:
             rows = np.concatenate([rows, extra])
         for source in self.sources.values():
             source.require(cache, rows)
-        self.images = ImageStore(cache, image_size, rows, config.image_memory_gb)
+        self.image_size = image_size
+        self.crops = config.augment in ("crop", "standard")
+        stored = round(CROP_SOURCE * image_size) if self.crops else image_size
+        self.images = ImageStore(cache, stored, rows, config.image_memory_gb)
         self.features = {name: _SourceReader(source, self) for name, source in self.sources.items()}
 
     @property
@@ -119,10 +127,19 @@ class TrainingBatches:
         for place, view in enumerate(draw):
             if self.views[view] == "hflip":
                 images[place] = images[place].flip(-1)
-        if self.config.augment == "color":
-            images = jitter_color(images, generator(self.config.seed, AUGMENT, update))
+        images, boxes = self._augment(images, update)
         encoded = {name: reader.read(rows, draw) for name, reader in self.features.items()}
-        return Batch(images, labels, encoded, unlabelled=len(rows) - len(labelled))
+        return Batch(images, labels, encoded, unlabelled=len(rows) - len(labelled), boxes=boxes)
+
+    def _augment(self, images: Tensor, update: int) -> tuple[Tensor, Tensor | None]:
+        """Images of a batch as the student sees them, and the boxes that were cut out of them."""
+        boxes = None
+        if self.crops:
+            drawn = draw_crops(len(images), generator(self.config.seed, CROPS, update), self.config.crop_scale)
+            images, boxes = crop(images, drawn, self.image_size), torch.from_numpy(drawn).float()
+        if self.config.augment in ("color", "standard"):
+            images = jitter_color(images, generator(self.config.seed, AUGMENT, update))
+        return images, boxes
 
 
 class _SourceReader:

@@ -12,6 +12,7 @@ from trainer.errors import TrainError
 
 if TYPE_CHECKING:
     from cache_schema import Cache
+    from cache_schema.format.manifest import TapInfo
 
 PAIRED_VIEWS = ("canonical", "hflip")  # the views whose student image can be made from the stored one
 
@@ -43,6 +44,7 @@ class FeatureShape:
     timesteps: tuple[int, ...]
     tokens: int  # L
     channels: int  # C_t
+    grid: tuple[int, int]  # how the L tokens lie: rows, columns
 
 
 class FeatureSource:
@@ -53,10 +55,10 @@ class FeatureSource:
     """
 
     def __init__(self, own: Cache, cache: Cache, need: FeatureNeed):
-        self.cache, self.tap = cache, need.tap or cache.manifest.default_tap
+        info = tap_info(cache, need.tap or cache.manifest.default_tap)
+        self.cache, self.tap = cache, info.name
         timesteps = choose_timesteps(cache, need.timesteps)
-        _, tokens, channels = token_shape(cache, self.tap, timesteps)
-        self.shape = FeatureShape(timesteps, tokens, channels)
+        self.shape = FeatureShape(timesteps, info.tokens, info.channels, info.grid)
         self._row_of = None if cache is own else _match(own, cache)
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
@@ -126,12 +128,12 @@ def shared_views(own: Cache, sources: Mapping[str, FeatureSource], wanted: tuple
     return views
 
 
-def token_shape(cache: Cache, tap: str, timesteps: tuple[int, ...]) -> tuple[int, int, int]:
-    """(P, L, C_t) of a tap; raises TrainError that says which taps the cache has."""
+def tap_info(cache: Cache, tap: str) -> TapInfo:
+    """What a cache says of a tap; raises TrainError that says which taps there are."""
     taps = {info.name: info for info in cache.manifest.taps}
     if tap not in taps:
         raise TrainError(f"{_name(cache)} lacks tap {tap} (has {_list(taps)})")
-    return len(timesteps), taps[tap].tokens, taps[tap].channels
+    return taps[tap]
 
 
 def _match(own: Cache, other: Cache) -> np.ndarray:

@@ -23,6 +23,9 @@ class Entry:
 
 METHODS: dict[str, Entry] = {
     "baseline": Entry("trainer.methods.baseline.config:BaselineConfig", "trainer.methods.baseline.method:Baseline"),
+    "regression": Entry(
+        "trainer.methods.regression.config:RegressionRunConfig", "trainer.methods.regression.method:Regression"
+    ),
     "gcd": Entry("trainer.methods.gcd.config:GcdConfig", "trainer.methods.gcd.method:Gcd"),
 }
 DEFAULT = "gcd"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,50 @@ class Student(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed uint8 images (B, 3, S, S) with values 0..255: returns E_R (B, C), not normalised."""
-        pixels = images.to(torch.float32).div(255.0)  # (B, 3, S, S)
-        return self.network((pixels - self.mean) / self.std)  # (B, C)
+        return self.network(self._normalise(images))  # (B, C)
 
     embed = forward
+
+    def with_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """E_R (B, C), and what the network knows of each place of the image: (B, h, w, C_s), before it is pooled.
+
+        Raises TrainError for a network that keeps no map of the image.
+        """
+        network: Any = self.network
+        features = network.forward_features(self._normalise(images))
+        return network.forward_head(features), self._map(features)
+
+    @property
+    def token_shape(self) -> tuple[int, int, int]:
+        """(h, w, C_s) of `with_tokens`; raises TrainError for a network that keeps no map of the image."""
+        with torch.device("meta"):
+            twin: Any = _create(self.name, self.kwargs).eval()
+            if not hasattr(twin, "forward_features") or not hasattr(twin, "forward_head"):
+                raise TrainError(f"student {self.name} has no features before it pools them; choose another network")
+            features = twin.forward_features(torch.empty(2, 3, self.input_size, self.input_size))
+        _, *shape = self._map(features).shape
+        return shape[0], shape[1], shape[2]
+
+    def _map(self, features: Tensor) -> Tensor:
+        """What `forward_features` gives as (B, h, w, C_s): tokens lie in rows, maps have channels first or last."""
+        network: Any = self.network
+        if features.dim() == 4:
+            return (
+                features if network.num_features == features.shape[3] != features.shape[1] else features.movedim(1, 3)
+            )
+        if features.dim() == 3:
+            tokens = features[:, getattr(network, "num_prefix_tokens", 0) :]  # (B, h·w, C_s)
+            side = math.isqrt(tokens.shape[1])
+            if side * side == tokens.shape[1] and side > 1:
+                return tokens.unflatten(1, (side, side))
+        raise TrainError(
+            f"student {self.name} keeps no map of the image before it pools: {tuple(features.shape[1:])}; "
+            "choose another network"
+        )
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, S, S) with values 0..255 -> float32, as the network wants its pixels."""
+        return (images.to(torch.float32).div(255.0) - self.mean) / self.std
 
     def description(self) -> dict[str, Any]:
         """What `student.json` holds: enough to rebuild the network and feed it."""

@@ -7,7 +7,7 @@ import torch
 from cache_schema.errors import DitDistillError
 from trainer.data.augmentation import jitter_color
 from trainer.data.batches import Batch, TrainingBatches, iterate
-from trainer.data.features import choose_timesteps, choose_views, token_shape
+from trainer.data.features import choose_timesteps, choose_views, tap_info
 from trainer.data.images import ImageStore
 from trainer.data.splits import select_split
 from trainer.errors import TrainError
@@ -129,7 +129,7 @@ def test_color_jitter_changes_each_image_in_its_own_way_and_keeps_its_type():
     [
         (lambda cache: choose_timesteps(cache, (10, 16)), r"cache tiny-\w{8} lacks timestep 16 \(has 10, 22\)"),
         (lambda cache: choose_views(cache, ("crop.0",)), r"lacks view crop.0 \(has canonical, hflip\)"),
-        (lambda cache: token_shape(cache, "velocity", (10,)), r"lacks tap velocity \(has hidden\)"),
+        (lambda cache: tap_info(cache, "velocity"), r"lacks tap velocity \(has hidden\)"),
     ],
 )
 def test_what_a_cache_lacks_is_said_with_what_it_has(cache, ask, message):

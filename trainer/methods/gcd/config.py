@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from trainer.config import Frozen, OptimConfig, TrainConfig
+from trainer.config import Frozen, OptimConfig, RegressionConfig, TrainConfig
 
 
 class GimConfig(Frozen):
@@ -44,6 +44,7 @@ class GcdOptimConfig(OptimConfig):
 
     gim_lr_scale: float = Field(default=1.0, gt=0)
     proxy_lr_scale: float = Field(default=1.0, gt=0)
+    head_lr_scale: float = Field(default=1.0, gt=0)  # of the heads that are thrown away after training
 
 
 _SMALL: dict[str, Any] = {
@@ -74,4 +75,5 @@ class GcdConfig(TrainConfig):
     timesteps: tuple[int, ...] | None = None  # None: all that the cache has
     gim: GimConfig = GimConfig()
     loss: LossConfig = LossConfig()
+    regression: RegressionConfig = RegressionConfig()
     optim: GcdOptimConfig = GcdOptimConfig()

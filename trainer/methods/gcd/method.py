@@ -16,6 +16,7 @@ from trainer.methods.gcd.config import GcdConfig
 from trainer.methods.gcd.gim import GenerativeInjectionModule
 from trainer.methods.method import END, Method, Moment, ParameterGroup
 from trainer.models.heads import ProxyClassifier
+from trainer.models.regression import FeatureRegression
 from trainer.models.student import Student
 from trainer.models.weights import load_weights, save_weights
 
@@ -29,6 +30,7 @@ class Gcd(Method):
     loss_figures = {  # noqa: RUF012
         "DRC (task loss)": {"drc_student": "on E_R", "drc": "on E_D"},
         "CAL (alignment of E_R with E_D)": {"cal": ""},
+        "Regression of the teacher's features": {"regression": ""},
     }
     auxiliary_names = {"unmasked": "E_D, E_R unmasked", "masked": "E_D, E_R masked"}  # noqa: RUF012
     files = (GIM_FILE,)
@@ -46,6 +48,8 @@ class Gcd(Method):
         self.drc = ProxyClassifier(classes, student.dim, loss.tau)
         separate = loss.drc_on == "both" and not loss.share_proxies
         self.drc_student = ProxyClassifier(classes, student.dim, loss.tau) if separate else None
+        torch.manual_seed(config.seed + 3)
+        self.regression = FeatureRegression(config.regression, student, shape) if config.regression.wanted else None
 
     @classmethod
     def needs(cls, config: GcdConfig) -> Needs:
@@ -54,7 +58,10 @@ class Gcd(Method):
 
     def forward(self, batch: Batch, moment: Moment = END) -> dict[str, Tensor]:
         config, gim = self.config.loss, self.gim
-        student = self.student(batch.images)  # E_R (B, C)
+        if self.regression is None:
+            student, tokens = self.student(batch.images), None  # E_R (B, C)
+        else:
+            student, tokens = self.student.with_tokens(batch.images)
         bridged = gim.bridge(batch.features[TEACHER])  # Q̂_t (B, P, k, C)
         masked = gim.draw_mask(bridged)
         injected = gim.infuse(student, bridged, masked)  # E_D (B, P, C)
@@ -69,6 +76,9 @@ class Gcd(Method):
         if config.drc_on == "both":
             losses["drc_student"] = (self.drc_student or self.drc)(student, batch.labels)
             total = total + config.drc_student_weight * losses["drc_student"]
+        if self.regression is not None and tokens is not None:
+            losses["regression"] = self.regression(student, tokens, batch.features[TEACHER], batch.boxes)
+            total = total + self.config.regression.weight * losses["regression"]
         return {"loss": total, **losses}
 
     def _cal_target(self, student: Tensor, bridged: Tensor, injected: Tensor, masked: bool | Tensor) -> Tensor:
@@ -87,10 +97,15 @@ class Gcd(Method):
         parts = [(self.student, 1.0), (self.gim, optim.gim_lr_scale), (self.drc, optim.proxy_lr_scale)]
         if self.drc_student is not None:
             parts.append((self.drc_student, optim.proxy_lr_scale))
+        if self.regression is not None:
+            parts.append((self.regression, optim.head_lr_scale))
         return [ParameterGroup(list(module.parameters()), scale) for module, scale in parts]
 
     def fit(self, batches: Iterable[Batch]) -> None:
-        self.gim.tokens.fit(batch.features[TEACHER] for batch in batches)
+        features = [batch.features[TEACHER] for batch in batches] if self.regression is not None else None
+        self.gim.tokens.fit(features if features is not None else (batch.features[TEACHER] for batch in batches))
+        if self.regression is not None and features is not None:
+            self.regression.fit(features)
 
     def auxiliary(self, student: Tensor, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         bridged = self.gim.bridge(features[TEACHER])

@@ -1,0 +1,1 @@
+"""Plain regression of the teacher's features, beside DRC."""

@@ -1,0 +1,117 @@
+"""Regression of the teacher's features by the student: each place of the image, and the image as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from trainer.config import RegressionConfig
+from trainer.data.features import FeatureShape
+from trainer.models.student import Student
+
+
+class PrincipalComponents(nn.Module):
+    """Tokens (B, P, L, C_t) in the directions in which they vary most, each divided by (its deviation)^power.
+
+    A few channels of a large network are hundreds of times larger than the rest; undivided, they alone would decide
+    every cosine. Measured once, by `fit`, before the first update.
+    """
+
+    mean: Tensor
+    directions: Tensor
+
+    def __init__(self, shape: FeatureShape, components: int, power: float):
+        super().__init__()
+        self.kept, self.power = min(components, shape.channels), power
+        P = len(shape.timesteps)
+        self.register_buffer("mean", torch.zeros(P, 1, shape.channels))
+        self.register_buffer("directions", torch.zeros(P, shape.channels, self.kept))
+
+    def fit(self, samples: Iterable[Tensor]) -> None:
+        """Find the directions in samples (B, P, L, C_t), one batch in memory at a time."""
+        count, P, channels = 0, *self.mean.shape[::2]
+        total = self.mean.new_zeros((P, 1, channels), dtype=torch.float64)
+        products = self.mean.new_zeros((P, channels, channels), dtype=torch.float64)
+        for batch in samples:
+            tokens = batch.float().transpose(0, 1).flatten(1, 2)  # (P, B·L, C_t)
+            count += tokens.shape[1]
+            total += tokens.double().sum(1, keepdim=True)
+            products += (tokens.transpose(1, 2) @ tokens).double()
+        if not count:
+            return
+        mean = total / count
+        covariance = products / count - mean.transpose(1, 2) @ mean  # (P, C_t, C_t)
+        variance, directions = torch.linalg.eigh(covariance.float())  # ascending
+        deviation = variance[:, -self.kept :].clamp_min(1e-12).sqrt()
+        self.mean.copy_(mean)
+        self.directions.copy_(directions[:, :, -self.kept :] / deviation.unsqueeze(1) ** self.power)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, P, L, C_t) -> (B, P, L, K)."""
+        return (tokens - self.mean) @ self.directions
+
+
+class FeatureRegression(nn.Module):
+    """How far the student's own tokens and embedding are from the teacher's features of the same part of the image.
+
+    A student that sees a crop is compared with the part of the teacher's map that the crop shows: the cache holds
+    the features of every crop, and no teacher is asked again. 2 − 2 cos per place and timestep, through a
+    throw-away MLP each for tokens and embedding, so that neither has to take the teacher's orientation.
+
+    Source: region features as in RoIAlign (He et al. 2017); a convolutional teacher's map for a small transformer as
+    in Li et al., "Locality Guidance for Improving Vision Transformers on Tiny Datasets", ECCV 2022.
+    """
+
+    def __init__(self, config: RegressionConfig, student: Student, shape: FeatureShape):
+        super().__init__()
+        self.config, self.shape = config, shape
+        self.components = PrincipalComponents(shape, config.components, config.power)
+        outputs = len(shape.timesteps) * self.components.kept
+        self.rows, self.columns, channels = student.token_shape
+        self.tokens = _projector(channels, outputs) if config.tokens else None
+        self.pooled = _projector(student.dim, outputs) if config.pooled else None
+
+    def fit(self, samples: Iterable[Tensor]) -> None:
+        """Measure the teacher's features on a few batches (B, P, L, C_t)."""
+        self.components.fit(samples)
+
+    def forward(self, embedding: Tensor, tokens: Tensor, features: Tensor, boxes: Tensor | None) -> Tensor:
+        """E_R (B, C), student tokens (B, h, w, C_s), features (B, P, L, C_t), boxes (B, 4) or None: a scalar."""
+        target = self.regions(features, boxes)  # (B, h·w, P, K)
+        loss = target.new_zeros(())
+        if self.tokens is not None:
+            predicted = self.tokens(tokens.flatten(1, 2)).unflatten(-1, target.shape[2:])
+            loss = loss + self.config.tokens * _distance(predicted, target)
+        if self.pooled is not None:
+            predicted = self.pooled(embedding).unflatten(-1, target.shape[2:])
+            loss = loss + self.config.pooled * _distance(predicted, target.mean(1))
+        return loss
+
+    @torch.no_grad()
+    def regions(self, features: Tensor, boxes: Tensor | None) -> Tensor:
+        """The teacher's features where the student's tokens are: (B, P, L, C_t) -> (B, h·w, P, K)."""
+        with torch.autocast(features.device.type, enabled=False):
+            rows, columns = self.shape.grid
+            components = self.components(features.float())  # (B, P, L, K)
+            maps = components.unflatten(2, (rows, columns)).permute(0, 1, 4, 2, 3).flatten(1, 2)  # (B, P·K, H, W)
+            if boxes is None:
+                boxes = features.new_tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(features), 4)
+            scaled = boxes * boxes.new_tensor([columns, rows, columns, rows])
+            numbered = torch.cat([torch.arange(len(boxes), device=boxes.device).unsqueeze(1), scaled], 1)  # (B, 5)
+            cut = roi_align(maps, numbered, (self.rows, self.columns), sampling_ratio=2, aligned=True)
+            return cut.flatten(2).transpose(1, 2).unflatten(-1, (-1, self.components.kept))
+
+
+def _distance(predicted: Tensor, target: Tensor) -> Tensor:
+    return (2 - 2 * F.cosine_similarity(predicted.float(), target, dim=-1)).mean()
+
+
+def _projector(channels: int, outputs: int) -> nn.Sequential:
+    hidden = 2 * outputs
+    return nn.Sequential(
+        nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, outputs)
+    )  # fmt: skip
