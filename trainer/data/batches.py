@@ -24,6 +24,8 @@ from trainer.errors import TrainError
 if TYPE_CHECKING:
     from cache_schema import Cache
 
+_CPU = torch.device("cpu")
+
 
 @dataclass
 class Batch:
@@ -76,6 +78,7 @@ class TrainingBatches:
         self.label_of = dict(zip(split.rows.tolist(), split.labels.tolist(), strict=True))
         self.labelled = EpochSampler(split.rows, config.batch_size, config.seed)
         rows = split.rows
+        self.fit_on = needs.fit_on
         self.unlabelled: StreamSampler | None = None
         if needs.unlabelled:
             extra = _unlabelled_rows(cache)
@@ -83,6 +86,7 @@ class TrainingBatches:
             rows = np.concatenate([rows, extra])
         for source in self.sources.values():
             source.require(cache, rows)
+        self.all_rows = np.sort(rows)
         self.image_size = image_size
         self.crops = config.augment in ("crop", "standard")
         stored = round(CROP_SOURCE * image_size) if self.crops else image_size
@@ -141,6 +145,36 @@ class TrainingBatches:
             images = jitter_color(images, generator(self.config.seed, AUGMENT, update))
         return images, boxes
 
+    def fitting(self, few: int) -> FittingBatches:
+        """What a method measures before the first update: the first `few` batches, or the features of every row."""
+        return FittingBatches(self, few)
+
+
+class FittingBatches:
+    """Batches that are read anew each time they are gone through, so that none of them stays in memory."""
+
+    def __init__(self, batches: TrainingBatches, few: int, device: torch.device = _CPU):
+        self.batches, self.few, self.device = batches, few, device
+
+    def to(self, device: torch.device) -> FittingBatches:
+        """The same, decoded on `device`."""
+        return FittingBatches(self.batches, self.few, device)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.batches.fit_on == "few":
+            yield from (self.batches[update].to(self.device) for update in range(self.few))
+            return
+        for view in range(len(self.batches.views)):
+            for start in range(0, len(self.batches.all_rows), self.batches.batch_rows):
+                yield self._features(start, view).to(self.device)
+
+    def _features(self, start: int, view: int) -> Batch:
+        rows = self.batches.all_rows[start : start + self.batches.batch_rows]
+        views = np.full(len(rows), view)
+        encoded = {name: reader.read(rows, views) for name, reader in self.batches.features.items()}
+        labels = torch.tensor([self.batches.label_of.get(row, -1) for row in rows.tolist()])
+        return Batch(torch.empty(len(rows), 3, 0, 0, dtype=torch.uint8), labels, encoded)
+
 
 class _SourceReader:
     """One source's features as encoded batches, in memory that is used again."""
@@ -148,10 +182,17 @@ class _SourceReader:
     def __init__(self, source: FeatureSource, batches: TrainingBatches):
         self.source = source
         self.view_index = np.array([source.cache.manifest.views.index(view) for view in batches.views])
+        if source.next_view and len(self.view_index) < 2:
+            raise TrainError(
+                f"cache {source.cache.manifest.label} has one view to train on, {batches.views[0]}: there is no other "
+                "to take a mean with; build it with --views canonical,hflip, or use loss.target_views=own"
+            )
         self.dataset = CacheDataset(source.cache, source.tap, source.shape.timesteps, batch_size=batches.batch_rows)
 
     def read(self, rows: np.ndarray, views: np.ndarray) -> FeatureBatch:
         """Features of rows of the run's own cache, each in its own of the run's views."""
+        if self.source.next_view:
+            views = (views + 1) % len(self.view_index)
         return self.dataset.read(self.source.rows(rows), self.view_index[views])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class FeatureNeed:
     tap: str | None
     timesteps: tuple[int, ...] | None = None
     cache: str | None = None
+    next_view: bool = False  # of the same sample in the next of the run's views, not in the view of its image
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Needs:
 
     features: Mapping[str, FeatureNeed] = field(default_factory=dict)
     unlabelled: int = 0
+    fit_on: Literal["few", "all"] = "few"  # what `fit` is to measure: a few batches, or the features of every row
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class FeatureSource:
 
     def __init__(self, own: Cache, cache: Cache, need: FeatureNeed):
         info = tap_info(cache, need.tap or cache.manifest.default_tap)
-        self.cache, self.tap = cache, info.name
+        self.cache, self.tap, self.next_view = cache, info.name, need.next_view
         timesteps = choose_timesteps(cache, need.timesteps)
         self.shape = FeatureShape(timesteps, info.tokens, info.channels, info.grid)
         self._row_of = None if cache is own else _match(own, cache)

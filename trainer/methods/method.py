@@ -77,7 +77,13 @@ class Method(nn.Module, ABC):
         return [ParameterGroup(list(self.parameters()))]
 
     def fit(self, batches: Iterable[Batch]) -> None:
-        """Measure what must be known before the first update, on a few batches that are made when asked for."""
+        """Measure what must be known before the first update, on batches that are made each time they are asked for.
+
+        A few of training's own, or (`Needs.fit_on="all"`) the features of every row that is trained on, without images.
+        """
+
+    def validated(self, scores: Mapping[str, Any]) -> None:
+        """Take note of scores on validation classes, as `evaluate_modules` gives them, in the middle of a run."""
 
     @property
     def auxiliary_timesteps(self) -> tuple[int, ...]:

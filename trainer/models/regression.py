@@ -11,48 +11,10 @@ from torchvision.ops import roi_align
 
 from trainer.config import RegressionConfig
 from trainer.data.features import FeatureShape
+from trainer.models.components import PrincipalComponents
 from trainer.models.student import Student
 
-
-class PrincipalComponents(nn.Module):
-    """Tokens (B, P, L, C_t) in the directions in which they vary most, each divided by (its deviation)^power.
-
-    A few channels of a large network are hundreds of times larger than the rest; undivided, they alone would decide
-    every cosine. Measured once, by `fit`, before the first update.
-    """
-
-    mean: Tensor
-    directions: Tensor
-
-    def __init__(self, shape: FeatureShape, components: int, power: float):
-        super().__init__()
-        self.kept, self.power = min(components, shape.channels), power
-        P = len(shape.timesteps)
-        self.register_buffer("mean", torch.zeros(P, 1, shape.channels))
-        self.register_buffer("directions", torch.zeros(P, shape.channels, self.kept))
-
-    def fit(self, samples: Iterable[Tensor]) -> None:
-        """Find the directions in samples (B, P, L, C_t), one batch in memory at a time."""
-        count, P, channels = 0, *self.mean.shape[::2]
-        total = self.mean.new_zeros((P, 1, channels), dtype=torch.float64)
-        products = self.mean.new_zeros((P, channels, channels), dtype=torch.float64)
-        for batch in samples:
-            tokens = batch.float().transpose(0, 1).flatten(1, 2)  # (P, B·L, C_t)
-            count += tokens.shape[1]
-            total += tokens.double().sum(1, keepdim=True)
-            products += (tokens.transpose(1, 2) @ tokens).double()
-        if not count:
-            return
-        mean = total / count
-        covariance = products / count - mean.transpose(1, 2) @ mean  # (P, C_t, C_t)
-        variance, directions = torch.linalg.eigh(covariance.float())  # ascending
-        deviation = variance[:, -self.kept :].clamp_min(1e-12).sqrt()
-        self.mean.copy_(mean)
-        self.directions.copy_(directions[:, :, -self.kept :] / deviation.unsqueeze(1) ** self.power)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, P, L, C_t) -> (B, P, L, K)."""
-        return (tokens - self.mean) @ self.directions
+MEASURED_TOKENS = 1024  # of a batch
 
 
 class FeatureRegression(nn.Module):
@@ -69,15 +31,16 @@ class FeatureRegression(nn.Module):
     def __init__(self, config: RegressionConfig, student: Student, shape: FeatureShape):
         super().__init__()
         self.config, self.shape = config, shape
-        self.components = PrincipalComponents(shape, config.components, config.power)
-        outputs = len(shape.timesteps) * self.components.kept
+        self.kept = min(config.components, shape.channels)
+        self.components = PrincipalComponents(len(shape.timesteps), shape.channels, self.kept, config.power)
+        outputs = len(shape.timesteps) * self.kept
         self.rows, self.columns, channels = student.token_shape
         self.tokens = _projector(channels, outputs) if config.tokens else None
         self.pooled = _projector(student.dim, outputs) if config.pooled else None
 
     def fit(self, samples: Iterable[Tensor]) -> None:
         """Measure the teacher's features on a few batches (B, P, L, C_t)."""
-        self.components.fit(samples)
+        self.components.fit(_some_tokens(batch) for batch in samples)
 
     def forward(self, embedding: Tensor, tokens: Tensor, features: Tensor, boxes: Tensor | None) -> Tensor:
         """E_R (B, C), student tokens (B, h, w, C_s), features (B, P, L, C_t), boxes (B, 4) or None: a scalar."""
@@ -103,7 +66,13 @@ class FeatureRegression(nn.Module):
             scaled = boxes * boxes.new_tensor([columns, rows, columns, rows])
             numbered = torch.cat([torch.arange(len(boxes), device=boxes.device).unsqueeze(1), scaled], 1)  # (B, 5)
             cut = roi_align(maps, numbered, (self.rows, self.columns), sampling_ratio=2, aligned=True)
-            return cut.flatten(2).transpose(1, 2).unflatten(-1, (-1, self.components.kept))
+            return cut.flatten(2).transpose(1, 2).unflatten(-1, (-1, self.kept))
+
+
+def _some_tokens(features: Tensor) -> Tensor:
+    """Enough of the tokens of (B, P, L, C_t): their products are what measuring costs."""
+    step = -(-features.shape[0] * features.shape[2] // MEASURED_TOKENS)
+    return features[:, :, torch.randperm(features.shape[2], generator=torch.Generator().manual_seed(0))[::step]]
 
 
 def _distance(predicted: Tensor, target: Tensor) -> Tensor:

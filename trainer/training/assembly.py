@@ -86,7 +86,7 @@ def start(parts: Parts, run: Path, resume: bool) -> Progress:
     beginning = Progress(0, 0.0, cache.manifest.cache_id, others)
     checkpoint = latest_checkpoint(run) if resume else None
     if checkpoint is None:
-        parts.method.fit(batches[update].to(parts.device) for update in range(FIT_UPDATES))
+        parts.method.fit(batches.fitting(FIT_UPDATES).to(parts.device))
         return beginning
     if not resumes_exactly(parts.device, parts.config.deterministic):
         print(f"note: on {parts.device} the run goes on with other last bits; with --deterministic it would not")

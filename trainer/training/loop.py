@@ -72,7 +72,9 @@ def train(
             if done == total:
                 break
             if epoch_ends and _due(epoch, config.eval_every):
-                log.write(update=done, epoch=epoch, eval=_evaluate(parts))
+                scores = _evaluate(parts)
+                log.write(update=done, epoch=epoch, eval=scores)
+                parts.method.validated(scores)
             if interrupt.requested or (epoch_ends and _due(epoch, config.checkpoint_every)):
                 refuse_broken(parts, run, done)  # the last checkpoint is a good one
                 now = replace(progress, update=done, seconds=time.monotonic() - began)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from cache_schema.fields import Setting
 from trainer.config import Frozen, OptimConfig, RegressionConfig, TrainConfig
 
 
@@ -19,7 +20,26 @@ class GimConfig(Frozen):
     ffn_ratio: float = Field(default=4.0, gt=0)
     position_embedding: bool = True
     timestep_embedding: bool = True
-    token_norm: Literal["layer", "standardize"] = "layer"
+    width: Annotated[int | None, Setting("Channels inside the GIM; the student's by default.")] = Field(
+        default=None, ge=1
+    )
+    residual: Annotated[
+        Literal["none", "pca"],
+        Setting("pca: E_D is the pooled tokens' principal components, trained on, plus a gated GIM that starts at 0."),
+    ] = "none"
+    token_norm: Annotated[
+        Literal["layer", "standardize", "whiten"],
+        Setting("Of teacher tokens: per token, per channel, or half-whitened principal components."),
+    ] = "layer"
+    token_components: Annotated[int, Setting("Principal components that token_norm=whiten keeps.")] = Field(
+        default=256, ge=1
+    )
+    token_dropout: Annotated[float, Setting("Share of teacher tokens left out in training, at random.")] = Field(
+        default=0.0, ge=0, lt=1
+    )
+    drop_path: Annotated[float, Setting("Chance that a branch of the GIM is left out in training.")] = Field(
+        default=0.0, ge=0, lt=1
+    )
     final_norm: bool = True  # LayerNorm on E_D, so that it lives on the scale of a ViT's own output
     mask_student: float = Field(default=0.0, ge=0, le=1)  # probability that E_f sees a mask token instead of E_R
     detach_student: bool = False  # True: E_f reads E_R but sends it no gradient
@@ -37,6 +57,38 @@ class LossConfig(Frozen):
     cal: Literal["raw", "normalized"] = "raw"
     cal_target: Literal["as_trained", "unmasked", "masked"] = "as_trained"
     stop_gradient: bool = False  # True: CAL moves the student only
+    align: Annotated[
+        Literal["direct", "projector", "relational", "memory"],
+        Setting(
+            "How E_R is held against its target: CAL itself, behind a throw-away projector, by similarities within the "
+            "batch, or by similarities to a memory of targets (behind a projector)."
+        ),
+    ] = "direct"
+    align_target: Annotated[
+        Literal["ed", "pooled"], Setting("E_D, or the pooled teacher features' half-whitened principal components.")
+    ] = "ed"
+    target_components: Annotated[int, Setting("Components of align_target=pooled; direct: the student's width.")] = (
+        Field(default=256, ge=1)
+    )
+    target_views: Annotated[
+        Literal["own", "mean"], Setting("Target of the image's own view, or the mean over the cached views.")
+    ] = "own"
+    center: Annotated[
+        Literal["none", "class"], Setting("class: align what is left when class means are taken off.")
+    ] = "none"
+    temperature: Annotated[float, Setting("Of similarities, in align relational and memory.")] = Field(
+        default=0.1, gt=0
+    )
+    memory: Annotated[int, Setting("Targets that align=memory remembers.")] = Field(default=4096, ge=1)
+    alpha_by: Annotated[
+        Literal["constant", "gradient_ratio"],
+        Setting("gradient_ratio: α is set so that the alignment's gradient at E_R is alpha_ratio times DRC's."),
+    ] = "constant"
+    alpha_ratio: Annotated[float, Setting("Of gradients, for alpha_by=gradient_ratio.")] = Field(default=1.0, ge=0)
+    alpha_gate: Annotated[
+        Literal["none", "validation"],
+        Setting("validation: align only while masked E_D is ahead of E_R on validation classes."),
+    ] = "none"
 
 
 class GcdOptimConfig(OptimConfig):

@@ -9,10 +9,12 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from trainer.errors import TrainError
 from trainer.methods.gcd.config import GimConfig
+from trainer.models.components import PrincipalComponents
 
 
 class Attention(nn.Module):
@@ -42,31 +44,33 @@ class FeedForward(nn.Sequential):
 class BridgingLayer(nn.Module):
     """One layer of E_b: the queries read the teacher's tokens (pre-norm cross-attention, then a FFN)."""
 
-    def __init__(self, dim: int, heads: int, ffn_ratio: float):
+    def __init__(self, dim: int, heads: int, ffn_ratio: float, drop_path: float = 0.0):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.attention = Attention(dim, heads)
         self.ffn = FeedForward(dim, ffn_ratio)
+        self.drop = DropPath(drop_path)
 
     def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        queries = queries + self.attention(self.norm(queries), tokens)  # (N, k, C)
-        return queries + self.ffn(queries)
+        queries = queries + self.drop(self.attention(self.norm(queries), tokens))  # (N, k, C)
+        return queries + self.drop(self.ffn(queries))
 
 
 class InfusionLayer(nn.Module):
     """One layer of E_f: pre-norm self-attention, then a FFN."""
 
-    def __init__(self, dim: int, heads: int, ffn_ratio: float):
+    def __init__(self, dim: int, heads: int, ffn_ratio: float, drop_path: float = 0.0):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.attention = Attention(dim, heads)
         self.ffn = FeedForward(dim, ffn_ratio)
+        self.drop = DropPath(drop_path)
 
     def forward(self, sequence: Tensor, outputs: int | None = None) -> Tensor:
         """(N, 1+k, C) -> (N, outputs, C): the last layer need not compute tokens that nobody reads."""
         context = self.norm(sequence)
-        x = sequence[:, :outputs] + self.attention(context[:, :outputs], context)
-        return x + self.ffn(x)
+        x = sequence[:, :outputs] + self.drop(self.attention(context[:, :outputs], context))
+        return x + self.drop(self.ffn(x))
 
 
 class TokenEncoder(nn.Module):
@@ -77,13 +81,18 @@ class TokenEncoder(nn.Module):
 
     def __init__(self, tokens: int, channels: int, dim: int, timesteps: int, config: GimConfig):
         super().__init__()
-        self.standardize = config.token_norm == "standardize"
-        if self.standardize:
+        self.normalisation = config.token_norm
+        self.dropout = config.token_dropout
+        inputs = channels
+        if config.token_norm == "whiten":
+            inputs = min(config.token_components, channels)
+            self.components = PrincipalComponents(timesteps, channels, inputs, power=0.5)
+        elif self.normalisation == "standardize":
             self.register_buffer("shift", torch.zeros(timesteps, 1, channels))
             self.register_buffer("scale", torch.ones(timesteps, 1, channels))
         else:
             self.norm = nn.LayerNorm(channels)
-        self.project = nn.Linear(channels, dim)
+        self.project = nn.Linear(inputs, dim)
         self.position = _embedding(config.position_embedding, tokens, dim)
         self.timestep = _embedding(config.timestep_embedding, timesteps, 1, dim)
         # The context of every bridging layer is the same, so it is normalised once, here.
@@ -92,10 +101,12 @@ class TokenEncoder(nn.Module):
     def fit(self, samples: Iterable[Tensor]) -> None:
         """Measure per-timestep channel statistics over samples (B, P, L, C_t), one image at a time.
 
-        Only for "standardize": a DiT's hidden states carry a few huge channels, which alone decide a LayerNorm's scale.
+        Not for "layer": a DiT's hidden states carry a few huge channels, which alone decide a LayerNorm's scale.
         Beside the batch itself, this takes memory for the float64 values of one image alone.
         """
-        if not self.standardize:
+        if self.normalisation == "whiten":
+            self.components.fit(image.unsqueeze(0) for batch in samples for image in batch)
+        if self.normalisation != "standardize":
             return
         count, mean, squares = 0, self.shift.new_zeros(self.shift.shape, dtype=torch.float64), None
         for batch in samples:
@@ -116,14 +127,63 @@ class TokenEncoder(nn.Module):
         return {"position", "timestep"}
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, P, L, C_t) -> (B, P, L, C)."""
-        x = (tokens - self.shift) * self.scale if self.standardize else self.norm(tokens)
-        x = self.project(x)  # (B, P, L, C)
+        """(B, P, L, C_t) -> (B, P, L, C); with token dropout, in training, fewer of them."""
+        x = self.project(self._normalised(tokens))  # (B, P, L, C)
         if self.position is not None:
             x = x + self.position  # (L, C)
         if self.timestep is not None:
             x = x + self.timestep  # (P, 1, C)
-        return self.out_norm(x)
+        return self.out_norm(self._some(x))
+
+    def _normalised(self, tokens: Tensor) -> Tensor:
+        if self.normalisation == "whiten":
+            return self.components(tokens)
+        return (tokens - self.shift) * self.scale if self.normalisation == "standardize" else self.norm(tokens)
+
+    def _some(self, x: Tensor) -> Tensor:
+        """A random part of the tokens, another for each image and timestep: (B, P, L, C) -> (B, P, kept, C).
+
+        Source: Liu et al., "PatchDropout", WACV 2023.
+        """
+        if not (self.training and self.dropout):
+            return x
+        kept = max(1, round(x.shape[2] * (1 - self.dropout)))
+        chosen = torch.rand(x.shape[:3], device=x.device).argsort(2)[:, :, :kept]  # (B, P, kept)
+        return x.gather(2, chosen.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
+
+
+class Shortcut(nn.Module):
+    """Pooled teacher tokens, linearly: principal components at the start, trained from there on.
+
+    What the GIM makes of the tokens starts as nothing beside it and has to earn its place. Source of the gate: ReZero
+    (Bachlechner et al., UAI 2021).
+    """
+
+    mean: Tensor
+
+    def __init__(self, timesteps: int, channels: int, dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(timesteps, 1, channels))
+        self.weight = nn.Parameter(torch.zeros(timesteps, channels, dim))
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def no_weight_decay(self) -> set[str]:
+        """Where weight decay would do harm."""
+        return {"gate"}
+
+    @torch.no_grad()
+    def fit(self, samples: Iterable[Tensor]) -> None:
+        """Start from the half-whitened principal components of samples (B, P, L, C_t), pooled over L."""
+        timesteps, channels, dim = self.weight.shape
+        components = PrincipalComponents(timesteps, channels, dim, power=0.5).to(self.weight.device)
+        components.fit(tokens.float().mean(2, keepdim=True) for tokens in samples)
+        self.mean.copy_(components.mean)
+        self.weight.copy_(components.directions)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, P, L, C_t) -> (B, P, dim)."""
+        pooled = tokens.mean(2, keepdim=True) - self.mean  # (B, P, 1, C_t)
+        return (pooled @ self.weight.to(pooled.dtype)).squeeze(2)
 
 
 class GenerativeInjectionModule(nn.Module):
@@ -132,24 +192,42 @@ class GenerativeInjectionModule(nn.Module):
     Source: DiT-Distill, CVPR 2026, GIM.
     """
 
-    def __init__(self, tokens: int, channels: int, dim: int, timesteps: int, config: GimConfig):
-        """`tokens` L and `channels` C_t are the tap's, `dim` C the student's, `timesteps` their number P."""
+    def __init__(
+        self, tokens: int, channels: int, dim: int, timesteps: int, config: GimConfig, out_dim: int | None = None
+    ):
+        """`tokens` L and `channels` C_t are the tap's, `dim` C the student's, `timesteps` their number P.
+
+        Inside, the GIM is `config.width` wide, by default C; E_D is `out_dim` wide, by default C too.
+        """
         super().__init__()
+        student_dim, dim, out_dim = dim, config.width or dim, out_dim or dim
         heads = config.heads or _default_heads(dim)
         if dim % heads:
-            raise TrainError(f"gim.heads: {heads} heads do not divide the student's {dim} channels")
+            whose = "the GIM's" if config.width else "the student's"
+            raise TrainError(f"gim.heads: {heads} heads do not divide {whose} {dim} channels")
         self.config = config
         self.shape = (timesteps, tokens, channels)
         self.tokens = TokenEncoder(tokens, channels, dim, timesteps, config)
         self.queries = _embedding(config.bridge_layers > 0, config.queries, dim)
         self.mask_token = nn.Parameter(_small_random(dim))
         self.bridge_layers = nn.ModuleList(
-            BridgingLayer(dim, heads, config.ffn_ratio) for _ in range(config.bridge_layers)
+            BridgingLayer(dim, heads, config.ffn_ratio, config.drop_path) for _ in range(config.bridge_layers)
         )
         self.infuse_layers = nn.ModuleList(
-            InfusionLayer(dim, heads, config.ffn_ratio) for _ in range(config.infuse_layers)
+            InfusionLayer(dim, heads, config.ffn_ratio, config.drop_path) for _ in range(config.infuse_layers)
         )
         self.out_norm = nn.LayerNorm(dim) if config.final_norm else nn.Identity()
+        # What is not always there comes last: what is draws the same numbers with it and without.
+        self.read_student = nn.Linear(student_dim, dim) if student_dim != dim else nn.Identity()
+        self.out = nn.Linear(dim, out_dim) if out_dim != dim else nn.Identity()
+        self.shortcut = Shortcut(timesteps, channels, out_dim) if config.residual == "pca" else None
+        self.drop = DropPath(config.drop_path)
+
+    def fit(self, samples: Iterable[Tensor]) -> None:
+        """Measure what must be known of the teacher's tokens (B, P, L, C_t); samples may be gone through twice."""
+        self.tokens.fit(samples)
+        if self.shortcut is not None:
+            self.shortcut.fit(samples)
 
     def no_weight_decay(self) -> set[str]:
         """Where weight decay would do harm."""
@@ -171,16 +249,22 @@ class GenerativeInjectionModule(nn.Module):
             queries = layer(queries, context)
         return queries.unflatten(0, (B, P))  # (B, P, k, C)
 
-    def infuse(self, student: Tensor, bridged: Tensor, masked: bool | Tensor = False) -> Tensor:
+    def shortcut_of(self, tokens: Tensor) -> Tensor | None:
+        """What of E_D goes around E_b and E_f: (B, P, L, C_t) -> (B, P, C), None with `residual="none"`."""
+        return None if self.shortcut is None else self.shortcut(tokens)
+
+    def infuse(
+        self, student: Tensor, bridged: Tensor, masked: bool | Tensor = False, shortcut: Tensor | None = None
+    ) -> Tensor:
         """E_f: E_R (B, C) and Q̂_t (B, P, k, C) -> E_D (B, P, C).
 
         `masked` replaces E_R by the mask token: everywhere (True), nowhere (False), or where a (B, P) bool
-        tensor says so.
+        tensor says so. `shortcut` is what `shortcut_of` made of the same tokens.
         """
         B, P = bridged.shape[:2]
         if self.config.detach_student:
             student = student.detach()
-        first = student.unsqueeze(1).expand(B, P, -1)  # (B, P, C)
+        first = self.read_student(student).unsqueeze(1).expand(B, P, -1)  # (B, P, C)
         if isinstance(masked, Tensor):
             first = torch.where(masked.unsqueeze(-1), self.mask_token.to(first.dtype), first)
         elif masked:
@@ -190,7 +274,10 @@ class GenerativeInjectionModule(nn.Module):
         for layer in self.infuse_layers[:-1]:
             sequence = layer(sequence)
         infused = self.infuse_layers[-1](sequence, outputs=1)  # (B*P, 1, C)
-        return self.out_norm(infused).view(B, P, -1)  # (B, P, C)
+        embedding = self.out(self.out_norm(infused)).view(B, P, -1)  # (B, P, C)
+        if self.shortcut is None or shortcut is None:
+            return embedding
+        return shortcut + self.shortcut.gate * self.drop(embedding)
 
     def draw_mask(self, per_timestep: Tensor) -> bool | Tensor:
         """Where E_R is masked in a training step: each of (B, P), the first axes given, by chance mask_student."""
@@ -205,7 +292,7 @@ class GenerativeInjectionModule(nn.Module):
         """
         if masked is None:
             masked = self.draw_mask(tokens) if self.training else False
-        return self.infuse(student, self.bridge(tokens), masked)
+        return self.infuse(student, self.bridge(tokens), masked, self.shortcut_of(tokens))
 
 
 def _default_heads(dim: int) -> int:
