@@ -29,14 +29,18 @@ _SMALL: Values = {
 # Rendered images, whose boxes and captions are exact, and whose mirrored images are as good as others.
 _DEMO: Values = {"teacher": {"name": "demo"}, "build": {"views": ["canonical", "hflip"], "image_format": "png"}}
 
+# Photographs: with their aspect and the usual margin (256 for 224), so that a student can be trained on crops, and
+# mirrored too, so that a mirrored student meets features of what it sees.
+_PHOTOGRAPHS: Values = {"build": {"views": ["canonical", "hflip"], "image_size": 256, "image_shape": "aspect"}}
+
 DATASETS: dict[str, tuple[Values, ...]] = {
-    "cars": (),
-    "cub": (),
+    "cars": (_PHOTOGRAPHS,),
+    "cub": (_PHOTOGRAPHS,),
     "demo": (_SMALL, _DEMO),
-    "dogs": (),
-    "folder": (),
-    # 24 000 training images: 300 GB in int8, a quarter of it with the mean over 2 × 2 tokens.
-    "nabirds": ({"build": {"pool": 2}},),
+    "dogs": (_PHOTOGRAPHS,),
+    "folder": (_PHOTOGRAPHS,),
+    # 24 000 training images: 600 GB in int8, a quarter of it with the mean over 2 × 2 tokens.
+    "nabirds": (_PHOTOGRAPHS, {"build": {"pool": 2}}),
 }
 
 # Raw features behind a late block are a known-bad choice for FLUX (DiTF, arXiv 2505.18584, SPair-71k: raw 29.9,
@@ -46,7 +50,7 @@ _FLUX2_KLEIN: Values = {"build": {"taps": ["single.7.modulated"]}}
 
 # The paper's settings are those of full-size teachers: boxes from a detector, captions from a vision-language model.
 TEACHERS: dict[str, tuple[Values, ...]] = {
-    "demo": (_SMALL, {"build": {"pool": 1}}),
+    "demo": (_SMALL, {"build": {"pool": 1, "image_shape": "square"}}),
     "flux-dev": (_FLUX1,),
     "flux-kontext": (_FLUX1,),
     "flux2-klein": (_FLUX2_KLEIN,),
@@ -77,10 +81,10 @@ _ENCODER: Values = {
 def preset_values(dataset: str, teacher: str | None = None) -> Values:
     """What the presets of a data set and of a teacher set, as nested plain values; the teacher's have the last word.
 
-    teacher: default that of the data set. Data sets and teachers of one's own have the paper's settings.
+    teacher: default that of the data set. Data sets of one's own are taken for photographs.
     """
     values: Values = {}
-    for layer in (_BASE, *DATASETS.get(dataset, ())):
+    for layer in (_BASE, *DATASETS.get(dataset, (_PHOTOGRAPHS,))):
         _merge(values, layer)
     name = teacher or values["teacher"]["name"]
     for layer in (*_teacher_layers(name), {"data": {"name": dataset}, "teacher": {"name": name}}):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cache_schema.fields import Setting
 from cache_schema.storage.files import write_file
@@ -98,6 +98,36 @@ class RegressionConfig(Frozen):
         return self.weight > 0 and self.tokens + self.pooled > 0
 
 
+class AugmentConfig(Frozen):
+    """Random changes to the student's images; the teacher's features are those of the view that is changed."""
+
+    crop_scale: Annotated[
+        tuple[float, float] | None,
+        Setting("Share of the image's area that a random crop has, from least to most, e.g. 0.2,1."),
+    ] = None
+    flip: Annotated[
+        bool, Setting("Mirror half of the images; where a cache holds the view hflip, with the features of that.")
+    ] = False
+    color: Annotated[float, Setting("Brightness, contrast and saturation times 1 ± this.")] = Field(
+        default=0.0, ge=0, le=1
+    )
+    hue: Annotated[float, Setting("Turn hues by up to ± this share of the circle; slow.")] = Field(
+        default=0.0, ge=0, le=0.5
+    )
+    erase: Annotated[float, Setting("Chance that a random patch is covered.")] = Field(default=0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _a_range(self) -> AugmentConfig:
+        if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError("crop_scale must be two shares of the area, the smaller one first, such as 0.2,1")
+        return self
+
+    @property
+    def changes_pixels(self) -> bool:
+        """Whether anything is done to an image after its crop."""
+        return bool(self.color or self.hue or self.erase)
+
+
 class TrainConfig(Frozen):
     """One run. The same config, cache and kind of machine give the same student."""
 
@@ -118,13 +148,14 @@ class TrainConfig(Frozen):
     views: Annotated[
         tuple[str, ...] | None, Setting("Views to train on; all that the caches have and the trainer can pair.")
     ] = None
-    augment: Annotated[
-        Literal["none", "color", "crop", "standard"],
-        Setting("What happens to the student's images: color jitter, random crops, standard: both. Flips are views."),
-    ] = "none"
-    crop_scale: Annotated[float, Setting("The smallest random crop, as a share of the image's area.")] = Field(
-        default=0.3, gt=0, le=1
-    )
+    augment: AugmentConfig = AugmentConfig()
+    fit: Annotated[
+        Literal["auto", "squash", "crop"],
+        Setting(
+            "Images at test, and in training without crops: squashed to a square, or the centre of them; auto: the "
+            "centre where the cache keeps their aspect."
+        ),
+    ] = "auto"
     device: Annotated[str, Setting("auto, cpu, cuda, cuda:1, …", resumable=True)] = "auto"
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"], Setting("Of the forward pass; weights are always float32.")
@@ -139,9 +170,10 @@ class TrainConfig(Frozen):
     threads: Annotated[int | None, Setting("Of torch; its own choice by default.", resumable=True)] = Field(
         default=None, ge=1
     )
-    image_memory_gb: Annotated[float, Setting("Decoded images stay in memory up to this.", resumable=True)] = Field(
-        default=1.0, ge=0
-    )
+    image_memory_gb: Annotated[
+        float | None,
+        Setting("Decoded images stay in memory up to this; by default a quarter of what is free.", resumable=True),
+    ] = Field(default=None, ge=0)
     verify_reads: Annotated[
         bool, Setting("Hold what is read from the cache against its checksums.", resumable=True)
     ] = True
@@ -177,6 +209,7 @@ _SMALL: dict[str, Any] = {
 # of Hyp-ViT.
 _RECOMMENDED: dict[str, Any] = {
     "batch_size": 64,
+    "augment": {"crop_scale": [0.2, 1.0], "flip": True, "color": 0.25},
     "student": {"pretrained": True},
     "optim": {"name": "adamw", "lr": 3e-5, "weight_decay": 0.01, "warmup": 0.05, "grad_clip": 1.0},
 }

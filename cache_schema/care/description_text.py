@@ -64,7 +64,7 @@ def _content(manifest: Manifest) -> list[Fact]:
         ("views", ", ".join(manifest.views)),
         ("encoding", format_encoding(manifest.encoding)),
         *((f"massive in {name}", _some([str(c) for c in found])) for name, found in manifest.massive_channels.items()),
-        ("images", "none" if images is None else f"{images.size} px {images.format}"),
+        ("images", "none" if images is None else f"{images.size} px {images.format}, {images.shape}"),
     ]
 
 

@@ -59,7 +59,10 @@ def _contents(manifest: Manifest) -> str:
     images = "none"
     if manifest.images is not None:
         quality = "" if manifest.images.quality is None else f", quality {manifest.images.quality}"
-        images = f"{manifest.images.size} px {manifest.images.format}{quality}, {format_bytes(manifest.bytes_images)}"
+        shape = "" if manifest.images.shape == "square" else " or more, aspect kept,"
+        images = (
+            f"{manifest.images.size} px{shape} {manifest.images.format}{quality}, {format_bytes(manifest.bytes_images)}"
+        )
     facts = {
         "cache id": f"`{manifest.cache_id}`",
         "data set": _plain(f"{data.name}, protocol {data.protocol}, super-class {data.superclass}"),

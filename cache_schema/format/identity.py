@@ -28,12 +28,13 @@ _DETERMINING: dict[str, tuple[str, ...]] = {
     ),
     "curriculum": ("num_steps", "timesteps", "sigmas", "seed"),
     "encoding": ("kind", "pool", "pca", "massive", "massive_factor"),
-    "images": ("size", "format", "quality"),
+    "images": ("size", "format", "quality", "shape"),
 }
 _DETERMINING_WHOLE = ("taps", "views")
 # Fields that came with a later schema version are left out where they say what was always so: ids do not change.
 _SINCE_VERSION_2: dict[str, dict[str, Any]] = {
     "encoding": {"pool": 1, "pca": None, "massive": "keep", "massive_factor": None},
+    "images": {"shape": "square"},
     "taps": {"teacher_channels": None},
     "teacher": {"quantization": None, "context": "joint", "input": "object"},
 }
@@ -53,8 +54,9 @@ def determining_fields(document: Mapping[str, Any]) -> dict[str, Any]:
     for part, names in _DETERMINING.items():
         value = document[part]
         fields[part] = None if value is None else {name: value[name] for name in names}
-    for part in ("encoding", "teacher"):
-        fields[part] = _without_defaults(part, fields[part])
+    for part in ("encoding", "teacher", "images"):
+        if fields[part] is not None:
+            fields[part] = _without_defaults(part, fields[part])
     fields["taps"] = [_without_defaults("taps", tap) for tap in fields["taps"]]
     return fields
 

@@ -4,7 +4,7 @@ How a manifest is read from and written to disk is `cache_schema.format.manifest
 """
 
 import itertools
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
@@ -14,6 +14,7 @@ from cache_schema.format.vocabulary import (
     ContextMode,
     EncoderInput,
     EncodingKind,
+    ImageShape,
     MassiveChannels,
     Quantization,
     StoreKind,
@@ -168,11 +169,31 @@ class Encoding(FrozenModel):
 
 
 class ImagesInfo(FrozenModel):
-    """The student images: longest side in pixels, file format, and quality where the format has one."""
+    """The student images: side in pixels, file format, quality where the format has one, and shape.
+
+    square: the whole image, squashed to `size` by `size`. aspect: as it was taken, its shorter side `size` long, so
+    that a trainer can crop it; never enlarged, and the longer side at most `LONGEST` times `size`.
+    """
+
+    LONGEST: ClassVar[int] = 4
 
     size: Positive
     format: Literal["jpeg", "png", "webp"]
     quality: Annotated[int, Field(ge=1, le=100)] | None = None
+    shape: ImageShape = "square"
+
+    def stored_size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height in which an image of `width` by `height` pixels is stored."""
+        if self.shape == "square":
+            return self.size, self.size
+        shorter, longer = max(1, min(width, height)), max(1, width, height)
+        scale = min(1.0, self.size / shorter, self.LONGEST * self.size / longer)
+        return max(1, round(width * scale)), max(1, round(height * scale))
+
+    @property
+    def longest_side(self) -> int:
+        """The most pixels that a side of a stored image may have."""
+        return self.size * (1 if self.shape == "square" else self.LONGEST)
 
 
 class StoreInfo(FrozenModel):

@@ -17,5 +17,7 @@ MassiveChannels = Literal["keep", "remove", "standardize"]
 DEFAULT_MASSIVE_FACTOR = 10.0
 # What an image encoder is shown of a photograph: the crop of the object, or all of it.
 EncoderInput = Literal["object", "image"]
+# How student images are stored: squashed to a square, or with the aspect that they were taken with.
+ImageShape = Literal["square", "aspect"]
 # What a teacher is conditioned on: the caption of each image, or an empty prompt.
 TextCondition = Literal["caption", "none"]

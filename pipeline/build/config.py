@@ -9,6 +9,7 @@ from cache_schema.format.vocabulary import (
     DEFAULT_MASSIVE_FACTOR,
     Compression,
     EncodingKind,
+    ImageShape,
     MassiveChannels,
     StoreKind,
     TextCondition,
@@ -79,7 +80,13 @@ class BuildConfig:
             least=1, resumable=True, reads=read_batch, metavar="N|auto",
         ),
     ] = 8  # fmt: skip
-    image_size: Annotated[int, Setting("Side of the student's images.", least=1)] = 224
+    image_size: Annotated[
+        int, Setting("Side of the student's images; of those that keep their aspect the shorter.", least=1)
+    ] = 224
+    image_shape: Annotated[
+        ImageShape,
+        Setting("Student's images squashed to a square, or with their aspect, for a trainer that crops them."),
+    ] = "square"
     image_format: Annotated[Literal["jpeg", "png"], Setting("File format of the student's images.")] = "jpeg"
     image_quality: Annotated[int, Setting("JPEG quality of the student's images.", least=1, most=100)] = 95
     with_images: Annotated[bool, Setting("Store the student's images.", option="--images")] = True

@@ -6,7 +6,6 @@ from cache_schema.errors import DitDistillError
 from cache_schema.format.manifest import (
     Curriculum,
     DatasetInfo,
-    ImagesInfo,
     Manifest,
     TapInfo,
     TeacherInfo,
@@ -15,6 +14,7 @@ from cache_schema.format.samples import count_usable, fingerprint_samples
 from cache_schema.writing.plan import plan_manifest
 from pipeline.build.config import BuildConfig
 from pipeline.build.encoding import encoding_of
+from pipeline.build.student_images import student_images_info
 from pipeline.datasets.base import SPLITS, Dataset
 from pipeline.teachers.base import AnyTeacher, is_image_encoder
 from pipeline.teachers.lora import lora_file
@@ -30,8 +30,7 @@ def describe_cache(teacher: AnyTeacher, dataset: Dataset, config: BuildConfig, s
         raise DitDistillError(f"no usable image in the splits {', '.join(config.feature_splits)} of {dataset.name}")
     shapes = [teacher.tap_shape(tap) for tap in config.taps]
     sigmas = teacher.sigmas(config.num_steps)
-    quality = config.image_quality if config.image_format == "jpeg" else None
-    images = ImagesInfo(size=config.image_size, format=config.image_format, quality=quality)
+    images = student_images_info(config)
     return plan_manifest(
         dataset=DatasetInfo(
             name=dataset.name,

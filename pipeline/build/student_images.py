@@ -7,6 +7,7 @@ from threading import Event
 from PIL import Image
 from tqdm import tqdm
 
+from cache_schema.format.manifest import ImagesInfo
 from cache_schema.writing.claims import Claims
 from cache_schema.writing.writer import CacheWriter
 from pipeline.build.config import BuildConfig
@@ -14,14 +15,21 @@ from pipeline.build.engines.part import WHOLE, Part
 from pipeline.datasets.base import Dataset
 from pipeline.inputs.decoding import read_image
 from pipeline.inputs.scan import ScannedSample
-from pipeline.inputs.views import resize_square
+from pipeline.inputs.views import resize
+
+
+def student_images_info(config: BuildConfig) -> ImagesInfo:
+    """What a manifest says of the student's images."""
+    quality = config.image_quality if config.image_format == "jpeg" else None
+    return ImagesInfo(size=config.image_size, format=config.image_format, quality=quality, shape=config.image_shape)
 
 
 def student_image(image: Image.Image, config: BuildConfig) -> bytes:
     """The whole image at the student's resolution, encoded."""
     buffer = io.BytesIO()
     options = {"quality": config.image_quality, "subsampling": 0} if config.image_format == "jpeg" else {}
-    resize_square(image, config.image_size).save(buffer, format=config.image_format, **options)
+    stored = resize(image, student_images_info(config).stored_size(*image.size))
+    stored.save(buffer, format=config.image_format, **options)
     return buffer.getvalue()
 
 

@@ -26,8 +26,8 @@ from pipeline.presets import run_folder
     DATASET, *IMAGES, ANNOTATIONS, LIMIT, *TEACHER,
     "build.taps", "build.timesteps", "build.num_steps", "build.views", "build.feature_splits", "build.store",
     "build.encoding", "build.pool", "build.pca", "build.compression", "build.min_cosine", "build.text", "build.seed",
-    "build.batch", "build.image_size", "build.image_format", "build.image_quality", "build.with_images",
-    "build.samples_per_shard", "build.massive_channels", "build.massive_factor",
+    "build.batch", "build.image_size", "build.image_shape", "build.image_format", "build.image_quality",
+    "build.with_images", "build.samples_per_shard", "build.massive_channels", "build.massive_factor",
     "tolerance.strict", "tolerance.max_bad", CONDITIONS, *PRECISION, *FORWARD,
     "teacher.offload", "teacher.compile",
 )  # fmt: skip

@@ -130,7 +130,9 @@ def mean_image_bytes(dataset: Dataset | None, config: BuildConfig) -> tuple[floa
         return sum(sizes) / len(sizes), f"mean of {len(sizes)} images of the data set, encoded"
     per_pixel = _BYTES_PER_PIXEL[config.image_format]
     basis = f"assumed: {per_pixel} bytes per pixel, as {config.image_format} photographs at 224 px"
-    return per_pixel * config.image_size**2, basis
+    # Photographs are mostly 4:3.
+    pixels = config.image_size**2 * (4 / 3 if config.image_shape == "aspect" else 1)
+    return per_pixel * pixels, basis
 
 
 def estimate(plan: CachePlan, demand: Demand, output: Path, rate: TeacherRate | None) -> dict[str, Any]:

@@ -11,7 +11,12 @@ Box = tuple[float, float, float, float]
 
 def resize_square(image: Image.Image, resolution: int) -> Image.Image:
     """The whole image as resolution × resolution RGB (aspect is not kept: every pixel of the photograph is seen)."""
-    return image.convert("RGB").resize((resolution, resolution), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    return resize(image, (resolution, resolution))
+
+
+def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The whole image as width × height RGB."""
+    return image.convert("RGB").resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
 
 
 def object_view(image: Image.Image, box: Box, resolution: int) -> Image.Image:

@@ -185,7 +185,7 @@ def _student_image(cache: Cache, row: int) -> tuple[Image.Image | None, str]:
         return None, "image not built yet"
     try:
         image = Image.open(io.BytesIO(data))
-        if max(image.size) > cache.manifest.images.size:
+        if max(image.size) > cache.manifest.images.longest_side:
             # Decoding it could take any amount of memory.
             return None, "image is larger than the manifest says"
         return image.convert("RGB"), ""

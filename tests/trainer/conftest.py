@@ -6,7 +6,7 @@ import hashlib
 import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -74,6 +74,8 @@ def build_cache(
     tokens: int = TOKENS,
     content: str = "",
     classes: Mapping[str, tuple[int, ...]] = CLASSES,
+    picture: tuple[int, int] = (SIZE, SIZE),
+    shape: tuple[Literal["square", "aspect"], int] = ("square", SIZE),
 ) -> Cache:
     rows = []
     for split, labels in classes.items():
@@ -88,8 +90,8 @@ def build_cache(
                         "class_name": "" if split == "unlabeled" else f"class {label}",
                         "source": name,
                         "sha256": hashlib.sha256(f"{content}{name}".encode()).hexdigest(),
-                        "width": SIZE,
-                        "height": SIZE,
+                        "width": picture[0],
+                        "height": picture[1],
                     }
                 )
     samples, feature_rows = make_samples(rows, feature_splits)
@@ -111,7 +113,7 @@ def build_cache(
         taps=[TapInfo(name="hidden", tokens=tokens, channels=CHANNELS, grid=(1, tokens))],
         encoding=Encoding(kind="float32"),
         views=list(views),
-        images=ImagesInfo(size=SIZE, format="png"),
+        images=ImagesInfo(size=shape[1], format="png", shape=shape[0]),
         image_rows=len(rows),
         samples_per_shard=8,
     )  # fmt: skip
@@ -121,7 +123,10 @@ def build_cache(
         drawn = [draw_features(row, sources[row][0], tokens)[: len(views)] for row in writer.shard_rows(shard)]
         writer.write_shard(shard, {"hidden": np.stack(drawn)})
     for shard in writer.missing_image_shards():
-        writer.write_images(shard, [encode(draw_image(*sources[row])) for row in writer.image_rows(shard)])
+        assert manifest.images is not None
+        drawn_images = [draw_image(*sources[row]).resize(manifest.images.stored_size(*picture))
+                        for row in writer.image_rows(shard)]  # fmt: skip
+        writer.write_images(shard, [encode(image) for image in drawn_images])
     if seal:
         writer.seal()
     return open_cache(path, allow_partial=not seal)
@@ -132,6 +137,12 @@ def cache_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("caches") / "tiny"
     build_cache(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def build_tiny() -> Callable[..., Cache]:
+    """`build_tiny(path, views=("canonical",))`: such a cache at a place of one's own."""
+    return build_cache
 
 
 @pytest.fixture

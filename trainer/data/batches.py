@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from cache_schema.loading.dataset import CacheDataset, FeatureBatch
-from cache_schema.loading.sampler import AUGMENT, CROPS, VIEWS, EpochSampler, StreamSampler, generator
+from cache_schema.loading.sampler import AUGMENT, VIEWS, EpochSampler, StreamSampler, generator
 from cache_schema.read_ahead import ReadAhead
 from cache_schema.storage.places import is_remote
 from trainer.config import TrainConfig
-from trainer.data.augmentation import CROP_SOURCE, crop, draw_crops, jitter_color
+from trainer.data.augmentation import augment_image, draw_numbers, random_crop
 from trainer.data.features import FeatureSource, Needs, open_sources, shared_views
-from trainer.data.images import ImageStore
+from trainer.data.images import Fit, ImageStore
+from trainer.data.regions import Regions
 from trainer.data.splits import hold_out_classes, select_split
 from trainer.errors import TrainError
 
@@ -36,8 +37,8 @@ class Batch:
     encoded: Mapping[str, FeatureBatch] = field(default_factory=dict)
     features: Mapping[str, Tensor] = field(default_factory=dict)  # (B+U, P, L, C_t) float32, by the method's names
     unlabelled: int = 0  # U
-    # (B+U, 4) float32: what an image shows of the picture whose features these are, as (left, top, right, bottom) in
-    # fractions of its sides; None: all of it.
+    # (B+U, 4) float32: what an image shows of the picture that the teacher saw, as (left, top, right, bottom) in
+    # fractions of its sides, below 0 or above 1 where it shows more; None where no method asks.
     boxes: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
@@ -65,10 +66,12 @@ class Batch:
 class TrainingBatches:
     """`batches[update]` is the whole batch of that update: a pure function, the same in any process."""
 
-    def __init__(self, cache: Cache, config: TrainConfig, image_size: int, needs: Needs):
+    def __init__(self, cache: Cache, config: TrainConfig, image_size: int, needs: Needs, fit: Fit = "squash"):
         self.cache, self.config = cache, config
         self.sources = open_sources(cache, needs, config.verify_reads, config.local_cache)
         self.views = shared_views(cache, self.sources, config.views)
+        if config.augment.flip and "hflip" not in self.views:
+            self.views = (*self.views, "hflip")
         # Whatever a method reads, it keeps to the rows with features: all methods train on the same images.
         whole = select_split(cache, "train", need_features=True)
         if not len(whole.rows):
@@ -87,10 +90,9 @@ class TrainingBatches:
         for source in self.sources.values():
             source.require(cache, rows)
         self.all_rows = np.sort(rows)
-        self.image_size = image_size
-        self.crops = config.augment in ("crop", "standard")
-        stored = round(CROP_SOURCE * image_size) if self.crops else image_size
-        self.images = ImageStore(cache, stored, rows, config.image_memory_gb)
+        cropped = config.augment.crop_scale is not None
+        self.images = ImageStore(cache, image_size, rows, config.image_memory_gb, fit, as_stored=cropped)
+        self.regions = Regions(cache, self.sources, self.views) if needs.places else None
         self.features = {name: _SourceReader(source, self) for name, source in self.sources.items()}
 
     @property
@@ -127,23 +129,32 @@ class TrainingBatches:
         labels[: len(labelled)] = torch.tensor([self.label_of[row] for row in labelled.tolist()])
         # Drawn for the labelled rows first: unlabelled rows do not change what a method without them sees.
         draw = generator(self.config.seed, VIEWS, update).integers(len(self.views), size=len(rows))
-        images = self.images.load(rows)
-        for place, view in enumerate(draw):
-            if self.views[view] == "hflip":
-                images[place] = images[place].flip(-1)
-        images, boxes = self._augment(images, update)
+        images, boxes = self._images(rows, draw, generator(self.config.seed, AUGMENT, update))
         encoded = {name: reader.read(rows, draw) for name, reader in self.features.items()}
         return Batch(images, labels, encoded, unlabelled=len(rows) - len(labelled), boxes=boxes)
 
-    def _augment(self, images: Tensor, update: int) -> tuple[Tensor, Tensor | None]:
-        """Images of a batch as the student sees them, and the boxes that were cut out of them."""
-        boxes = None
-        if self.crops:
-            drawn = draw_crops(len(images), generator(self.config.seed, CROPS, update), self.config.crop_scale)
-            images, boxes = crop(images, drawn, self.image_size), torch.from_numpy(drawn).float()
-        if self.config.augment in ("color", "standard"):
-            images = jitter_color(images, generator(self.config.seed, AUGMENT, update))
-        return images, boxes
+    def _images(self, rows: np.ndarray, views: np.ndarray, random: np.random.Generator) -> tuple[Tensor, Tensor | None]:
+        """Images of rows, each cropped, in its own of the run's views, and changed: (n, 3, S, S) uint8.
+
+        With them, where features are compared place by place, what each shows of the picture in its view: (n, 4).
+        """
+        augment, numbers = self.config.augment, draw_numbers(random, len(rows))
+        if augment.crop_scale is None:
+            images, boxes = self.images.load(rows), self.images.boxes(rows)
+        else:
+            pictures = zip(self.images.pictures(rows), numbers, strict=True)
+            size, scale = self.images.size, augment.crop_scale
+            crops = [random_crop(picture, size, scale, draw) for picture, draw in pictures]
+            images, boxes = torch.stack([image for image, _ in crops]), np.array([box for _, box in crops])
+        for place, view in enumerate(views):
+            if self.views[view] == "hflip":
+                images[place] = images[place].flip(-1)
+            if augment.changes_pixels:
+                images[place] = augment_image(images[place], augment, numbers[place])
+        if self.regions is None:
+            return images, None
+        mirrored = np.array([self.views[view] == "hflip" for view in views])
+        return images, torch.from_numpy(self.regions.seen(rows, boxes, mirrored)).float()
 
     def fitting(self, few: int) -> FittingBatches:
         """What a method measures before the first update: the first `few` batches, or the features of every row."""
@@ -181,7 +192,9 @@ class _SourceReader:
 
     def __init__(self, source: FeatureSource, batches: TrainingBatches):
         self.source = source
-        self.view_index = np.array([source.cache.manifest.views.index(view) for view in batches.views])
+        # A mirrored image has unmirrored features only where the cache has no others.
+        has = source.cache.manifest.views
+        self.view_index = np.array([has.index(view if view in has else "canonical") for view in batches.views])
         if source.next_view and len(self.view_index) < 2:
             raise TrainError(
                 f"cache {source.cache.manifest.label} has one view to train on, {batches.views[0]}: there is no other "

@@ -36,6 +36,7 @@ class Needs:
 
     features: Mapping[str, FeatureNeed] = field(default_factory=dict)
     unlabelled: int = 0
+    places: bool = False  # features are compared with what the student sees at the same place of the picture
     fit_on: Literal["few", "all"] = "few"  # what `fit` is to measure: a few batches, or the features of every row
 
 

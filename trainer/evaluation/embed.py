@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.features import FeatureSource, Needs, open_sources
-from trainer.data.images import ImageStore
+from trainer.data.images import Fit, ImageStore
 from trainer.data.splits import Split, hold_out_classes, select_split
 from trainer.device import full_precision
 from trainer.errors import TrainError
@@ -58,25 +58,31 @@ class TestSplit:
         return torch.from_numpy(self.split.labels)
 
 
-def open_test_split(cache: Cache, image_size: int, memory_gb: float = 1.0, split: str = "test") -> TestSplit:
+def open_test_split(
+    cache: Cache, image_size: int, memory_gb: float | None = None, split: str = "test", fit: Fit = "squash"
+) -> TestSplit:
     """Choose the rows to evaluate; raises TrainError when the cache has none."""
     rows = select_split(cache, split, need_features=False)
     if not len(rows.rows):
         raise TrainError(f"cache {cache.manifest.label} has no rows of split {split!r} to evaluate on")
-    return open_rows(cache, rows, image_size, memory_gb)
+    return open_rows(cache, rows, image_size, memory_gb, fit)
 
 
-def open_validation_split(cache: Cache, share: float, image_size: int, memory_gb: float = 1.0) -> TestSplit:
+def open_validation_split(
+    cache: Cache, share: float, image_size: int, memory_gb: float | None = None, fit: Fit = "squash"
+) -> TestSplit:
     """The rows of the training classes that a run holds out; raises TrainError when it holds none out."""
     if not share:
         raise TrainError("the run held no classes out; train it with --validation-classes 0.2 to have some")
     _, held = hold_out_classes(select_split(cache, "train", need_features=True), share)
-    return open_rows(cache, held, image_size, memory_gb)
+    return open_rows(cache, held, image_size, memory_gb, fit)
 
 
-def open_rows(cache: Cache, split: Split, image_size: int, memory_gb: float = 1.0) -> TestSplit:
+def open_rows(
+    cache: Cache, split: Split, image_size: int, memory_gb: float | None = None, fit: Fit = "squash"
+) -> TestSplit:
     """Rows that are known already, to be evaluated."""
-    return TestSplit(cache, split, ImageStore(cache, image_size, split.rows, memory_gb))
+    return TestSplit(cache, split, ImageStore(cache, image_size, split.rows, memory_gb, fit))
 
 
 @torch.inference_mode()

@@ -82,9 +82,9 @@ def evaluate_run(
     if load_auxiliary is not None and path.is_dir():
         auxiliary = load_auxiliary(path, student, cache)
     if split == "validation":
-        test = open_validation_split(cache, validation_share(path), student.input_size)
+        test = open_validation_split(cache, validation_share(path), student.input_size, fit=student.fit)
     else:
-        test = open_test_split(cache, student.input_size)
+        test = open_test_split(cache, student.input_size, fit=student.fit)
     scores, embeddings = evaluate_modules(student, test, device, auxiliary)
     about = {
         "cache_id": cache.manifest.cache_id,

@@ -86,8 +86,12 @@ def migrate(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a config in the present form.
 
     Until methods had names, a config said `mode`, and held the fields of all modes whatever its own was: what its
-    method does not have meant nothing then, and is dropped.
+    method does not have meant nothing then, and is dropped. Augmentation was one word, of which `color` changed
+    colours by 0.3.
     """
+    augment = values.get("augment")
+    if isinstance(augment, str):
+        values = {**values, "augment": {"color": 0.3} if augment == "color" else {}}
     if "mode" not in values:
         return dict(values)
     method = method_name(str(values["mode"]))

@@ -43,20 +43,28 @@ class FeatureRegression(nn.Module):
         self.components.fit(_some_tokens(batch) for batch in samples)
 
     def forward(self, embedding: Tensor, tokens: Tensor, features: Tensor, boxes: Tensor | None) -> Tensor:
-        """E_R (B, C), student tokens (B, h, w, C_s), features (B, P, L, C_t), boxes (B, 4) or None: a scalar."""
-        target = self.regions(features, boxes)  # (B, h·w, P, K)
+        """E_R (B, C), student tokens (B, h, w, C_s), features (B, P, L, C_t), boxes (B, 4) or None: a scalar.
+
+        boxes: what the student's image shows of the teacher's picture, in fractions of its sides; None: all of it.
+        """
+        target, known = self.regions(features, boxes)  # (B, h·w, P, K), (B, h·w)
         loss = target.new_zeros(())
         if self.tokens is not None:
             predicted = self.tokens(tokens.flatten(1, 2)).unflatten(-1, target.shape[2:])
-            loss = loss + self.config.tokens * _distance(predicted, target)
+            loss = loss + self.config.tokens * _distance(predicted, target, known)
         if self.pooled is not None:
             predicted = self.pooled(embedding).unflatten(-1, target.shape[2:])
-            loss = loss + self.config.pooled * _distance(predicted, target.mean(1))
+            count = known.sum(1)  # (B,)
+            mean = (target * known[:, :, None, None]).sum(1) / count.clamp_min(1)[:, None, None]
+            loss = loss + self.config.pooled * _distance(predicted, mean, (count > 0).float())
         return loss
 
     @torch.no_grad()
-    def regions(self, features: Tensor, boxes: Tensor | None) -> Tensor:
-        """The teacher's features where the student's tokens are: (B, P, L, C_t) -> (B, h·w, P, K)."""
+    def regions(self, features: Tensor, boxes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The teacher's features where the student's tokens are: (B, P, L, C_t) -> (B, h·w, P, K).
+
+        With them, 1 where the teacher saw the middle of that place at all and 0 elsewhere: (B, h·w).
+        """
         with torch.autocast(features.device.type, enabled=False):
             rows, columns = self.shape.grid
             components = self.components(features.float())  # (B, P, L, K)
@@ -66,7 +74,17 @@ class FeatureRegression(nn.Module):
             scaled = boxes * boxes.new_tensor([columns, rows, columns, rows])
             numbered = torch.cat([torch.arange(len(boxes), device=boxes.device).unsqueeze(1), scaled], 1)  # (B, 5)
             cut = roi_align(maps, numbered, (self.rows, self.columns), sampling_ratio=2, aligned=True)
-            return cut.flatten(2).transpose(1, 2).unflatten(-1, (-1, self.kept))
+            target = cut.flatten(2).transpose(1, 2).unflatten(-1, (-1, self.kept))
+            return target, self._inside(boxes)
+
+    def _inside(self, boxes: Tensor) -> Tensor:
+        """Which places of the student's image lie in the teacher's picture, by their middles: (B, h·w) of 0 and 1."""
+        along = []
+        for first, last, count in ((1, 3, self.rows), (0, 2, self.columns)):
+            steps = (torch.arange(count, device=boxes.device) + 0.5) / count
+            middles = torch.lerp(boxes[:, first, None], boxes[:, last, None], steps)  # (B, count)
+            along.append(((middles >= 0) & (middles <= 1)).float())
+        return (along[0].unsqueeze(2) * along[1].unsqueeze(1)).flatten(1)
 
 
 def _some_tokens(features: Tensor) -> Tensor:
@@ -75,8 +93,10 @@ def _some_tokens(features: Tensor) -> Tensor:
     return features[:, :, torch.randperm(features.shape[2], generator=torch.Generator().manual_seed(0))[::step]]
 
 
-def _distance(predicted: Tensor, target: Tensor) -> Tensor:
-    return (2 - 2 * F.cosine_similarity(predicted.float(), target, dim=-1)).mean()
+def _distance(predicted: Tensor, target: Tensor, known: Tensor) -> Tensor:
+    """2 − 2 cos over the last axis, averaged over what is known: (…, P, K) twice, (…)."""
+    apart = (2 - 2 * F.cosine_similarity(predicted.float(), target, dim=-1)).mean(-1)
+    return (apart * known).sum() / known.sum().clamp_min(1)
 
 
 def _projector(channels: int, outputs: int) -> nn.Sequential:

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cache_schema.storage.files import write_file
 from trainer.config import StudentConfig
+from trainer.data.images import Fit
 from trainer.errors import TrainError
 from trainer.models.weights import load_weights, save_weights
 from trainer.runs import read_json
@@ -41,6 +42,7 @@ class Student(nn.Module):
         self.name, self.kwargs, self.network = name, kwargs, network
         self.input_size = int(normalisation["size"])  # pixels, square
         self.dim = dim
+        self.fit: Fit = normalisation.get("fit", "squash")  # how an image is made square
         self._frozen: list[nn.Module] = []
         for key in ("mean", "std"):
             values = torch.tensor(normalisation[key], dtype=torch.float32).view(1, 3, 1, 1)
@@ -113,7 +115,7 @@ class Student(nn.Module):
             "name": self.name,
             "kwargs": self.kwargs,
             "input": {"size": self.input_size, "mean": self.mean.flatten().tolist(),
-                      "std": self.std.flatten().tolist(), "interpolation": "bicubic"},
+                      "std": self.std.flatten().tolist(), "interpolation": "bicubic", "fit": self.fit},
             "embedding": {"channels": self.dim, "metric": "cosine"},
         }  # fmt: skip
 

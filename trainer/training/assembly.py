@@ -11,6 +11,7 @@ from timm.utils import ModelEmaV3
 
 from trainer.config import TrainConfig
 from trainer.data.batches import TrainingBatches
+from trainer.data.images import choose_fit
 from trainer.device import choose_device, resumes_exactly, set_deterministic, use_device
 from trainer.errors import TrainError
 from trainer.evaluation.embed import TestSplit, open_rows
@@ -59,14 +60,15 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
     torch.manual_seed(config.seed)
     student = build_student(config.student)
     kind = find_method(config.method)
-    batches = TrainingBatches(cache, config, student.input_size, kind.needs(config))
+    student.fit = choose_fit(config.fit, cache)
+    batches = TrainingBatches(cache, config, student.input_size, kind.needs(config), student.fit)
     if config.eval_every and not config.validation_classes:
         raise TrainError(
             "eval_every: recall is followed on classes held out of the training split; add --validation-classes 0.2"
         )
     validation = None
     if config.validation_classes:
-        validation = open_rows(cache, batches.validation, student.input_size, config.image_memory_gb)
+        validation = open_rows(cache, batches.validation, student.input_size, config.image_memory_gb, student.fit)
     batches.require_parts(config.optim.accumulate)
     shapes = {name: source.shape for name, source in batches.sources.items()}
     method = kind(config, student, batches.classes, shapes).to(device)

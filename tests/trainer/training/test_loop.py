@@ -19,14 +19,14 @@ from trainer.training.run_folder import prepare_run
 
 # Everything that draws random numbers while training is switched on.
 RANDOM = (
-    "augment=color",
+    "augment.color=0.3",
     "gim.mask_student=0.5",
     "student.drop_path_rate=0.2",
     "unlabeled_per_batch=1",
     "optim.warmup=0.2",
     "optim.ema=0.5",
 )
-BASELINE_RANDOM = ("augment=color", "student.drop_path_rate=0.2", "optim.warmup=0.2", "optim.accumulate=2")
+BASELINE_RANDOM = ("augment.color=0.3", "student.drop_path_rate=0.2", "optim.warmup=0.2", "optim.accumulate=2")
 
 
 def weights(run):

@@ -79,7 +79,12 @@ class Gcd(Method):
             features[OTHER_VIEW] = FeatureNeed(config.tap, config.timesteps, next_view=True)
         gim, loss = config.gim, config.loss
         whole = gim.residual == "pca" or gim.token_norm == "whiten" or loss.align_target == "pooled"
-        return Needs(features, unlabelled=config.unlabeled_per_batch, fit_on="all" if whole else "few")
+        return Needs(
+            features,
+            unlabelled=config.unlabeled_per_batch,
+            fit_on="all" if whole else "few",
+            places=config.regression.wanted,
+        )
 
     def forward(self, batch: Batch, moment: Moment = END) -> dict[str, Tensor]:
         config, gim = self.config.loss, self.gim

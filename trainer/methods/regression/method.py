@@ -37,7 +37,8 @@ class Regression(Method):
 
     @classmethod
     def needs(cls, config: RegressionRunConfig) -> Needs:
-        return Needs({TEACHER: FeatureNeed(config.tap, config.timesteps)}, unlabelled=config.unlabeled_per_batch)
+        features = {TEACHER: FeatureNeed(config.tap, config.timesteps)}
+        return Needs(features, unlabelled=config.unlabeled_per_batch, places=True)
 
     def forward(self, batch: Batch, moment: Moment = END) -> dict[str, Tensor]:
         embedding, tokens = self.student.with_tokens(batch.images)

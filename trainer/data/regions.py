@@ -1,0 +1,54 @@
+"""Where the student's image lies in the picture that the teacher saw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trainer.data.features import FeatureSource
+from trainer.errors import TrainError
+
+if TYPE_CHECKING:
+    from cache_schema import Cache
+
+
+class Regions:
+    """Boxes of student images, from fractions of the whole photograph to fractions of the teacher's view of it.
+
+    A teacher sees the whole photograph, or the crop of its object (the sample's box).
+    """
+
+    def __init__(self, cache: Cache, sources: Mapping[str, FeatureSource], views: tuple[str, ...]):
+        """Raises TrainError where a student's mirrored images would meet features of unmirrored ones."""
+        for source in sources.values():
+            lacking = [view for view in views if view not in source.cache.manifest.views]
+            if lacking:
+                raise TrainError(
+                    f"cache {source.cache.manifest.label} lacks view {lacking[0]}, and features are compared place by "
+                    "place: build it with --views canonical,hflip, or set augment.flip=false"
+                )
+        shown = {source.cache.manifest.teacher.input for source in sources.values()}
+        if len(shown) > 1:
+            raise TrainError("one teacher saw the whole image and another the object: their places cannot be compared")
+        samples = cache.samples
+        self._frames = np.tile([0.0, 0.0, 1.0, 1.0], (len(samples), 1))  # the teacher's view in the photograph
+        if shown == {"object"}:
+            sides = np.stack([samples["width"].to_numpy(), samples["height"].to_numpy()], axis=1)
+            for row, box in enumerate(samples["box"].to_pylist()):
+                if box is not None:
+                    self._frames[row] = np.clip(np.asarray(box) / np.tile(sides[row], 2), 0.0, 1.0)
+
+    def seen(self, rows: np.ndarray, boxes: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+        """Boxes (n, 4) in fractions of the photographs, unmirrored -> (n, 4) in fractions of the teacher's views.
+
+        `mirrored` (n,) bool: where the view is the mirrored one.
+        """
+        frames = self._frames[rows]
+        corner, size = np.tile(frames[:, :2], 2), np.tile(frames[:, 2:] - frames[:, :2], 2)
+        inside = (boxes - corner) / size
+        left, right = inside[:, 0].copy(), inside[:, 2].copy()
+        inside[:, 0] = np.where(mirrored, 1 - right, left)
+        inside[:, 2] = np.where(mirrored, 1 - left, right)
+        return inside
