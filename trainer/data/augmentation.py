@@ -40,7 +40,7 @@ def random_crop(
     _stay_in_one_thread()
     height, width = picture.shape[:2]
     h, w, top, left = _box(height, width, scale, CROP_RATIOS, numbers)
-    pixels = torch.from_numpy(picture).permute(2, 0, 1)
+    pixels = torch.tensor(picture).permute(2, 0, 1)
     box = left / width, top / height, (left + w) / width, (top + h) / height
     return F.resized_crop(pixels, top, left, h, w, [size, size], InterpolationMode.BICUBIC, antialias=True), box
 

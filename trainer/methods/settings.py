@@ -95,6 +95,8 @@ def migrate(values: Mapping[str, Any]) -> dict[str, Any]:
     if "mode" not in values:
         return dict(values)
     method = method_name(str(values["mode"]))
+    if values.get("tap") == "hidden":  # what an unnamed tap means since
+        values = {name: value for name, value in values.items() if name != "tap"}
     kept = _known({name: value for name, value in values.items() if name != "mode"}, config_class(method))
     return {**kept, "method": method}
 

@@ -80,7 +80,9 @@ def test_any_picture_can_be_cropped_and_changed(seed, height, width, least, chan
     picture = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
     numbers = draw_numbers(random, 1)[0]
     before = picture.copy()
-    image = random_crop(picture, 16, (least, 1.0), numbers)
+    image, (left, top, right, bottom) = random_crop(picture, 16, (least, 1.0), numbers)
+    assert 0 <= left < right <= 1
+    assert 0 <= top < bottom <= 1
     config = AugmentConfig(color=0.5, erase=chance)
     for made in (image, augment_image(image, config, numbers)):
         assert (made.dtype, made.shape) == (torch.uint8, (3, 16, 16))
@@ -90,7 +92,9 @@ def test_any_picture_can_be_cropped_and_changed(seed, height, width, least, chan
 def test_the_whole_picture_is_a_crop_of_it():
     picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     numbers = np.full(13, 0.5)  # a ratio of 1
-    assert torch.equal(random_crop(picture, 16, (1.0, 1.0), numbers), torch.from_numpy(picture).permute(2, 0, 1))
+    image, box = random_crop(picture, 16, (1.0, 1.0), numbers)
+    assert torch.equal(image, torch.from_numpy(picture).permute(2, 0, 1))
+    assert box == (0, 0, 1, 1)
 
 
 def test_a_range_that_is_none_is_refused(tiny_config):

@@ -59,13 +59,15 @@ def test_a_stored_picture_has_its_aspect_is_never_enlarged_and_never_endless():
 @pytest.fixture(scope="module")
 def tall_cache(tmp_path_factory, build_tiny):
     """Images of 24 × 36 pixels stored with their aspect, the shorter side 16 long: 16 × 24."""
-    return build_tiny(tmp_path_factory.mktemp("tall") / "cache", picture=(SIZE, 36), shape=("aspect", 16))
+    classes = {"train": (0, 1, 2, 3), "test": (4, 5)}
+    path = tmp_path_factory.mktemp("tall") / "cache"
+    return build_tiny(path, classes=classes, picture=(SIZE, 36), shape=("aspect", 16))
 
 
 def test_pictures_that_keep_their_aspect_are_cropped_in_training_and_at_test(tall_cache, tiny_config):
     stored = Image.open(io.BytesIO(tall_cache.images([4])[0]))
     assert stored.size == (16, 24)
-    parts = assemble(tiny_config("validation_classes=0.4", mode="baseline"), tall_cache)
+    parts = assemble(tiny_config("validation_classes=0.5", mode="baseline"), tall_cache)
     assert parts.method.student.fit == "crop"
     row = int(parts.validation.split.rows[0])
     stored = Image.open(io.BytesIO(tall_cache.images([row])[0])).convert("RGB")

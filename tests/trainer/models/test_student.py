@@ -37,7 +37,8 @@ def test_a_saved_student_embeds_as_before_from_its_folder_or_its_file(saved, ima
 def test_the_normalisation_of_the_pixels_is_part_of_the_student(saved, images):
     student, folder = saved
     about = json.loads((folder / "student.json").read_text())
-    assert about["input"] == {"size": 24, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+    assert about["input"] == {"size": 24, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic",
+                              "fit": "squash"}  # fmt: skip
     assert torch.equal(student(images), student.network((images / 255 - 0.5) / 0.5))
 
 

@@ -200,9 +200,7 @@ class Gcd(Method):
             self.gim.load_state_dict(weights)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1].strip()
-            raise TrainError(
-                f"the GIM of {run} does not fit tap {self.config.tap or 'of the run'} of this cache: {reason}"
-            ) from error
+            raise TrainError(f"the GIM of {run} does not fit the features of this cache: {reason}") from error
 
 
 class _Features:
