@@ -27,7 +27,9 @@ class StudentConfig(Frozen):
     name: str = "vit_base_patch16_224.augreg_in21k"
     pretrained: bool = False
     weights: str | None = None  # a safetensors file with timm's parameter names
-    img_size: int | None = Field(default=None, ge=8)
+    img_size: Annotated[
+        int | None, Setting("Side of the square images it sees, pixels; the network's own by default.")
+    ] = Field(default=None, ge=8)
     patch_size: int | None = Field(default=None, ge=1)
     depth: int | None = Field(default=None, ge=1)
     embed_dim: int | None = Field(default=None, ge=1)
@@ -158,7 +160,8 @@ class TrainConfig(Frozen):
     ] = "auto"
     device: Annotated[str, Setting("auto, cpu, cuda, cuda:1, …", resumable=True)] = "auto"
     precision: Annotated[
-        Literal["auto", "float32", "bfloat16"], Setting("Of the forward pass; weights are always float32.")
+        Literal["auto", "float32", "bfloat16"],
+        Setting("Of the forward pass; weights are always float32. auto: bfloat16 where it is surely not slower."),
     ] = "auto"
     compile: Annotated[bool, Setting("Compile the student's network: a minute at the start, faster afterwards.")] = (
         False

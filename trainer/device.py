@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from cache_schema.devices import choose_device, use_device
 
@@ -15,6 +16,7 @@ __all__ = [
     "Precision",
     "autocast",
     "choose_device",
+    "decide_precision",
     "full_precision",
     "resumes_exactly",
     "set_deterministic",
@@ -24,15 +26,24 @@ __all__ = [
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
-def autocast(device: torch.device, precision: Precision = "auto") -> AbstractContextManager[Any]:
-    """The forward pass in bf16 or float32, over float32 weights.
+def autocast(device: torch.device, precision: Precision, network: nn.Module) -> AbstractContextManager[Any]:
+    """The forward pass of a network in bf16 or float32, over float32 weights; `decide_precision` says what auto is."""
+    wanted = decide_precision(precision, device, network)
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted == "bfloat16")
 
-    auto: bf16 on an accelerator, and on a CPU whose instructions multiply bf16 themselves (elsewhere it is emulated
-    and slower than float32).
+
+def decide_precision(wanted: Precision, device: torch.device, network: nn.Module) -> Precision:
+    """What "auto" stands for: bf16 on an accelerator, and on a CPU where it is not slower for any such network.
+
+    That is a CPU which multiplies bf16 itself, in oneDNN too (elsewhere it is emulated, 2 to 13 times slower than
+    float32), and a network whose only convolutions cut the image into patches. For other convolutions bf16 was
+    measured from twice as fast to 25 times slower, by machine and by kind. It is decided by what is there and never
+    by a stopwatch, which would make another student of the same config on a busy machine.
     """
-    fast = device.type != "cpu" or _multiplies_bfloat16()
-    wanted = fast if precision == "auto" else precision == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+    if wanted != "auto":
+        return wanted
+    fast = device.type != "cpu" or (_multiplies_bfloat16() and not _convolves(network))
+    return "bfloat16" if fast else "float32"
 
 
 @contextmanager
@@ -67,4 +78,11 @@ def resumes_exactly(device: torch.device, deterministic: bool) -> bool:
 
 def _multiplies_bfloat16() -> bool:
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    used = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
+    return used and any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def _convolves(network: nn.Module) -> bool:
+    """Whether there are convolutions but those of patches, which are matrix products."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return any(isinstance(module, kinds) and module.kernel_size != module.stride for module in network.modules())

@@ -30,6 +30,7 @@ SHOWN = (
     Exposed("timesteps", help="Curriculum timesteps, e.g. 22,28; all by default (method gcd)."),
     Exposed("tap", help="Teacher features to read (method gcd)."),
     Exposed("student.name", "--student", shown="of the preset", help="Student network, by timm name."),
+    Exposed("student.img_size", "--image-size", shown="of the preset, else of the network"),
     Exposed("student.pretrained", "--pretrained", help="Start from timm's weights."),
     Exposed("student.weights", "--student-weights", help="Start from this safetensors file."),
     "compile", "deterministic", "device", "workers", "local_cache",

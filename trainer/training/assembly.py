@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from trainer.errors import TrainError
 from trainer.evaluation.embed import TestSplit, open_rows
 from trainer.methods.method import Method
 from trainer.methods.registry import find_method
-from trainer.models.student import build_student
+from trainer.models.student import Student, build_student
 from trainer.training.checkpoint import Progress, latest_checkpoint, load_checkpoint
 from trainer.training.optim import make_optimizer
 
@@ -59,6 +60,7 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
     set_deterministic(config.deterministic)
     torch.manual_seed(config.seed)
     student = build_student(config.student)
+    _say_if_enlarged(config, cache, student)
     kind = find_method(config.method)
     student.fit = choose_fit(config.fit, cache)
     batches = TrainingBatches(cache, config, student.input_size, kind.needs(config), student.fit)
@@ -79,6 +81,17 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
     if config.compile:
         student.network.compile()  # after the average was copied: that one only evaluates
     return Parts(config, cache, device, batches, validation, method, optimizer, average)
+
+
+def _say_if_enlarged(config: TrainConfig, cache: Cache, student: Student) -> None:
+    """Images smaller than what the network takes by itself are stretched, which costs time: that is said."""
+    images = cache.manifest.images
+    if config.student.img_size is None and images is not None and images.size < student.input_size:
+        print(
+            f"note: the cache's images of {images.size} pixels are enlarged to {student.input_size}, the size of "
+            f"{student.name}; --image-size {images.size} trains on them as they are",
+            file=sys.stderr,
+        )
 
 
 def start(parts: Parts, run: Path, resume: bool) -> Progress:

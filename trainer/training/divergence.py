@@ -116,7 +116,7 @@ def _first_broken_module(method: Method, batch: Batch, config: TrainConfig, mome
     handles = [module.register_forward_hook(look(name)) for name, module in method.named_modules() if name]
     try:
         seed_update(config, moment)
-        with autocast(batch.images.device, config.precision), torch.compiler.set_stance("force_eager"):
+        with autocast(batch.images.device, config.precision, method.student), torch.compiler.set_stance("force_eager"):
             for part in parts_of(batch, config):
                 method(part, moment)
     finally:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from trainer.config import TrainConfig
 from trainer.data.batches import iterate
+from trainer.device import decide_precision
 from trainer.evaluation.evaluate import evaluate_modules
 from trainer.methods.method import Moment
 from trainer.methods.registry import mode_name
@@ -71,12 +72,15 @@ def train(
                 bar.set_postfix(epoch=f"{epoch:.1f}", loss=f"{values['loss']:.3f}", refresh=False)
             if done == total:
                 break
-            if epoch_ends and _due(epoch, config.eval_every):
+            measured = epoch_ends and _due(epoch, config.eval_every)
+            saved = interrupt.requested or (epoch_ends and _due(epoch, config.checkpoint_every))
+            if measured or saved:
+                refuse_broken(parts, run, done)  # so the last checkpoint is a good one
+            if measured:
                 scores = _evaluate(parts)
                 log.write(update=done, epoch=epoch, eval=scores)
                 parts.method.validated(scores)
-            if interrupt.requested or (epoch_ends and _due(epoch, config.checkpoint_every)):
-                refuse_broken(parts, run, done)  # the last checkpoint is a good one
+            if saved:
                 now = replace(progress, update=done, seconds=time.monotonic() - began)
                 save_checkpoint(run, parts.method, parts.optimizer, now, parts.average)
             if interrupt.requested:
@@ -106,6 +110,7 @@ def _describe(parts: Parts, run: Path, seconds: float) -> dict[str, Any]:
         "method": parts.config.method,
         "mode": mode_name(parts.config.method),
         "seed": parts.config.seed,
+        "precision": decide_precision(parts.config.precision, parts.device, parts.method.student),
         "cache_id": parts.cache.manifest.cache_id,
         "seconds": round(seconds, 3),
         "student_updates": total,

@@ -76,7 +76,7 @@ def _backward(method: Method, batch: Batch, config: TrainConfig, moment: Moment)
     losses: dict[str, Tensor] = {}
     finite = []
     for part in parts_of(batch, config):
-        with autocast(batch.images.device, config.precision):
+        with autocast(batch.images.device, config.precision, method.student):
             found = method(part, moment)
         finite.append(_Finite(found["loss"]))
         (found["loss"] if count == 1 else found["loss"] / count).backward()

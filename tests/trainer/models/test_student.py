@@ -135,6 +135,23 @@ def test_every_family_of_timm_gives_one_embedding_per_image():
         assert embedding_width(name, {}, config.input_size[-1] if config else 224) > 0
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["vit_tiny_patch16_224", "resnet10t", "tf_efficientnet_lite0", "convnext_atto", "swin_tiny_patch4_window7_224",
+     "mobilenetv3_small_050", "eva02_tiny_patch14_224", "xcit_nano_12_p16_224"],
+)  # fmt: skip
+def test_students_of_every_kind_see_images_at_the_size_that_is_asked_for(name):
+    size = 56 if "swin" in name or "14" in name else 64
+    with torch.device("meta"):
+        student = build_student(StudentConfig(name=name, img_size=size)).eval()
+        seen = []
+        first = next(module for module in student.network.modules() if isinstance(module, torch.nn.Conv2d))
+        first.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[2:])))
+        assert student(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape == (1, student.dim)
+    assert student.input_size == size
+    assert seen == [(size, size)]
+
+
 def test_a_convolutional_student_takes_images_of_any_size(tmp_path, images):
     torch.manual_seed(0)
     student = build_student(StudentConfig(name="test_efficientnet", img_size=24)).eval()
