@@ -224,3 +224,28 @@ def test_every_command_ends_with_where_its_result_is_and_what_comes_next(here, r
     )
     said = here("report", run, "--output", tmp_path)[1]
     assert said.splitlines()[-1].endswith("next: open the page in a browser")
+
+
+def test_runs_side_by_side_are_held_against_the_first_image_by_image(here, runs, tmp_path):
+    for name in ("baseline", "distill"):
+        shutil.copytree(runs / name, tmp_path / name, ignore=shutil.ignore_patterns("eval*"))
+    first, second = tmp_path / "baseline", tmp_path / "distill"
+    code, said, _ = here("eval", first, second, "--per-class")
+    assert code == 0
+    assert re.search(
+        r"R-Precision( +\d+\.\d)( +\d+\.\d to \d+\.\d){2} +[+-]\d+\.\d +-?\d+\.\d to -?\d+\.\d +\d\.\d{4}", said
+    )
+    assert re.search(r"class 10 +5( +\d+\.\d){6}", said)
+    scores = json.loads((second / "eval.json").read_text())
+    assert scores["against"]["run"] == str(first)
+    by = scores["against"]["difference"]["recall_at_1"]
+    before = json.loads((first / "eval.json").read_text())["student"]["recall_at_1"]
+    assert by["value"] == pytest.approx(scores["student"]["recall_at_1"] - before)
+    assert by["low"] <= by["value"] <= by["high"]
+    assert [line["images"] for line in scores["per_class"]] == [5, 5]
+    assert scores["intervals"]["recall_at_1"]["over_classes"]["value"] == scores["student"]["recall_at_1"]
+
+
+def test_embeddings_of_several_runs_do_not_go_into_one_file(here, runs, tmp_path):
+    code, _, errors = here("eval", runs / "baseline", runs / "distill", "--save-embeddings", tmp_path / "e.npz")
+    assert (code, errors) == (1, "error: --save-embeddings is for one run; give one\n")

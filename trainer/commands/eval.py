@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,42 +19,60 @@ _CLASSES: dict[SplitName, str] = {
 
 
 def eval_run(
-    run: Annotated[Path, typer.Argument(help="A run's directory, or a student.safetensors.")],
+    runs: Annotated[list[Path], typer.Argument(help="Runs' directories, or student.safetensors files.")],
     cache: Annotated[
-        str | None, typer.Option(help="Cache to evaluate on (folder or URL); default the run's own.")
+        str | None, typer.Option(help="Cache to evaluate on (folder or URL); default the first run's.")
     ] = None,
     split: Annotated[
         SplitName, typer.Option(help="test, or validation: the training classes that the run held out.")
     ] = "test",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
-    save_embeddings: Annotated[Path | None, typer.Option(help="Also write the embeddings (.npz).")] = None,
+    save_embeddings: Annotated[Path | None, typer.Option(help="Also write the embeddings (.npz); of one run.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Also a line per class, the worst first.")] = False,
     local_cache: Annotated[
         str | None, typer.Option(help="Disk that may hold what was fetched of a cache at a URL, e.g. 50GB.")
     ] = None,
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Accept an unsealed cache.")] = False,
 ) -> None:
-    """Recall@1/2/4/8 and mAP@R on classes never trained on: every image queries all the others."""
+    """Recall@1/2/4/8, mAP@R and R-Precision on classes never trained on: every image queries all the others.
+
+    Of several runs each but the first is held against the first, image by image.
+    """
     from trainer.device import choose_device, use_device
-    from trainer.evaluation import evaluate
-    from trainer.evaluation.tables import format_scores
+    from trainer.errors import TrainError
+    from trainer.evaluation import details, evaluate, tables
     from trainer.methods.trained import load_trained
     from trainer.runs import cache_of_run
     from trainer.training.run_folder import save_scores
 
-    opened = open_for(cache or cache_of_run(run), allow_partial, local_cache=local_cache)
+    if save_embeddings is not None and len(runs) > 1:
+        raise TrainError("--save-embeddings is for one run; give one")
+    opened = open_for(cache or cache_of_run(runs[0]), allow_partial, local_cache=local_cache)
     where = choose_device(device)
     named = use_device(where)
-    scores, embeddings, test = evaluate.evaluate_run(run, opened, where, load_trained, split)
-    if as_json:
-        typer.echo(json.dumps(scores, indent=2))
-    else:
+    if not as_json:
         typer.echo(named)
-        typer.echo(f"{run}: {scores['queries']} queries of {scores['classes']} {_CLASSES[split]}, percent")
-        typer.echo(format_scores(scores))
-    saved = save_scores(run, split, scores) if run.is_dir() else None
-    if saved is not None and not as_json:
-        command = shlex.join(["dit-train", "report", str(run), "--output", str(run)])
-        typer.echo(f"the scores are in {saved}; next: {command}")
+    found: list[dict[str, Any]] = []
+    first = None
+    for run in runs:
+        scores, embeddings, test = evaluate.evaluate_run(run, opened, where, load_trained, split)
+        queries = details.score_each_query(embeddings["student"], test, where)
+        scores = {**scores, **details.describe_queries(queries, details.class_names(test))}
+        if first is not None:
+            scores["against"] = {"run": str(runs[0]), "difference": details.compare(queries, first)}
+        first = first or queries
+        found.append(scores)
+        if not as_json:
+            typer.echo(f"{run}: {scores['queries']} queries of {scores['classes']} {_CLASSES[split]}, percent")
+            typer.echo(tables.format_scores(scores))
+            typer.echo(tables.format_details(scores, per_class))
+        saved = save_scores(run, split, scores) if run.is_dir() else None
+        if saved is not None and not as_json:
+            command = shlex.join(["dit-train", "report", str(run), "--output", str(run)])
+            typer.echo(f"the scores are in {saved}; next: {command}")
+    if as_json:
+        by_run = {str(run): scores for run, scores in zip(runs, found, strict=True)}
+        typer.echo(json.dumps(found[0] if len(runs) == 1 else by_run, indent=2))
     if save_embeddings is not None:
         evaluate.save_embeddings(save_embeddings, embeddings, test)

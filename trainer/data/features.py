@@ -48,6 +48,7 @@ class FeatureShape:
     tokens: int  # L
     channels: int  # C_t
     grid: tuple[int, int]  # how the L tokens lie: rows, columns
+    tap: str = ""  # its name
 
 
 class FeatureSource:
@@ -61,7 +62,7 @@ class FeatureSource:
         info = tap_info(cache, need.tap or cache.manifest.default_tap)
         self.cache, self.tap, self.next_view = cache, info.name, need.next_view
         timesteps = choose_timesteps(cache, need.timesteps)
-        self.shape = FeatureShape(timesteps, info.tokens, info.channels, info.grid)
+        self.shape = FeatureShape(timesteps, info.tokens, info.channels, info.grid, self.tap)
         self._row_of = None if cache is own else _match(own, cache)
 
     def rows(self, rows: np.ndarray) -> np.ndarray:

@@ -45,7 +45,7 @@ def evaluate_modules(
     """
     embeddings = {"student": embed_students(student, test, device)}
     scores: dict[str, Any] = {
-        "student": retrieval_scores(embeddings["student"], test.labels),
+        "student": retrieval_scores(embeddings["student"].to(device), test.labels.to(device)),
         "auxiliary": None,
     }
     found = {} if auxiliary is None else embed_auxiliary(auxiliary, embeddings["student"], test, device)

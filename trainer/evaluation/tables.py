@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.evaluation.metrics import COLUMNS
+from trainer.evaluation.metrics import COLUMNS, DETAILED
+
+SHOWN = 3  # confusions
 
 
 def format_scores(scores: dict[str, Any]) -> str:
@@ -35,3 +37,31 @@ def format_table(lines: dict[str, dict[str, float]]) -> str:
     for name, scores in lines.items():
         rows.append(f"{name:{width}}" + "".join(f"{100 * scores[column]:8.1f}" for column in COLUMNS))
     return "\n".join(rows)
+
+
+def format_details(scores: dict[str, Any], per_class: bool = False) -> str:
+    """The student's scores with their intervals, against another run where there is one, and the worst confusions."""
+    lines = [f"{'95 % interval':14}{'score':>7}{'over classes':>16}{'over queries':>16}"]
+    against = scores.get("against")
+    if against:
+        lines[0] += f"{'difference':>12}{'interval':>16}{'p':>8}   from {against['run']}"
+    for name, found in scores["intervals"].items():
+        classes, queries = found["over_classes"], found["over_queries"]
+        line = f"{DETAILED[name]:14}{100 * classes['value']:7.1f}{_interval(classes):>16}{_interval(queries):>16}"
+        if against:
+            by = against["difference"][name]
+            line += f"{100 * by['value']:+12.1f}{_interval(by):>16}{by['p']:8.4f}"
+        lines.append(line)
+    for confusion in scores["confusions"][:SHOWN]:
+        lines.append(f"{confusion['images']} of {confusion['class']} nearest to {confusion['taken_for']}")
+    if per_class:
+        width = max(len(line["class"]) for line in scores["per_class"])
+        lines.append(f"{'class':{width}}{'images':>8}" + "".join(f"{title:>12}" for title in DETAILED.values()))
+        for of in scores["per_class"]:
+            values = "".join(f"{'-' if of[name] is None else f'{100 * of[name]:.1f}':>12}" for name in DETAILED)
+            lines.append(f"{of['class']:{width}}{of['images']:8}{values}")
+    return "\n".join(lines)
+
+
+def _interval(found: dict[str, float]) -> str:
+    return f"{100 * found['low']:.1f} to {100 * found['high']:.1f}"

@@ -44,7 +44,7 @@ def test_without_test_features_only_the_student_is_scored(make_cache, tiny_confi
 
 
 def test_a_run_of_other_features_is_not_scored_with_them(run, make_cache):
-    with pytest.raises(TrainError, match="does not fit the features of this cache"):
+    with pytest.raises(TrainError, match="does not fit tap hidden of this cache"):
         evaluate_run(run, make_cache(tokens=9), CPU, load_trained)
 
 

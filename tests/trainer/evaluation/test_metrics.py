@@ -5,7 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.errors import TrainError
-from trainer.evaluation.metrics import map_at_r, ranked_neighbours, recall_at_k, retrieval_scores
+from trainer.evaluation.metrics import (
+    map_at_r,
+    mean_score,
+    ranked_neighbours,
+    recall_at_k,
+    retrieval_scores,
+    score_queries,
+)
 
 
 def brute_force_ranking(embeddings: torch.Tensor) -> list[list[int]]:
@@ -93,3 +100,28 @@ def test_embeddings_that_are_not_finite_have_no_score(value):
     embeddings[2, 1] = embeddings[7, 0] = value
     with pytest.raises(TrainError, match="2 of 10 embeddings are not finite"):
         retrieval_scores(embeddings, torch.arange(10) // 2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_equal_those_of_pytorch_metric_learning_with_ties_and_lone_images(seed):
+    accuracy = pytest.importorskip("pytorch_metric_learning.utils.accuracy_calculator")
+    random = torch.Generator().manual_seed(seed)
+    embeddings = torch.randint(-2, 3, (80, 4), generator=random).float()  # many ties, and vectors of nothing
+    labels = torch.cat([torch.randint(12, (76,), generator=random), torch.arange(100, 104)])  # 4 lone images
+    scores, _ = score_queries(embeddings, labels)
+
+    def neighbours(query, k, reference, same):
+        """The same ranking for both, for where distances are equal theirs is left to chance."""
+        found = torch.cat([at for _, at in ranked_neighbours(embeddings, len(labels) - 1)])[:, :k]
+        return torch.zeros(found.shape), found
+
+    calculator = accuracy.AccuracyCalculator(
+        include=("precision_at_1", "r_precision", "mean_average_precision_at_r"), k="max_bin_count", knn_func=neighbours
+    )
+    theirs = calculator.get_accuracy(embeddings, labels)
+    # They leave images without another of their class out of every score, we only where it is undefined.
+    lone = (labels[:, None] == labels).sum(1) == 1
+    assert theirs["precision_at_1"] == pytest.approx(float(scores["recall_at_1"][~lone].mean()))
+    assert theirs["r_precision"] == pytest.approx(mean_score(scores["r_precision"]))
+    assert theirs["mean_average_precision_at_r"] == pytest.approx(mean_score(scores["map_at_r"]))
+    assert bool((scores["map_at_r"].isnan() == lone).all())

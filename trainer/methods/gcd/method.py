@@ -200,7 +200,8 @@ class Gcd(Method):
             self.gim.load_state_dict(weights)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1].strip()
-            raise TrainError(f"the GIM of {run} does not fit the features of this cache: {reason}") from error
+            tap = self.shapes[TEACHER].tap
+            raise TrainError(f"the GIM of {run} does not fit tap {tap} of this cache: {reason}") from error
 
 
 class _Features:
