@@ -28,6 +28,7 @@ class FeatureNeed:
     timesteps: tuple[int, ...] | None = None
     cache: str | None = None
     next_view: bool = False  # of the same sample in the next of the run's views, not in the view of its image
+    shuffled: int | None = None  # a control: each sample is given another's of its split, by this seed
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ class FeatureSource:
         timesteps = choose_timesteps(cache, need.timesteps)
         self.shape = FeatureShape(timesteps, info.tokens, info.channels, info.grid, self.tap)
         self._row_of = None if cache is own else _match(own, cache)
+        if need.shuffled is not None:
+            identity = np.arange(len(own.samples))
+            self._row_of = (identity if self._row_of is None else self._row_of)[_shuffled(own, need.shuffled)]
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
         """Rows of this source's cache for rows of the run's own, -1 where the sample is not there."""
@@ -138,6 +142,17 @@ def tap_info(cache: Cache, tap: str) -> TapInfo:
     if tap not in taps:
         raise TrainError(f"{_name(cache)} lacks tap {tap} (has {_list(taps)})")
     return taps[tap]
+
+
+def _shuffled(own: Cache, seed: int) -> np.ndarray:
+    """(rows of `own`,) int64: rows with features in a random order within their split, the others in their place."""
+    rows, random = np.arange(len(own.samples)), np.random.Generator(np.random.Philox(key=seed))
+    has_features = np.array([own.has_features(row) for row in rows.tolist()], dtype=bool)
+    splits = np.array(own.samples["split"].to_pylist())
+    for split in sorted(set(splits[has_features].tolist())):
+        chosen = rows[has_features & (splits == split)]
+        rows[chosen] = random.permutation(chosen)
+    return rows
 
 
 def _match(own: Cache, other: Cache) -> np.ndarray:

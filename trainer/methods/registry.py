@@ -26,6 +26,9 @@ METHODS: dict[str, Entry] = {
     "regression": Entry(
         "trainer.methods.regression.config:RegressionRunConfig", "trainer.methods.regression.method:Regression"
     ),
+    "relational": Entry(
+        "trainer.methods.relational.config:RelationalConfig", "trainer.methods.relational.method:Relational"
+    ),
     "gcd": Entry("trainer.methods.gcd.config:GcdConfig", "trainer.methods.gcd.method:Gcd"),
 }
 DEFAULT = "gcd"

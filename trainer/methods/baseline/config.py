@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from cache_schema.fields import Setting
 from trainer.config import Frozen, OptimConfig, TrainConfig
 
 
@@ -21,6 +22,18 @@ class BaselineOptimConfig(OptimConfig):
     proxy_lr_scale: float = Field(default=1.0, gt=0)
 
 
+class UnlabelledConfig(Frozen):
+    """Unlabelled images without a teacher, for comparisons at equal data."""
+
+    per_batch: Annotated[int, Setting("Extra rows per batch.")] = Field(default=0, ge=0)
+    by: Annotated[
+        Literal["pseudo", "consistency"],
+        Setting("pseudo: learn confident classes on changed images; consistency: the same embedding for both."),
+    ] = "pseudo"
+    threshold: Annotated[float, Setting("Least confidence of a pseudo-label.")] = Field(default=0.95, ge=0, le=1)
+    weight: Annotated[float, Setting("Of their loss.")] = Field(default=1.0, ge=0)
+
+
 class BaselineConfig(TrainConfig):
     """A run of the student alone; no teacher's features are read."""
 
@@ -28,4 +41,5 @@ class BaselineConfig(TrainConfig):
 
     method: Literal["baseline"] = "baseline"
     loss: BaselineLossConfig = BaselineLossConfig()
+    unlabelled: UnlabelledConfig = UnlabelledConfig()
     optim: BaselineOptimConfig = BaselineOptimConfig()

@@ -74,9 +74,10 @@ class Gcd(Method):
 
     @classmethod
     def needs(cls, config: GcdConfig) -> Needs:
-        features = {TEACHER: FeatureNeed(config.tap, config.timesteps)}
+        shuffled = config.seed if config.shuffle_features else None
+        features = {TEACHER: FeatureNeed(config.tap, config.timesteps, shuffled=shuffled)}
         if config.loss.target_views == "mean":
-            features[OTHER_VIEW] = FeatureNeed(config.tap, config.timesteps, next_view=True)
+            features[OTHER_VIEW] = FeatureNeed(config.tap, config.timesteps, next_view=True, shuffled=shuffled)
         gim, loss = config.gim, config.loss
         whole = gim.residual == "pca" or gim.token_norm == "whiten" or loss.align_target == "pooled"
         return Needs(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from cache_schema.fields import Setting
 from trainer.config import RegressionConfig, TrainConfig
 from trainer.methods.baseline.config import BaselineLossConfig, BaselineOptimConfig
 
@@ -31,6 +32,9 @@ class RegressionRunConfig(TrainConfig):
     unlabeled_per_batch: int = Field(default=0, ge=0)  # extra rows per batch that are regressed alone
     tap: str | None = None  # None: hidden where the cache has it, otherwise its first
     timesteps: tuple[int, ...] | None = None  # None: all that the cache has
+    shuffle_features: Annotated[
+        bool, Setting("A control: every image is given the features of another one of its split.")
+    ] = False
     loss: BaselineLossConfig = BaselineLossConfig()
     regression: PlainRegressionConfig = PlainRegressionConfig()
     optim: RegressionOptimConfig = RegressionOptimConfig()

@@ -37,7 +37,8 @@ class Regression(Method):
 
     @classmethod
     def needs(cls, config: RegressionRunConfig) -> Needs:
-        features = {TEACHER: FeatureNeed(config.tap, config.timesteps)}
+        shuffled = config.seed if config.shuffle_features else None
+        features = {TEACHER: FeatureNeed(config.tap, config.timesteps, shuffled=shuffled)}
         return Needs(features, unlabelled=config.unlabeled_per_batch, places=True)
 
     def forward(self, batch: Batch, moment: Moment = END) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""Similarities between images, as the teacher's features have them, beside DRC."""

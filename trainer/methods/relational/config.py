@@ -1,0 +1,40 @@
+"""Settings of relational distillation."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from cache_schema.fields import Setting
+from trainer.config import TrainConfig
+from trainer.methods.baseline.config import BaselineLossConfig, BaselineOptimConfig
+
+
+class RelationalLossConfig(BaselineLossConfig):
+    """L = drc_weight · L_DRC + weight · L_relational."""
+
+    drc_weight: Annotated[float, Setting("Of DRC on E_R; 0 learns from the teacher alone.")] = Field(default=1.0, ge=0)
+    weight: Annotated[float, Setting("Of the similarities.")] = Field(default=5.0, gt=0)
+    temperature: Annotated[float, Setting("Of the similarities.")] = Field(default=0.1, gt=0)
+    components: Annotated[int, Setting("Half-whitened principal components of the pooled features.")] = Field(
+        default=256, ge=1
+    )
+
+
+class RelationalConfig(TrainConfig):
+    """A run of the student with its own DRC that also learns which images the teacher finds alike; no GIM."""
+
+    presets: ClassVar = {"recommended": {"optim": {"proxy_lr_scale": 100.0}}}
+
+    method: Literal["relational"] = "relational"
+    unlabeled_per_batch: Annotated[int, Setting("Extra rows per batch, which are compared alone.")] = Field(
+        default=0, ge=0
+    )
+    tap: str | None = None  # None: hidden where the cache has it, otherwise its first
+    timesteps: tuple[int, ...] | None = None  # None: all that the cache has
+    shuffle_features: Annotated[
+        bool, Setting("A control: every image is given the features of another one of its split.")
+    ] = False
+    loss: RelationalLossConfig = RelationalLossConfig()
+    optim: BaselineOptimConfig = BaselineOptimConfig()
