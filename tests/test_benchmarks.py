@@ -88,7 +88,7 @@ def _broken() -> dict[str, measure.Work]:
 
 def test_every_benchmark_can_be_named_and_no_other():
     listed = run("benchmarks", "--help")
-    assert all(name in listed for name in ("reading", "writing", "ablation"))
+    assert all(name in listed for name in ("reading", "writing", "scaling"))
     assert "there is no benchmark nonsense" in run("benchmarks", "nonsense", expect=2)
 
 

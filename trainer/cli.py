@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperCommand
 
 from cache_schema import cli as commands
+from trainer.commands.ablate import ablate
 from trainer.commands.eval import eval_run
 from trainer.commands.report import report
 
@@ -38,6 +39,7 @@ def run() -> None:
 
 app.command("eval")(eval_run)
 app.command("report")(report)
+app.command("ablate")(ablate)
 
 
 @app.callback()

@@ -1,0 +1,108 @@
+import csv
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from trainer.cli import app
+from trainer.errors import TrainError
+from trainer.evaluation.intervals import class_bootstrap, hits_at_1
+from trainer.evaluation.metrics import recall_at_k
+from trainer.reports import ablation_run
+from trainer.reports.ablation_plan import VARIANTS, choose_variants, make_cells, read_sweep
+from trainer.reports.ablation_run import run_cells
+from trainer.reports.ablation_table import as_csv, as_markdown, tabulate
+
+TINY = ("updates=2", "epochs=1")
+
+
+def test_hits_are_what_recall_counts():
+    generator = torch.Generator().manual_seed(0)
+    embeddings, labels = torch.randn(40, 3, generator=generator), torch.arange(40) % 5
+    assert hits_at_1(embeddings, labels).mean() == pytest.approx(recall_at_k(embeddings, labels)[1])
+
+
+def test_classes_are_drawn_and_not_images():
+    labels = np.repeat(np.arange(10), 50)
+    values = (labels % 2).astype(float)  # a class stands or falls as a whole
+    found = class_bootstrap(values, labels)
+    assert found.mean == 0.5
+    assert found.high - found.low > 0.4  # over images it would be 0.09
+    assert class_bootstrap(np.full(500, 0.3), labels).low == pytest.approx(0.3)
+    assert class_bootstrap(values, labels) == found
+
+
+def test_a_run_is_told_apart_by_its_config_and_not_by_where_its_cache_lies(cache):
+    def name(path="a", **settings):
+        given = [f"{field.replace('__', '.')}={value}" for field, value in settings.items()]
+        return make_cells(path, [VARIANTS["gcd"]], 1, "small", given)[0].name
+
+    assert name() == name("b") == name(log_every=3)
+    assert name() != name(loss__alpha=3)
+
+
+def test_settings_are_for_the_methods_that_have_them(cache):
+    cells = make_cells("a", [VARIANTS["baseline"], VARIANTS["gcd"]], 2, "small", ["loss.alpha=3", "epochs=4"])
+    assert [(cell.config.method, cell.config.seed, cell.config.epochs) for cell in cells] == [
+        ("baseline", 0, 4), ("gcd", 0, 4), ("baseline", 1, 4), ("gcd", 1, 4)
+    ]  # fmt: skip
+    assert cells[1].config.loss.alpha == 3
+    with pytest.raises(TrainError, match=r"no such field: loss\.alfa"):
+        make_cells("a", [VARIANTS["gcd"]], 1, "small", ["loss.alfa=3"])
+
+
+def test_a_sweep_is_a_variant_for_each_value():
+    assert [v.settings for v in read_sweep("timesteps=10/10,22")] == [("timesteps=10",), ("timesteps=10,22",)]
+    with pytest.raises(TrainError, match="write FIELD=VALUE/VALUE"):
+        read_sweep("gim.queries=4//8")
+    with pytest.raises(TrainError, match=r"no such field: gim\.querys"):
+        read_sweep("gim.querys=4")
+
+
+def test_controls_are_those_that_a_cache_allows(cache, make_cache):
+    assert "pseudo-labels" in {v.name for v in choose_variants(cache, [], [], None)}
+    bare = make_cache(classes={"train": (0, 1), "test": (10, 11)}, feature_splits=("train", "test"))
+    assert not {v.name for v in choose_variants(bare, [], [], None)} & {"pseudo-labels", "no-unlabelled"}
+    with pytest.raises(TrainError, match="pseudo-labels needs unlabelled images"):
+        choose_variants(bare, ["pseudo-labels"], [], None)
+    with pytest.raises(TrainError, match="there is no 'magic'"):
+        choose_variants(cache, ["magic"], [], None)
+    assert [v.name for v in choose_variants(cache, ["gcd"], [], "r")] == ["baseline", "gcd", "random-teacher"]
+
+
+@pytest.fixture
+def cells(cache, cache_path, tiny_settings):
+    settings = [*tiny_settings[1::2], *TINY]
+    variants = [VARIANTS[name] for name in ("baseline", "gcd")]
+    return make_cells(str(cache_path), variants, 2, "small", settings), variants
+
+
+def test_finished_runs_are_not_made_again_and_the_tables_pair_them(cells, tmp_path, monkeypatch):
+    cells, variants = cells
+    first = list(run_cells(cells, tmp_path, "test", 1))
+    monkeypatch.setattr(ablation_run, "run_cell", None)
+    again = list(run_cells(cells, tmp_path, "test", 1))
+    rows = tabulate(again, variants)
+    assert as_markdown(rows).splitlines()[2:] == as_markdown(tabulate(first, variants)).splitlines()[2:]
+    assert rows[0].gain is None
+    gain = np.mean(rows[1].column("recall_at_1")) - np.mean(rows[0].column("recall_at_1"))
+    assert rows[1].gain.mean == pytest.approx(gain)
+    lines = list(csv.DictReader(as_csv(rows).splitlines()))
+    assert [(line["variant"], line["seed"]) for line in lines] == [
+        ("baseline", "0"), ("baseline", "1"), ("gcd", "0"), ("gcd", "1")
+    ]  # fmt: skip
+    assert float(lines[2]["ed_masked"]) == rows[1].auxiliary("masked")[0]
+
+
+def test_the_command_makes_runs_and_tables(cache_path, tiny_settings, tmp_path):
+    arguments = ["ablate", "--cache", cache_path, "--output", tmp_path, "--variants", "relational", "--seeds", 1,
+                 "--preset", "small", *tiny_settings, "--set", "updates=2"]  # fmt: skip
+    planned = CliRunner().invoke(app, [*map(str, arguments), "--plan"])
+    assert planned.exit_code == 0
+    assert not list(tmp_path.iterdir())
+    found = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert "2 of 2" in found.output
+    folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert folders == set(planned.output.split())
+    assert all((tmp_path / f"ablation.{kind}").stat().st_size for kind in ("csv", "md", "png"))

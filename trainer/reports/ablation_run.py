@@ -1,0 +1,106 @@
+"""Runs of an ablation, side by side in processes of their own; what is finished is not made again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cache_schema import open_cache
+from cache_schema.storage.files import write_file
+from trainer.device import choose_device
+from trainer.evaluation.evaluate import evaluate_run
+from trainer.evaluation.intervals import hits_at_1
+from trainer.methods.settings import load_config, settings_of
+from trainer.methods.trained import load_trained
+from trainer.reports.ablation_plan import Cell
+from trainer.runs import SplitName, is_finished, load_result, read_json
+from trainer.training.loop import train
+from trainer.training.run_folder import write_json
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A finished cell: what its run says of itself, its scores, and for each query whether it was answered."""
+
+    cell: Cell
+    result: dict[str, Any]
+    scores: dict[str, Any]
+    hits: dict[str, float]  # sample id → 0 or 1, of the student
+    labels: dict[str, int]
+
+
+def run_cells(cells: Sequence[Cell], work: Path, split: SplitName, jobs: int) -> Iterator[Scored]:
+    """Train and score what is not there yet, `jobs` at a time, and yield each cell as soon as it is there.
+
+    Interrupted, an ablation goes on where it stopped: runs resume from their checkpoints.
+    """
+    finished = [cell for cell in cells if _queries_file(work / cell.name, split).is_file()]
+    yield from (read_cell(cell, work, split) for cell in finished)
+    waiting = [cell for cell in cells if cell not in finished]
+    for cell in _made(waiting, work, split, jobs):
+        yield read_cell(cell, work, split)
+
+
+def _made(cells: Sequence[Cell], work: Path, split: SplitName, jobs: int) -> Iterator[Cell]:
+    texts = [settings_of(cell.config.method).render(cell.config) for cell in cells]
+    if jobs == 1:
+        for cell, text in zip(cells, texts, strict=True):
+            run_cell(text, work / cell.name, split)
+            yield cell
+        return
+    # Spawned: a process that has computed in several threads cannot be forked.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        given = {
+            pool.submit(run_cell, text, work / cell.name, split): cell for cell, text in zip(cells, texts, strict=True)
+        }
+        try:
+            for done in as_completed(given):
+                done.result()
+                yield given[done]
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def run_cell(config_text: str, folder: Path, split: SplitName) -> None:
+    """Train one run into a folder, or go on with it, and score it; a config travels to another process as text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = folder / "wanted.json"
+    write_file(wanted, config_text.encode())
+    config = load_config(wanted)
+    wanted.unlink()
+    cache = open_cache(config.cache, verify=config.verify_reads)
+    if not is_finished(folder):
+        train(config, cache, folder, resume=True)
+    scores, embeddings, test = evaluate_run(folder, cache, choose_device(config.device), load_trained, split)
+    ids = cache.samples["id"].take(test.split.rows).to_pylist()
+    hits = hits_at_1(embeddings["student"], torch.from_numpy(test.split.labels))
+    write_json(folder / f"eval-{split}-ablation.json", scores)
+    queries = {"ids": ids, "hits": hits.tolist(), "labels": test.split.labels.tolist()}
+    write_file(_queries_file(folder, split), json.dumps(queries).encode())  # last: the sign that a cell is finished
+
+
+def read_cell(cell: Cell, work: Path, split: SplitName) -> Scored:
+    """A finished cell from its folder."""
+    folder = work / cell.name
+    queries = read_json(_queries_file(folder, split))
+    hits = dict(zip(queries["ids"], queries["hits"], strict=True))
+    labels = dict(zip(queries["ids"], queries["labels"], strict=True))
+    return Scored(cell, load_result(folder), read_json(folder / f"eval-{split}-ablation.json"), hits, labels)
+
+
+def paired(runs: Sequence[Scored], ids: Sequence[str]) -> np.ndarray:
+    """Answers to the queries `ids`, averaged over runs of several seeds: (N,)."""
+    return np.mean([[run.hits[name] for name in ids] for run in runs], axis=0)
+
+
+def _queries_file(folder: Path, split: SplitName) -> Path:
+    return folder / f"queries-{split}.json"
