@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from cache_schema import open_cache
 from cache_schema.storage.files import write_file
 from trainer.device import choose_device
+from trainer.evaluation.details import score_each_query
 from trainer.evaluation.evaluate import evaluate_run
-from trainer.evaluation.intervals import hits_at_1
 from trainer.methods.settings import load_config, settings_of
 from trainer.methods.trained import load_trained
 from trainer.reports.ablation_plan import Cell
@@ -80,11 +79,11 @@ def run_cell(config_text: str, folder: Path, split: SplitName) -> None:
     cache = open_cache(config.cache, verify=config.verify_reads)
     if not is_finished(folder):
         train(config, cache, folder, resume=True)
-    scores, embeddings, test = evaluate_run(folder, cache, choose_device(config.device), load_trained, split)
-    ids = cache.samples["id"].take(test.split.rows).to_pylist()
-    hits = hits_at_1(embeddings["student"], torch.from_numpy(test.split.labels))
+    device = choose_device(config.device)
+    scores, embeddings, test = evaluate_run(folder, cache, device, load_trained, split)
+    found = score_each_query(embeddings["student"], test, device)
     write_json(folder / f"eval-{split}-ablation.json", scores)
-    queries = {"ids": ids, "hits": hits.tolist(), "labels": test.split.labels.tolist()}
+    queries = {"ids": found.ids, "hits": found.values["recall_at_1"].tolist(), "labels": found.classes.tolist()}
     write_file(_queries_file(folder, split), json.dumps(queries).encode())  # last: the sign that a cell is finished
 
 

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cache_schema.storage.files import write_file
-from trainer.evaluation.intervals import Interval, class_bootstrap
+from trainer.evaluation.intervals import Difference, Interval, class_bootstrap, paired_class_bootstrap
 from trainer.evaluation.metrics import COLUMNS
 from trainer.reports.ablation_plan import BASELINE, Variant
 from trainer.reports.ablation_run import Scored, paired
@@ -28,7 +28,7 @@ class Row:
     variant: Variant
     runs: list[Scored]
     recall: Interval  # R@1 over classes
-    gain: Interval | None  # over the baseline's, query by query; None for the baseline itself
+    gain: Difference | None  # over the baseline's, query by query; None for the baseline itself
 
     def column(self, name: str) -> list[float]:
         """A score of each seed."""
@@ -54,7 +54,7 @@ def tabulate(runs: Sequence[Scored], variants: Sequence[Variant]) -> list[Row]:
         gain = None
         if variant.name != BASELINE and shared and set(ids) == set(base[shared[0].cell.config.seed].hits):
             against = paired([base[run.cell.config.seed] for run in shared], ids)
-            gain = class_bootstrap(paired(shared, ids) - against, labels)
+            gain = paired_class_bootstrap(paired(shared, ids), against, labels)
         rows.append(Row(variant, own, class_bootstrap(paired(own, ids), labels), gain))
     return rows
 
@@ -74,7 +74,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
         auxiliary = [_spread(row.auxiliary(name)) for name in ("unmasked", "masked")]
         seconds = f"{mean(run.result['seconds'] for run in row.runs):.0f}"
         recall = f"{_spread(row.column('recall_at_1'))} {_bounds(row.recall)}"
-        gain = "–" if row.gain is None else f"{100 * row.gain.mean:+.1f} {_bounds(row.gain)}"
+        gain = "–" if row.gain is None else f"{100 * row.gain.value:+.1f} {_bounds(row.gain)}"
         cells = [row.variant.name, row.variant.about, str(len(row.runs)), recall, gain, *scores, *auxiliary, seconds]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -88,7 +88,7 @@ def as_csv(rows: Sequence[Row]) -> str:
     fields = ["seconds", "student_updates", "images_seen"]
     writer.writerow(["variant", "method", "seed", "run", *COLUMNS, "ed_unmasked", "ed_masked", *bounds, *fields])
     for row in rows:
-        gain = ["", "", ""] if row.gain is None else [row.gain.mean, row.gain.low, row.gain.high]
+        gain = ["", "", ""] if row.gain is None else [row.gain.value, row.gain.low, row.gain.high]
         for run in row.runs:
             auxiliary = run.scores["auxiliary"] or {}
             found = [auxiliary[n]["mean"]["recall_at_1"] if n in auxiliary else "" for n in ("unmasked", "masked")]
@@ -118,10 +118,10 @@ def draw(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _bar(axes: Axes, place: int, interval: Interval) -> None:
-    below, above = interval.mean - interval.low, interval.high - interval.mean
+def _bar(axes: Axes, place: int, interval: Interval | Difference) -> None:
+    below, above = interval.value - interval.low, interval.high - interval.value
     error = [[100 * max(0.0, below)], [100 * max(0.0, above)]]
-    axes.errorbar(100 * interval.mean, place, xerr=error, fmt="o", color="C0", capsize=3, markersize=4)
+    axes.errorbar(100 * interval.value, place, xerr=error, fmt="o", color="C0", capsize=3, markersize=4)
 
 
 def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -141,5 +141,5 @@ def _spread(values: Sequence[float]) -> str:
     return f"{100 * mean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def _bounds(interval: Interval) -> str:
+def _bounds(interval: Interval | Difference) -> str:
     return f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
