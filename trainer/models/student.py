@@ -81,7 +81,7 @@ class Student(nn.Module):
         with torch.device("meta"):
             twin: Any = _create(self.name, self.kwargs).eval()
             if not hasattr(twin, "forward_features") or not hasattr(twin, "forward_head"):
-                raise TrainError(f"student {self.name} has no features before it pools them; choose another network")
+                raise TrainError(f"student {self.name} has no features before it pools them; set regression.weight=0")
             features = twin.forward_features(torch.empty(2, 3, self.input_size, self.input_size))
         _, *shape = self._map(features).shape
         return shape[0], shape[1], shape[2]
@@ -100,7 +100,7 @@ class Student(nn.Module):
                 return tokens.unflatten(1, (side, side))
         raise TrainError(
             f"student {self.name} keeps no map of the image before it pools: {tuple(features.shape[1:])}; "
-            "choose another network"
+            "set regression.weight=0, or choose another network"
         )
 
     def _normalise(self, images: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ class Cell:
 # The losses as the paper writes them.
 _PAPER = (
     "loss.drc_on=ed", "loss.cal=raw", "loss.cal_target=as_trained", "loss.stop_gradient=false", "gim.mask_student=0",
-    "loss.alpha=1", "unlabeled_per_batch=0",
+    "loss.alpha=1", "loss.align=direct", "loss.share_proxies=true", "gim.residual=none", "gim.detach_student=false",
+    "regression.weight=0", "unlabeled_per_batch=0",
 )  # fmt: skip
 VARIANTS = {
     variant.name: variant

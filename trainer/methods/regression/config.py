@@ -26,7 +26,9 @@ class RegressionOptimConfig(BaselineOptimConfig):
 class RegressionRunConfig(TrainConfig):
     """A run of the student with its own DRC that also regresses the cached features; no GIM."""
 
-    presets: ClassVar = {"recommended": {"optim": {"proxy_lr_scale": 100.0, "head_lr_scale": 100.0}}}
+    presets: ClassVar = {
+        "recommended": {"regression": {"pooled": 0.0}, "optim": {"proxy_lr_scale": 100.0, "head_lr_scale": 30.0}}
+    }
 
     method: Literal["regression"] = "regression"
     unlabeled_per_batch: int = Field(default=0, ge=0)  # extra rows per batch that are regressed alone
