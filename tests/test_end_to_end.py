@@ -95,7 +95,11 @@ def test_building_the_finished_cache_again_computes_nothing(work):
         (["dit-cache", "build", "--limit", "2", "--teacher", "nowhere"], 1, "teacher nowhere: no such folder"),
         (["dit-cache", "build", "--limit", "2", "--teacher", "runs"], 1, "no model_index.json"),
         (["dit-cache", "build", "--limit", "2", "--taps", "double.99", "--output", "x"], 1, "no tap 'double.99'"),
-        (["dit-cache", "build", "--limit", "2", "--device", "toaster"], 1, "--device toaster"),
+        (
+            ["dit-cache", "build", "--limit", "2", "--device", "toaster"],
+            1,
+            "device 'toaster': no such device; use auto, cpu",
+        ),
         (["dit-cache", "build", "--limit", "2", "--output", "runs/demo/cache"], 1, "choose another directory"),
         (["dit-cache", "build", "--timesteps", "ten"], 2, "--timesteps"),
         (["dit-cache", "build", "--encoding", "int3"], 2, "int3"),

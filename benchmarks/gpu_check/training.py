@@ -1,5 +1,6 @@
 """The cheap job: one step of DiT-Distill, part by part, and its loss in float32 whatever surrounds it."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ def step(scene: Scene) -> str:
     config = make_config("paper", [f"student.name={student}", *sized], method="gcd", cache="", validation_classes=0.0)
     torch.manual_seed(0)
     network = build_student(config.student)
-    shape = FeatureShape(tuple(range(timesteps)), tokens, channels)
+    shape = FeatureShape(tuple(range(timesteps)), tokens, channels, grid=(math.isqrt(tokens),) * 2)
     method = find_method("gcd")(config, network, 98, {TEACHER: shape}).to(scene.device)
     optimiser = make_optimizer(method, config.optim)
     payload = torch.randint(-127, 128, (rows, timesteps, tokens, channels), dtype=torch.int8)

@@ -106,7 +106,7 @@ def test_a_student_alone_is_evaluated_by_its_two_files(here, runs, cache_path, t
         (["--tap", "velocity"], r"lacks tap velocity \(has hidden\)"),
         (["--set", "views=crop.0"], r"lacks view crop.0 \(has canonical, hflip\)"),
         (["--set", "gim.depth=1"], r"no such field: gim.depth"),
-        (["--mode", "both"], r"mode: .*'baseline' or 'regression' or 'distill'"),
+        (["--mode", "both"], r"mode: .*'baseline' or 'regression' or 'relational' or 'distill'"),
         (["--set", "device=abacus"], r"device 'abacus'"),
         (["--preset", "large"], r"unknown preset 'large'; there are demo, paper"),
     ],

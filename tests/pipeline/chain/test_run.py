@@ -261,7 +261,7 @@ def test_a_plan_says_what_is_to_do_and_writes_nothing(runs, folder, tmp_path):
 def test_hours_follow_from_the_speeds_that_are_given(runs, tmp_path):
     found = plan(runs, tmp_path / "new", "--probe", "--images-per-second", "0.5")
     steps = steps_of(found)
-    assert steps["build"]["hours"] == pytest.approx(12 / 0.5 / 3600)
+    assert steps["build"]["hours"] == pytest.approx(2 * 12 / 0.5 / 3600)  # both views
     # A forward pass takes a second: two timesteps of an image, half an image per second.
     assert steps["probe"]["hours"] == pytest.approx(4 * 2 / 3600)
     assert steps["refine"]["hours"] == pytest.approx(4 * 2 * 3 / 3600)

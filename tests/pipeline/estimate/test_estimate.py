@@ -160,8 +160,8 @@ def run(*options):
 def test_the_command_prints_a_table_and_the_same_numbers_as_json(tmp_path):
     options = ("--dataset", "cars", "--images", "8054", "--images-per-second", "5", "--output", str(tmp_path / "c"))
     text, document = run(*options).stdout, json.loads(run(*options, "--json").stdout)
-    assert size_of(document, "int8")["bytes_per_image"] == 4 * 1024 * (3072 + 4)
-    for fact in ("8,054 with features", "32×32 tokens × 3072", "* int8", "12.6 MB", "0.447 hours"):
+    assert size_of(document, "int8")["bytes_per_image"] == 2 * 4 * 1024 * (3072 + 4)  # both views
+    for fact in ("8,054 with features", "32×32 tokens × 3072", "* int8", "25.2 MB", "0.895 hours"):
         assert fact in text
 
 
