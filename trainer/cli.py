@@ -10,6 +10,7 @@ from typer.core import TyperCommand
 from cache_schema import cli as commands
 from trainer.commands.ablate import ablate
 from trainer.commands.eval import eval_run
+from trainer.commands.export import export
 from trainer.commands.report import report
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ def run() -> None:
 app.command("eval")(eval_run)
 app.command("report")(report)
 app.command("ablate")(ablate)
+app.command("export")(export)
 
 
 @app.callback()

@@ -45,9 +45,9 @@ def render_card(manifest: Manifest) -> bytes:
 def _heading(manifest: Manifest) -> str:
     data, teacher = manifest.dataset, manifest.teacher
     return (
-        f"# Teacher cache {_plain(manifest.label)}\n\n"
-        f"Features of {data.feature_rows - len(manifest.failed_rows)} images of {_code(data.name)} as a diffusion "
-        f"transformer ({_plain(teacher.family)}, {_code(teacher.source)}) sees them. "
+        f"# Teacher cache {plain(manifest.label)}\n\n"
+        f"Features of {data.feature_rows - len(manifest.failed_rows)} images of {code(data.name)} as a diffusion "
+        f"transformer ({plain(teacher.family)}, {code(teacher.source)}) sees them. "
         "Students are distilled from this cache without the teacher."
     )
 
@@ -65,16 +65,16 @@ def _contents(manifest: Manifest) -> str:
         )
     facts = {
         "cache id": f"`{manifest.cache_id}`",
-        "data set": _plain(f"{data.name}, protocol {data.protocol}, super-class {data.superclass}"),
-        "images": _plain(counts),
-        "features of": _plain(", ".join(data.feature_splits)) or "no split",
+        "data set": plain(f"{data.name}, protocol {data.protocol}, super-class {data.superclass}"),
+        "images": plain(counts),
+        "features of": plain(", ".join(data.feature_splits)) or "no split",
         "without features": f"{len(manifest.failed_rows)} images that the teacher failed on",
-        "teacher": _plain(f"{teacher.family} at {teacher.resolution} px in {teacher.dtype}, text: {teacher.text}"),
-        "teacher weights": ", ".join(f"{_plain(name)} `{sha[:12]}`" for name, sha in sorted(teacher.digests.items())),
-        "licence of the teacher": _plain(licence_of(teacher)),
+        "teacher": plain(f"{teacher.family} at {teacher.resolution} px in {teacher.dtype}, text: {teacher.text}"),
+        "teacher weights": ", ".join(f"{plain(name)} `{sha[:12]}`" for name, sha in sorted(teacher.digests.items())),
+        "licence of the teacher": plain(licence_of(teacher)),
         "refined (LoRA)": f"`{teacher.lora_digest[:12]}`" if teacher.lora_digest else "no",
         "timesteps": f"{levels} of {curriculum.num_steps}; seed {curriculum.seed}",
-        "views": _plain(", ".join(manifest.views)),
+        "views": plain(", ".join(manifest.views)),
         "encoding": format_encoding(manifest.encoding),
         "size of features": format_bytes(manifest.bytes_features),
         "student images": images,
@@ -102,7 +102,7 @@ def _fidelity(manifest: Manifest) -> str:
     pool = manifest.encoding.pool
     reference = "what the teacher computed" if pool == 1 else f"the mean of {pool}x{pool} tokens of the teacher"
     rows = [
-        f"| {_code(item.tap)} | {item.timestep} | {item.cosine_mean:.6f} | {item.cosine_min:.6f} | "
+        f"| {code(item.tap)} | {item.timestep} | {item.cosine_mean:.6f} | {item.cosine_min:.6f} | "
         f"{item.relative_error:.2e} | {item.channel_error:.2e} |"
         for item in manifest.fidelity
     ]
@@ -133,10 +133,10 @@ def _use(manifest: Manifest) -> str:
     )
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Return text that stays text in Markdown: no link, no HTML, no table, no line of its own."""
     return re.sub(r"[\\\[\]<>|`*]", lambda letter: f"\\{letter[0]}", printable(" ".join(text.split())))
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     return "`" + printable(" ".join(text.split())).replace("`", "'").replace("|", "/") + "`"

@@ -202,7 +202,7 @@ def test_help_lists_the_commands_without_loading_anything_heavy():
         print([name for name in ("torch", "numpy", "pyarrow", "zarr", "pydantic") if name in sys.modules])
     """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
-    assert all(word in dit_train("--help").stdout for word in ("run", "eval", "report"))
+    assert all(word in dit_train("--help").stdout for word in ("run", "eval", "report", "export"))
 
 
 def test_options_are_those_of_the_configuration_with_its_limits(here, tmp_path):
@@ -224,6 +224,18 @@ def test_every_command_ends_with_where_its_result_is_and_what_comes_next(here, r
     )
     said = here("report", run, "--output", tmp_path)[1]
     assert said.splitlines()[-1].endswith("next: open the page in a browser")
+    said = here("export", run, "--output", tmp_path / "out", "--no-onnx")[1]
+    assert said.splitlines()[-1] == f'next: timm.create_model("local-dir:{tmp_path / "out"}", pretrained=True)'
+
+
+def test_a_run_whose_cache_is_gone_is_exported_with_a_note_of_what_the_card_lacks(here, runs, tmp_path):
+    shutil.copytree(runs / "baseline", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "cache": str(tmp_path / "gone")}))
+    code, _, said = here("export", tmp_path / "run", "--output", tmp_path / "out", "--no-onnx")
+    assert code == 0
+    assert "note: the card says nothing of data and teacher" in said
+    assert "--cache names the cache" in said
 
 
 def test_runs_side_by_side_are_held_against_the_first_image_by_image(here, runs, tmp_path):

@@ -197,13 +197,19 @@ def load_student(path: Path) -> Student:
 
 
 def _create(name: str, kwargs: dict[str, Any], **source: Any) -> nn.Module:
-    """A timm network; one that takes images of any size, as convolutional ones do, is not told `img_size`."""
+    return create_network(name, kwargs, **source)[0]
+
+
+def create_network(name: str, kwargs: dict[str, Any], **source: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A timm network and the arguments it took; one that takes images of any size, as convolutional ones do, is not
+    told `img_size`."""
     try:
-        return timm.create_model(name, num_classes=0, **source, **kwargs)
+        return timm.create_model(name, num_classes=0, **source, **kwargs), kwargs
     except TypeError as error:
         if "img_size" not in kwargs or "'img_size'" not in str(error):
             raise
-    return timm.create_model(name, num_classes=0, **source, **{k: v for k, v in kwargs.items() if k != "img_size"})
+    taken = {key: value for key, value in kwargs.items() if key != "img_size"}
+    return timm.create_model(name, num_classes=0, **source, **taken), taken
 
 
 def _wrap(

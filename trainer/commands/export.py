@@ -1,0 +1,47 @@
+"""`dit-train export`: a trained student as others load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trainer.commands.opening import open_for
+
+if TYPE_CHECKING:
+    from cache_schema import Cache
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the export.")],
+    cache: Annotated[
+        str | None, typer.Option(help="The run's cache, if it has moved: for the card, and how images are kept.")
+    ] = None,
+    onnx: Annotated[
+        bool, typer.Option("--onnx/--no-onnx", help="Also write model.onnx, checked in onnxruntime.")
+    ] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
+) -> None:
+    """The student alone, as timm, the hub and onnxruntime load it, with a model card; loads no teacher."""
+    from trainer.export.export import export_run
+
+    names = export_run(run, output, _cache_at_hand(run, cache), onnx, overwrite)
+    typer.echo(f"wrote {', '.join(names)} to {output}")
+    typer.echo(f'next: timm.create_model("local-dir:{output}", pretrained=True)')
+
+
+def _cache_at_hand(run: Path, named: str | None) -> Cache | None:
+    """The cache that a run was trained from; where it is gone and none is named, only say so."""
+    from cache_schema.errors import CacheError
+    from trainer.runs import cache_of_run, load_result
+
+    load_result(run)  # says so if the run is not finished
+    if named is not None:
+        return open_for(named, allow_partial=True, verify=False)
+    try:
+        return open_for(cache_of_run(run), allow_partial=True, verify=False)
+    except (CacheError, OSError) as error:
+        typer.echo(f"note: the card says nothing of data and teacher ({error}); --cache names the cache", err=True)
+        return None
