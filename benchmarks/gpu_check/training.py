@@ -49,7 +49,7 @@ def step(scene: Scene) -> str:
             seen, named = images.to(scene.device), labels.to(scene.device)
         with clock("decode"):
             features = moved.decode(device=scene.device)
-        with clock("forward"), autocast(scene.device):
+        with clock("forward"), autocast(scene.device, config.precision, network):
             losses = method(Batch(seen, named, {}, {TEACHER: features}), Moment(turn, scene.rounds + 1))
         with clock("backward"):
             optimiser.zero_grad(set_to_none=True)
