@@ -20,7 +20,7 @@ class FaultyProxy:
         self._lock = threading.Lock()
         self.log: list[tuple[str, str]] = []
         self.stopped, self._going = threading.Event(), threading.Event()
-        self._stop_method, self._stop_after = "", 0
+        self._stop_method, self._stop_part, self._arrived = "", "", False
         self._going.set()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, urlsplit(target).netloc))
         self._server.daemon_threads = True
@@ -32,10 +32,15 @@ class FaultyProxy:
         with self._lock:
             self._fault, self._part, self._times = fault, part, times
 
-    def stop_after(self, method: str, count: int) -> None:
-        """Let so many requests of a method through, then hold every further one until `go_on`."""
-        self._stop_method, self._stop_after = method, count
+    def stop_once_answered(self, method: str, part: str) -> None:
+        """Hold every request of a method until `go_on`, once one with `part` in its path has been answered."""
+        self._stop_method, self._stop_part, self._arrived = method, part, False
         self._going.clear()
+
+    def answered(self, method: str, path: str) -> None:
+        """Note that the target has done what a request asked."""
+        with self._lock:
+            self._arrived = self._arrived or (method == self._stop_method and self._stop_part in path)
 
     def go_on(self) -> None:
         """Let through what is held."""
@@ -45,8 +50,7 @@ class FaultyProxy:
         """Note a request, and hold it if it is beyond those that are let through."""
         with self._lock:
             self.log.append((method, path))
-            held = not self._going.is_set() and method == self._stop_method and self._stop_after <= 0
-            self._stop_after -= method == self._stop_method
+            held = not self._going.is_set() and method == self._stop_method and self._arrived
         if held:
             self.stopped.set()
             self._going.wait()
@@ -94,6 +98,7 @@ def _handler(proxy: FaultyProxy, target: str) -> type[BaseHTTPRequestHandler]:
             connection = http.client.HTTPConnection(target)
             connection.request(self.command, self.path, body, dict(self.headers))
             answer = connection.getresponse()
+            proxy.answered(self.command, self.path)
             self.answer(answer, answer.read(), fault)
             connection.close()
 

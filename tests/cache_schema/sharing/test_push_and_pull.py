@@ -77,7 +77,7 @@ def test_a_push_that_was_killed_goes_on_without_sending_again_what_arrived(secre
             from cache_schema.sharing.push import plan_push, push
             push(plan_push({str(secretive)!r}, {url!r}))
         """)
-        proxy.stop_after("PUT", 9)
+        proxy.stop_once_answered("PUT", "/journal/")
         environment = servers.s3_environment(proxy.url)
         sender = subprocess.Popen([sys.executable, "-c", program], env={**environment, "PATH": "/usr/bin:/bin"})
         assert proxy.stopped.wait(60)
