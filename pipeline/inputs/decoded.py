@@ -1,12 +1,11 @@
 """Images that stay in memory between the scan of a data set and the uses that a build makes of them."""
 
-import os
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image
 
+from cache_schema.memory import available_memory
 from pipeline.datasets.base import Dataset, Sample, remarks_of
 from pipeline.inputs.views import Box
 
@@ -25,7 +24,7 @@ class DecodedImages:
         self.name, self.protocol, self.superclass = dataset.name, dataset.protocol, dataset.superclass
         self.samples: Sequence[Sample] = dataset.samples
         self.remarks = remarks_of(dataset)
-        self._room = _free_memory() // _SHARE if limit is None else limit
+        self._room = available_memory() // _SHARE if limit is None else limit
         self._room = min(self._room, _MOST)
         self._lock = threading.Lock()
         self._kept: dict[str, tuple[Image.Image, Box]] = {}
@@ -45,14 +44,3 @@ class DecodedImages:
     def kept(self, sample: Sample) -> tuple[Image.Image, Box] | None:
         """The image and its box, if they were kept."""
         return self._kept.get(sample.id)
-
-
-def _free_memory() -> int:
-    """Bytes of memory that could be used without anything being swapped out."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    except (OSError, ValueError):
-        pass  # not Linux
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -140,7 +140,7 @@ class TrainingBatches:
         """
         augment, numbers = self.config.augment, draw_numbers(random, len(rows))
         if augment.crop_scale is None:
-            images, boxes = self.images.load(rows), self.images.boxes(rows)
+            images, boxes = self.images.load(rows), None
         else:
             pictures = zip(self.images.pictures(rows), numbers, strict=True)
             size, scale = self.images.size, augment.crop_scale
@@ -153,6 +153,8 @@ class TrainingBatches:
                 images[place] = augment_image(images[place], augment, numbers[place])
         if self.regions is None:
             return images, None
+        if boxes is None:
+            boxes = self.images.boxes(rows)
         mirrored = np.array([self.views[view] == "hflip" for view in views])
         return images, torch.from_numpy(self.regions.seen(rows, boxes, mirrored)).float()
 

@@ -86,7 +86,7 @@ class ImageStore:
     def boxes(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """What `load` shows of each picture: (B, 4) as (left, top, right, bottom) in fractions of its sides."""
         samples, numbers = self.cache.samples, np.asarray(rows, dtype=np.int64)
-        sides = np.stack([samples[name].to_numpy()[numbers] for name in ("width", "height")], axis=1).astype(float)
+        sides = np.stack([samples[name].take(numbers).to_numpy() for name in ("width", "height")], axis=1).astype(float)
         shown = np.ones_like(sides)
         if self.fit == "crop":
             shown = CENTRE * sides.min(1, keepdims=True) / sides

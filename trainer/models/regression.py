@@ -11,6 +11,7 @@ from torchvision.ops import roi_align
 
 from trainer.config import RegressionConfig
 from trainer.data.features import FeatureShape
+from trainer.models.alignment import projector
 from trainer.models.components import PrincipalComponents
 from trainer.models.student import Student
 
@@ -35,8 +36,8 @@ class FeatureRegression(nn.Module):
         self.components = PrincipalComponents(len(shape.timesteps), shape.channels, self.kept, config.power)
         outputs = len(shape.timesteps) * self.kept
         self.rows, self.columns, channels = student.token_shape
-        self.tokens = _projector(channels, outputs) if config.tokens else None
-        self.pooled = _projector(student.dim, outputs) if config.pooled else None
+        self.tokens = projector(channels, outputs) if config.tokens else None
+        self.pooled = projector(student.dim, outputs) if config.pooled else None
 
     def fit(self, samples: Iterable[Tensor]) -> None:
         """Measure the teacher's features on a few batches (B, P, L, C_t)."""
@@ -97,10 +98,3 @@ def _distance(predicted: Tensor, target: Tensor, known: Tensor) -> Tensor:
     """2 − 2 cos over the last axis, averaged over what is known: (…, P, K) twice, (…)."""
     apart = (2 - 2 * F.cosine_similarity(predicted.float(), target, dim=-1)).mean(-1)
     return (apart * known).sum() / known.sum().clamp_min(1)
-
-
-def _projector(channels: int, outputs: int) -> nn.Sequential:
-    hidden = 2 * outputs
-    return nn.Sequential(
-        nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, outputs)
-    )  # fmt: skip

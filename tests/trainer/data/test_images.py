@@ -26,7 +26,7 @@ def test_images_are_the_same_however_many_are_kept_in_memory(cache):
 
 
 def test_as_much_is_kept_as_a_quarter_of_what_the_machine_or_its_container_has_free(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_available", lambda: 5 * 4 * 3 * SIZE * SIZE)
+    monkeypatch.setattr(memory, "available_memory", lambda: 5 * 4 * 3 * SIZE * SIZE)
     assert ImageStore(cache, SIZE, range(len(cache))).kept == 5
     assert memory._left_in_container(tmp_path) > 1 << 60
     (tmp_path / "memory.max").write_text("max\n")
