@@ -5,7 +5,8 @@ Shapes: B images, P curriculum timesteps, L teacher tokens of C_t channels, k qu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from trainer.models.components import PrincipalComponents
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `x` over `context`."""
+    """Multi-head attention of `x` (N, X, C) over a context (N, L, C)."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -27,12 +28,28 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(dim, 2 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Keys and values (N, H, L, C/H), as `keys_and_values` gives them."""
         q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, H, X, C/H)
-        kv = self.key_value(context).unflatten(-1, (2, self.heads, -1))  # (N, L, 2, H, C/H)
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, H, L, C/H) each
-        read = F.scaled_dot_product_attention(q, k, v)  # (N, H, X, C/H)
+        read = F.scaled_dot_product_attention(q, keys, values)  # (N, H, X, C/H)
         return self.out(read.transpose(1, 2).flatten(2))  # (N, X, C)
+
+
+def keys_and_values(attentions: Sequence[Attention], context: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values (N, H, L, C/H) of one context (N, L, C) for every one of several attentions that read it.
+
+    Each has weights of its own, by design; they are laid side by side, so that the context, by far the largest
+    tensor there is, goes through one matrix product whatever the number of layers, and its gradient comes from one.
+    """
+    first, *others = attentions
+    weight: Tensor = first.key_value.weight
+    bias: Tensor = first.key_value.bias
+    if others:
+        weight = torch.cat([attention.key_value.weight for attention in attentions])
+        bias = torch.cat([attention.key_value.bias for attention in attentions])
+    both = F.linear(context, weight, bias).unflatten(-1, (2 * len(attentions), first.heads, -1))  # (N, L, 2n, H, C/H)
+    parts = both.permute(2, 0, 3, 1, 4).unbind(0)
+    return list(zip(parts[::2], parts[1::2], strict=True))
 
 
 class FeedForward(nn.Sequential):
@@ -51,8 +68,8 @@ class BridgingLayer(nn.Module):
         self.ffn = FeedForward(dim, ffn_ratio)
         self.drop = DropPath(drop_path)
 
-    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        queries = queries + self.drop(self.attention(self.norm(queries), tokens))  # (N, k, C)
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        queries = queries + self.drop(self.attention(self.norm(queries), keys, values))  # (N, k, C)
         return queries + self.drop(self.ffn(queries))
 
 
@@ -69,7 +86,8 @@ class InfusionLayer(nn.Module):
     def forward(self, sequence: Tensor, outputs: int | None = None) -> Tensor:
         """(N, 1+k, C) -> (N, outputs, C): the last layer need not compute tokens that nobody reads."""
         context = self.norm(sequence)
-        x = sequence[:, :outputs] + self.drop(self.attention(context[:, :outputs], context))
+        ((keys, values),) = keys_and_values([self.attention], context)
+        x = sequence[:, :outputs] + self.drop(self.attention(context[:, :outputs], keys, values))
         return x + self.drop(self.ffn(x))
 
 
@@ -245,8 +263,10 @@ class GenerativeInjectionModule(nn.Module):
         B, P = tokens.shape[:2]
         context = context.flatten(0, 1)  # (B*P, L, C)
         queries = self.queries.expand(B * P, -1, -1)  # (B*P, k, C)
-        for layer in self.bridge_layers:
-            queries = layer(queries, context)
+        layers = cast(list[BridgingLayer], list(self.bridge_layers))
+        read = keys_and_values([layer.attention for layer in layers], context)
+        for layer, (keys, values) in zip(layers, read, strict=True):
+            queries = layer(queries, keys, values)
         return queries.unflatten(0, (B, P))  # (B, P, k, C)
 
     def shortcut_of(self, tokens: Tensor) -> Tensor | None:

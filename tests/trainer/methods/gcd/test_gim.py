@@ -2,6 +2,7 @@ import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.errors import TrainError
 from trainer.methods.gcd.config import GimConfig
@@ -51,6 +52,51 @@ def test_one_timesteps_embedding_depends_on_that_timesteps_tokens_alone(inputs):
     before, after = gim(student, tokens), gim(student, changed)
     assert torch.equal(before[:, 0], after[:, 0])
     assert not torch.allclose(before[:, 1], after[:, 1])
+
+
+def test_every_bridging_layer_reads_the_tokens_through_keys_and_values_of_its_own(inputs):
+    gim = make_gim()
+    context = gim.tokens(inputs[1]).flatten(0, 1)
+    queries = gim.queries.expand(B * P, -1, -1)
+    for layer in gim.bridge_layers:
+        own = layer.attention
+        kv = own.key_value(context).unflatten(-1, (2, own.heads, -1))
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        q = own.query(layer.norm(queries)).unflatten(-1, (own.heads, -1)).transpose(1, 2)
+        read = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        queries = queries + own.out(read.transpose(1, 2).flatten(2))
+        queries = queries + layer.ffn(queries)
+    torch.testing.assert_close(gim.bridge(inputs[1]).flatten(0, 1), queries, atol=1e-6, rtol=1e-6)
+
+
+class ProductsOverTokens(TorchDispatchMode):
+    """Counts matrix products that go through every token of every image and timestep."""
+
+    def __init__(self, rows: int):
+        super().__init__()
+        self.rows, self.count = rows, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        shapes = [a.shape for a in args if isinstance(a, torch.Tensor)]
+        if "mm" in func.__name__ and any(len(shape) == 2 and shape[0] == self.rows for shape in shapes):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("timesteps", [1, 4])
+def test_tokens_are_read_as_often_whatever_the_number_of_layers_and_timesteps(layers, timesteps):
+    torch.manual_seed(0)
+    gim = GenerativeInjectionModule(L, CT, C, timesteps, GimConfig(queries=4, bridge_layers=layers, heads=2))
+    with ProductsOverTokens(B * timesteps * L) as products:
+        gim.bridge(torch.randn(B, timesteps, L, CT))
+    assert products.count == 2  # into the GIM's width, and from there to keys and values
+
+
+def test_the_names_of_its_weights_are_those_of_runs_that_were_saved():
+    names = {name for name in make_gim().state_dict() if name.startswith("bridge_layers.1.attention")}
+    parts = ("query", "key_value", "out")
+    assert names == {f"bridge_layers.1.attention.{part}.{kind}" for part in parts for kind in ("weight", "bias")}
 
 
 def test_the_last_infusion_layers_shortcut_equals_computing_all_tokens(inputs):
