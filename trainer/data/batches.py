@@ -20,6 +20,7 @@ from trainer.data.features import FeatureSource, Needs, open_sources, shared_vie
 from trainer.data.images import Fit, ImageStore
 from trainer.data.regions import Regions
 from trainer.data.splits import hold_out_classes, select_split
+from trainer.data.timesteps import TimestepDraw
 from trainer.errors import TrainError
 
 if TYPE_CHECKING:
@@ -40,13 +41,16 @@ class Batch:
     # (B+U, 4) float32: what an image shows of the picture that the teacher saw, as (left, top, right, bottom) in
     # fractions of its sides, below 0 or above 1 where it shows more; None where no method asks.
     boxes: Tensor | None = None
+    # (B+U, P) int64: which of the run's timesteps, counted from 0, an image's features are of; None: all, in order.
+    timesteps: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Move to `device` and decode the features there: encoded bytes are the cheaper ones to move."""
         features = {name: part.decode(device=device, dtype=torch.float32) for name, part in self.encoded.items()}
         images, labels = self.images.to(device, non_blocking=True), self.labels.to(device)
         boxes = None if self.boxes is None else self.boxes.to(device)
-        return Batch(images, labels, {}, features, self.unlabelled, boxes)
+        timesteps = None if self.timesteps is None else self.timesteps.to(device)
+        return Batch(images, labels, {}, features, self.unlabelled, boxes, timesteps)
 
     def split(self, parts: int) -> Iterator[Batch]:
         """Cut into equal parts of decoded rows, each with its share of the labelled and of the unlabelled ones."""
@@ -59,8 +63,9 @@ class Batch:
                 ]
             ).to(self.labels.device)
             features = {name: value[rows] for name, value in self.features.items()}
-            boxes = None if self.boxes is None else self.boxes[rows]
-            yield Batch(self.images[rows], self.labels[rows], {}, features, self.unlabelled // parts, boxes)
+            boxes, timesteps = (None if part is None else part[rows] for part in (self.boxes, self.timesteps))
+            images, labels = self.images[rows], self.labels[rows]
+            yield Batch(images, labels, {}, features, self.unlabelled // parts, boxes, timesteps)
 
 
 class TrainingBatches:
@@ -93,6 +98,7 @@ class TrainingBatches:
         cropped = config.augment.crop_scale is not None
         self.images = ImageStore(cache, image_size, rows, config.image_memory_gb, fit, as_stored=cropped)
         self.regions = Regions(cache, self.sources, self.views) if needs.places else None
+        self.timesteps = TimestepDraw.of(self.sources.values(), needs.timesteps_per_step, config.seed)
         self.features = {name: _SourceReader(source, self) for name, source in self.sources.items()}
 
     @property
@@ -124,14 +130,20 @@ class TrainingBatches:
         return labelled if self.unlabelled is None else np.append(labelled, self.unlabelled.batch(update))
 
     def __getitem__(self, update: int) -> Batch:
+        return self.make(update, self.timesteps)
+
+    def make(self, update: int, timesteps: TimestepDraw | None) -> Batch:
+        """The batch of an update with the features of the timesteps drawn, or (None) of all."""
         labelled, rows = self.labelled.batch(update), self.rows(update)
         labels = torch.full((len(rows),), -1, dtype=torch.int64)
         labels[: len(labelled)] = torch.tensor([self.label_of[row] for row in labelled.tolist()])
         # Drawn for the labelled rows first: unlabelled rows do not change what a method without them sees.
         draw = generator(self.config.seed, VIEWS, update).integers(len(self.views), size=len(rows))
         images, boxes = self._images(rows, draw, generator(self.config.seed, AUGMENT, update))
-        encoded = {name: reader.read(rows, draw) for name, reader in self.features.items()}
-        return Batch(images, labels, encoded, unlabelled=len(rows) - len(labelled), boxes=boxes)
+        drawn = None if timesteps is None else timesteps.draw(update, len(rows))
+        encoded = {name: reader.read(rows, draw, drawn) for name, reader in self.features.items()}
+        chosen = None if drawn is None else torch.from_numpy(drawn)
+        return Batch(images, labels, encoded, unlabelled=len(rows) - len(labelled), boxes=boxes, timesteps=chosen)
 
     def _images(self, rows: np.ndarray, views: np.ndarray, random: np.random.Generator) -> tuple[Tensor, Tensor | None]:
         """Images of rows, each cropped, in its own of the run's views, and changed: (n, 3, S, S) uint8.
@@ -164,7 +176,7 @@ class TrainingBatches:
 
 
 class FittingBatches:
-    """Batches that are read anew each time they are gone through, so that none of them stays in memory."""
+    """Batches of all timesteps, read anew each time they are gone through, so that none of them stays in memory."""
 
     def __init__(self, batches: TrainingBatches, few: int, device: torch.device = _CPU):
         self.batches, self.few, self.device = batches, few, device
@@ -175,7 +187,7 @@ class FittingBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         if self.batches.fit_on == "few":
-            yield from (self.batches[update].to(self.device) for update in range(self.few))
+            yield from (self.batches.make(update, None).to(self.device) for update in range(self.few))
             return
         for view in range(len(self.batches.views)):
             for start in range(0, len(self.batches.all_rows), self.batches.batch_rows):
@@ -202,13 +214,20 @@ class _SourceReader:
                 f"cache {source.cache.manifest.label} has one view to train on, {batches.views[0]}: there is no other "
                 "to take a mean with; build it with --views canonical,hflip, or use loss.target_views=own"
             )
-        self.dataset = CacheDataset(source.cache, source.tap, source.shape.timesteps, batch_size=batches.batch_rows)
+        cache, tap, timesteps = source.cache, source.tap, source.shape.timesteps
+        draw, rows = batches.timesteps, batches.batch_rows
+        # Where timesteps are drawn, all of them are only read for what is measured before the first update.
+        self.whole = CacheDataset(cache, tap, timesteps, batch_size=rows if draw is None else None)
+        self.drawn = None if draw is None else CacheDataset(cache, tap, batch_size=rows, each=draw.each)
 
-    def read(self, rows: np.ndarray, views: np.ndarray) -> FeatureBatch:
-        """Features of rows of the run's own cache, each in its own of the run's views."""
+    def read(self, rows: np.ndarray, views: np.ndarray, drawn: np.ndarray | None = None) -> FeatureBatch:
+        """Features of rows of the run's own cache, each in its own of the run's views, at the timesteps drawn."""
         if self.source.next_view:
             views = (views + 1) % len(self.view_index)
-        return self.dataset.read(self.source.rows(rows), self.view_index[views])
+        rows, views = self.source.rows(rows), self.view_index[views]
+        if drawn is None or self.drawn is None:
+            return self.whole.read(rows, views)
+        return self.drawn.read(rows, views, np.array(self.source.shape.timesteps)[drawn])
 
 
 def iterate(batches: TrainingBatches, start: int, stop: int, workers: int) -> Generator[Batch, None, None]:
