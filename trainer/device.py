@@ -17,6 +17,7 @@ __all__ = [
     "autocast",
     "choose_device",
     "decide_precision",
+    "feature_dtype",
     "full_precision",
     "resumes_exactly",
     "set_deterministic",
@@ -44,6 +45,11 @@ def decide_precision(wanted: Precision, device: torch.device, network: nn.Module
         return wanted
     fast = device.type != "cpu" or (_multiplies_bfloat16() and not _convolves(network))
     return "bfloat16" if fast else "float32"
+
+
+def feature_dtype(precision: Precision, device: torch.device, network: nn.Module) -> torch.dtype:
+    """The type that features are decoded to where the forward pass of a network reads them."""
+    return torch.bfloat16 if decide_precision(precision, device, network) == "bfloat16" else torch.float32
 
 
 @contextmanager

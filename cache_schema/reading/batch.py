@@ -10,6 +10,7 @@ from cache_schema.encoding.number_formats import Array
 from cache_schema.errors import CacheRequestError
 from cache_schema.format.layout import PAYLOAD_DTYPES
 from cache_schema.format.manifest import EncodingKind
+from cache_schema.reading.fused import scale_in_one_pass
 
 TORCH_DTYPES = {
     "float32": torch.float32,
@@ -25,15 +26,19 @@ class EncodedBatch:
     """Encoded features of B samples at T timesteps, as torch tensors.
 
     `payload` (B, T, L, C) is float32, float16, bfloat16, int8 or float8_e4m3fn, as `encoding` says. The last two come
-    with `scale` (B, T, L) and `channel` (T, C), or (B, T, C) where each sample has timesteps of its own, both float32;
-    batches of the same timesteps may share `channel`. Move it to the device as it is and decode it there: fewer bytes
-    cross the bus.
+    with `scale` (B, T, L) and `channel` (T, C), both float32; batches of the same timesteps may share `channel`. Move
+    it to the device as it is and decode it there: fewer bytes cross the bus.
     """
 
     payload: torch.Tensor
     scale: torch.Tensor | None
     channel: torch.Tensor | None
     encoding: EncodingKind
+
+    @property
+    def coarse(self) -> bool:
+        """Whether no stored number is more precise than a bfloat16."""
+        return self.encoding in ("bfloat16", "int8", "float8_e4m3")
 
     @property
     def shape(self) -> torch.Size:
@@ -46,20 +51,26 @@ class EncodedBatch:
         dtype: torch.dtype = torch.float32,
         *,
         non_blocking: bool = False,
+        fused: bool = False,
     ) -> torch.Tensor:
         """Return the features (B, T, L, C) on `device` as `dtype`; the result shares no memory with the batch.
 
-        In a cache with PCA these are the coordinates; `Cache.restore` returns to the teacher's channels.
+        In a cache with PCA these are the coordinates; `Cache.restore` returns to the teacher's channels. `fused`: on a
+        CUDA device in one pass over memory, by a kernel whose compilation takes seconds; the same elsewhere.
         """
         encoded = self.to(device, non_blocking=non_blocking)
         if encoded.scale is None or encoded.channel is None:
             # A copy even where nothing changes, so that the buffer can be read into again.
             return encoded.payload.to(dtype, copy=encoded.payload is self.payload)
+        if fused:
+            found = scale_in_one_pass(encoded.payload, encoded.scale, encoded.channel, dtype)
+            if found is not None:
+                return found
         # In float32 whatever the result's type: three roundings to bfloat16 would cost more than the encoding did.
         float8 = encoded.payload.dtype == torch.float8_e4m3fn
         values = float8_to_float32(encoded.payload) if float8 else encoded.payload.to(torch.float32)
         values *= encoded.scale[..., None]
-        values *= encoded.channel.unsqueeze(-2)  # (T, 1, C) or (B, T, 1, C)
+        values *= encoded.channel[:, None, :]
         return values.to(dtype)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "EncodedBatch":
