@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cache_schema.errors import LoaderError
 from cache_schema.loading.dataset import CacheDataset, FeatureBatch
+from cache_schema.loading.pool import PooledTensors, TensorPool
 from cache_schema.loading.sampler import AUGMENT, VIEWS, EpochSampler, StreamSampler, generator
-from cache_schema.read_ahead import ReadAhead
+from cache_schema.read_ahead import PREFETCH, ReadAhead
+from cache_schema.reading.batch import EncodedBatch
 from cache_schema.storage.places import is_remote
 from trainer.config import TrainConfig
 from trainer.data.augmentation import augment_image, draw_numbers, random_crop
@@ -20,13 +24,14 @@ from trainer.data.features import FeatureSource, Needs, open_sources, shared_vie
 from trainer.data.images import Fit, ImageStore
 from trainer.data.regions import Regions
 from trainer.data.splits import hold_out_classes, select_split
-from trainer.data.timesteps import TimestepDraw
 from trainer.errors import TrainError
 
 if TYPE_CHECKING:
     from cache_schema import Cache
 
 _CPU = torch.device("cpu")
+_IMAGES = "images"  # their name in pooled memory
+_SPARE = 4  # batches in memory beyond those read ahead: being taken, waited for, copied, and trained on
 
 
 @dataclass
@@ -35,22 +40,54 @@ class Batch:
 
     images: Tensor  # (B+U, 3, S, S) uint8
     labels: Tensor  # (B+U,) int64, -1 = unlabelled
-    encoded: Mapping[str, FeatureBatch] = field(default_factory=dict)
+    encoded: Mapping[str, EncodedBatch] = field(default_factory=dict)
     features: Mapping[str, Tensor] = field(default_factory=dict)  # (B+U, P, L, C_t) float32, by the method's names
     unlabelled: int = 0  # U
     # (B+U, 4) float32: what an image shows of the picture that the teacher saw, as (left, top, right, bottom) in
     # fractions of its sides, below 0 or above 1 where it shows more; None where no method asks.
     boxes: Tensor | None = None
-    # (B+U, P) int64: which of the run's timesteps, counted from 0, an image's features are of; None: all, in order.
-    timesteps: Tensor | None = None
 
-    def to(self, device: torch.device) -> Batch:
+    held: PooledTensors | None = None  # what `images` lie in, where their memory is used again
+
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
         """Move to `device` and decode the features there: encoded bytes are the cheaper ones to move."""
-        features = {name: part.decode(device=device, dtype=torch.float32) for name, part in self.encoded.items()}
-        images, labels = self.images.to(device, non_blocking=True), self.labels.to(device)
-        boxes = None if self.boxes is None else self.boxes.to(device)
-        timesteps = None if self.timesteps is None else self.timesteps.to(device)
-        return Batch(images, labels, {}, features, self.unlabelled, boxes, timesteps)
+        return self.moved(device).decoded(dtype)
+
+    def moved(self, device: torch.device) -> Batch:
+        """Still encoded, on `device`. To a GPU copies are queued on its current stream; nothing waits for them."""
+        queued = device.type == "cuda"
+        encoded = {name: part.to(device, non_blocking=queued) for name, part in self.encoded.items()}
+        images = self.images.to(device, non_blocking=queued)
+        if self.held is not None:
+            self.held.copied(device)
+        labels, boxes = _moved(self.labels, device), None if self.boxes is None else _moved(self.boxes, device)
+        return Batch(images, labels, encoded, unlabelled=self.unlabelled, boxes=boxes)
+
+    def decoded(self, dtype: torch.dtype = torch.float32) -> Batch:
+        """With features as `dtype`, where the batch is; float32 where the cache keeps more than `dtype` could."""
+        features = {}
+        for name, part in self.encoded.items():
+            wanted = dtype if part.coarse else torch.float32
+            features[name] = part.decode(part.payload.device, wanted, fused=wanted != torch.float32)
+        return Batch(self.images, self.labels, {}, features, self.unlabelled, self.boxes)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that the batch consists of, with what of its features is shared by other batches."""
+        parts = [tensor for part in self.encoded.values() for tensor in (part.payload, part.scale, part.channel)]
+        whole = [self.images, self.labels, self.boxes, *parts, *self.features.values()]
+        return [tensor for tensor in whole if tensor is not None]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if self.held is not None:
+            del state["images"]  # they lie in what is held, and that knows how to cross to another process
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.held is not None:
+            self.images = self.held.tensors[_IMAGES]
 
     def split(self, parts: int) -> Iterator[Batch]:
         """Cut into equal parts of decoded rows, each with its share of the labelled and of the unlabelled ones."""
@@ -63,9 +100,8 @@ class Batch:
                 ]
             ).to(self.labels.device)
             features = {name: value[rows] for name, value in self.features.items()}
-            boxes, timesteps = (None if part is None else part[rows] for part in (self.boxes, self.timesteps))
-            images, labels = self.images[rows], self.labels[rows]
-            yield Batch(images, labels, {}, features, self.unlabelled // parts, boxes, timesteps)
+            boxes = None if self.boxes is None else self.boxes[rows]
+            yield Batch(self.images[rows], self.labels[rows], {}, features, self.unlabelled // parts, boxes)
 
 
 class TrainingBatches:
@@ -98,7 +134,8 @@ class TrainingBatches:
         cropped = config.augment.crop_scale is not None
         self.images = ImageStore(cache, image_size, rows, config.image_memory_gb, fit, as_stored=cropped)
         self.regions = Regions(cache, self.sources, self.views) if needs.places else None
-        self.timesteps = TimestepDraw.of(self.sources.values(), needs.timesteps_per_step, config.seed)
+        self.slots = read_ahead_depth(config.workers) + _SPARE
+        self.pixels = TensorPool({_IMAGES: ((self.batch_rows, 3, image_size, image_size), torch.uint8)}, self.slots)
         self.features = {name: _SourceReader(source, self) for name, source in self.sources.items()}
 
     @property
@@ -130,45 +167,60 @@ class TrainingBatches:
         return labelled if self.unlabelled is None else np.append(labelled, self.unlabelled.batch(update))
 
     def __getitem__(self, update: int) -> Batch:
-        return self.make(update, self.timesteps)
-
-    def make(self, update: int, timesteps: TimestepDraw | None) -> Batch:
-        """The batch of an update with the features of the timesteps drawn, or (None) of all."""
         labelled, rows = self.labelled.batch(update), self.rows(update)
         labels = torch.full((len(rows),), -1, dtype=torch.int64)
         labels[: len(labelled)] = torch.tensor([self.label_of[row] for row in labelled.tolist()])
         # Drawn for the labelled rows first: unlabelled rows do not change what a method without them sees.
         draw = generator(self.config.seed, VIEWS, update).integers(len(self.views), size=len(rows))
-        images, boxes = self._images(rows, draw, generator(self.config.seed, AUGMENT, update))
-        drawn = None if timesteps is None else timesteps.draw(update, len(rows))
-        encoded = {name: reader.read(rows, draw, drawn) for name, reader in self.features.items()}
-        chosen = None if drawn is None else torch.from_numpy(drawn)
-        return Batch(images, labels, encoded, unlabelled=len(rows) - len(labelled), boxes=boxes, timesteps=chosen)
+        held = self.pixels.take(len(rows))
+        boxes = self._draw_images(held.tensors[_IMAGES], rows, draw, generator(self.config.seed, AUGMENT, update))
+        encoded = {name: reader.read(rows, draw) for name, reader in self.features.items()}
+        unlabelled = len(rows) - len(labelled)
+        return Batch(held.tensors[_IMAGES], labels, encoded, unlabelled=unlabelled, boxes=boxes, held=held)
 
-    def _images(self, rows: np.ndarray, views: np.ndarray, random: np.random.Generator) -> tuple[Tensor, Tensor | None]:
-        """Images of rows, each cropped, in its own of the run's views, and changed: (n, 3, S, S) uint8.
+    def pin_memory(self) -> None:
+        """Page-lock what batches are made in, for copies to a CUDA device that take no time of a step."""
+        try:
+            self.pixels.pin_memory()
+            for reader in self.features.values():
+                reader.dataset.pin_memory()
+        except LoaderError as error:
+            print(f"note: batches are copied to the GPU more slowly: {error}", file=sys.stderr)
 
-        With them, where features are compared place by place, what each shows of the picture in its view: (n, 4).
+    def reclaim(self) -> None:
+        """Let memory be used again that batches were copied to a CUDA device from."""
+        self.pixels.reclaim()
+        for reader in self.features.values():
+            reader.dataset.reclaim()
+
+    def _draw_images(
+        self, images: Tensor, rows: np.ndarray, views: np.ndarray, random: np.random.Generator
+    ) -> Tensor | None:
+        """Fill (n, 3, S, S) uint8 with the images of rows, each cropped, in its own of the run's views, and changed.
+
+        Returns, where features are compared place by place, what each shows of the picture in its view: (n, 4).
         """
         augment, numbers = self.config.augment, draw_numbers(random, len(rows))
+        boxes: np.ndarray | None = None
         if augment.crop_scale is None:
-            images, boxes = self.images.load(rows), None
+            self.images.load(rows, out=images)
         else:
             pictures = zip(self.images.pictures(rows), numbers, strict=True)
             size, scale = self.images.size, augment.crop_scale
             crops = [random_crop(picture, size, scale, draw) for picture, draw in pictures]
-            images, boxes = torch.stack([image for image, _ in crops]), np.array([box for _, box in crops])
+            torch.stack([image for image, _ in crops], out=images)
+            boxes = np.array([box for _, box in crops])
         for place, view in enumerate(views):
             if self.views[view] == "hflip":
                 images[place] = images[place].flip(-1)
             if augment.changes_pixels:
                 images[place] = augment_image(images[place], augment, numbers[place])
         if self.regions is None:
-            return images, None
+            return None
         if boxes is None:
             boxes = self.images.boxes(rows)
         mirrored = np.array([self.views[view] == "hflip" for view in views])
-        return images, torch.from_numpy(self.regions.seen(rows, boxes, mirrored)).float()
+        return torch.from_numpy(self.regions.seen(rows, boxes, mirrored)).float()
 
     def fitting(self, few: int) -> FittingBatches:
         """What a method measures before the first update: the first `few` batches, or the features of every row."""
@@ -176,7 +228,7 @@ class TrainingBatches:
 
 
 class FittingBatches:
-    """Batches of all timesteps, read anew each time they are gone through, so that none of them stays in memory."""
+    """Batches that are read anew each time they are gone through, so that none of them stays in memory."""
 
     def __init__(self, batches: TrainingBatches, few: int, device: torch.device = _CPU):
         self.batches, self.few, self.device = batches, few, device
@@ -187,7 +239,7 @@ class FittingBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         if self.batches.fit_on == "few":
-            yield from (self.batches.make(update, None).to(self.device) for update in range(self.few))
+            yield from (self.batches[update].to(self.device) for update in range(self.few))
             return
         for view in range(len(self.batches.views)):
             for start in range(0, len(self.batches.all_rows), self.batches.batch_rows):
@@ -214,20 +266,15 @@ class _SourceReader:
                 f"cache {source.cache.manifest.label} has one view to train on, {batches.views[0]}: there is no other "
                 "to take a mean with; build it with --views canonical,hflip, or use loss.target_views=own"
             )
-        cache, tap, timesteps = source.cache, source.tap, source.shape.timesteps
-        draw, rows = batches.timesteps, batches.batch_rows
-        # Where timesteps are drawn, all of them are only read for what is measured before the first update.
-        self.whole = CacheDataset(cache, tap, timesteps, batch_size=rows if draw is None else None)
-        self.drawn = None if draw is None else CacheDataset(cache, tap, batch_size=rows, each=draw.each)
+        self.dataset = CacheDataset(
+            source.cache, source.tap, source.shape.timesteps, batch_size=batches.batch_rows, slots=batches.slots
+        )
 
-    def read(self, rows: np.ndarray, views: np.ndarray, drawn: np.ndarray | None = None) -> FeatureBatch:
-        """Features of rows of the run's own cache, each in its own of the run's views, at the timesteps drawn."""
+    def read(self, rows: np.ndarray, views: np.ndarray) -> FeatureBatch:
+        """Features of rows of the run's own cache, each in its own of the run's views."""
         if self.source.next_view:
             views = (views + 1) % len(self.view_index)
-        rows, views = self.source.rows(rows), self.view_index[views]
-        if drawn is None or self.drawn is None:
-            return self.whole.read(rows, views)
-        return self.drawn.read(rows, views, np.array(self.source.shape.timesteps)[drawn])
+        return self.dataset.read(self.source.rows(rows), self.view_index[views])
 
 
 def iterate(batches: TrainingBatches, start: int, stop: int, workers: int) -> Generator[Batch, None, None]:
@@ -235,9 +282,27 @@ def iterate(batches: TrainingBatches, start: int, stop: int, workers: int) -> Ge
     # Clients of remote caches have threads, which a forked process would wait for in vain.
     remote = any(is_remote(cache.folder.location) for cache in batches.caches)
     with ReadAhead(
-        batches.__getitem__, processes=workers, threads=1, start_method="spawn" if remote else None
+        batches.__getitem__,
+        processes=workers,
+        threads=1,
+        depth=read_ahead_depth(workers),
+        start_method="spawn" if remote else None,
     ) as ahead:
         yield from ahead.over(range(start, stop))
+
+
+def read_ahead_depth(workers: int) -> int:
+    """How many batches are made ahead: each may be as large as half a gigabyte, and page-locked."""
+    return workers + PREFETCH if workers else PREFETCH
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor on `device`; from page-locked memory, or its copy would wait for all that is queued before it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    if torch.cuda.is_available():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _unlabelled_rows(cache: Cache) -> np.ndarray:

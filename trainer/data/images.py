@@ -71,17 +71,18 @@ class ImageStore:
         """How many images stay in memory."""
         return len(self._place)
 
-    def load(self, rows: Sequence[int] | np.ndarray) -> Tensor:
-        """The images of `rows` (any order, repeats allowed) at the student's size: (B, 3, S, S) uint8."""
+    def load(self, rows: Sequence[int] | np.ndarray, out: Tensor | None = None) -> Tensor:
+        """The images of `rows` (any order, repeats allowed) at the student's size: (B, 3, S, S) uint8, in `out`."""
         # Copied by NumPy, not torch: this runs in the prefetch thread, whose torch operations would bring a
         # second team of OpenMP threads to the cores that train.
         pictures = self.pictures(rows)
         if self.as_stored:
             pictures = [fit_picture(Image.fromarray(picture), self.size, self.fit) for picture in pictures]
-        images = np.empty((len(pictures), 3, self.size, self.size), dtype=np.uint8)
-        for image, picture in zip(images, pictures, strict=True):
+        if out is None:
+            out = torch.empty((len(pictures), 3, self.size, self.size), dtype=torch.uint8)
+        for image, picture in zip(out.numpy(), pictures, strict=True):
             image[:] = picture.transpose(2, 0, 1)
-        return torch.from_numpy(images)
+        return out
 
     def boxes(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """What `load` shows of each picture: (B, 4) as (left, top, right, bottom) in fractions of its sides."""

@@ -13,7 +13,7 @@ from timm.utils import ModelEmaV3
 from trainer.config import TrainConfig
 from trainer.data.batches import TrainingBatches
 from trainer.data.images import choose_fit
-from trainer.device import choose_device, resumes_exactly, set_deterministic, use_device
+from trainer.device import choose_device, feature_dtype, resumes_exactly, set_deterministic, use_device
 from trainer.errors import TrainError
 from trainer.evaluation.embed import TestSplit, open_rows
 from trainer.methods.method import Method
@@ -46,6 +46,11 @@ class Parts:
         return self.config.updates or self.config.epochs * self.batches.per_epoch
 
     @property
+    def feature_dtype(self) -> torch.dtype:
+        """What features are decoded to for training: what the forward pass reads them in."""
+        return feature_dtype(self.config.precision, self.device, self.method.student)
+
+    @property
     def result(self) -> Method:
         """The method with the weights that are evaluated and kept: the averaged ones, where there are any."""
         return self.method if self.average is None else self.average.module
@@ -64,6 +69,8 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
     kind = find_method(config.method)
     student.fit = choose_fit(config.fit, cache)
     batches = TrainingBatches(cache, config, student.input_size, kind.needs(config), student.fit)
+    if device.type == "cuda":
+        batches.pin_memory()
     if config.eval_every and not config.validation_classes:
         raise TrainError(
             "eval_every: recall is followed on classes held out of the training split; add --validation-classes 0.2"

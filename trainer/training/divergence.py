@@ -33,7 +33,7 @@ def diverged(parts: Parts, run: Path, update: int, losses: dict[str, Tensor]) ->
     values = {name: value.item() for name, value in losses.items()}
     said = ", ".join(f"{name} {value:g}" for name, value in values.items())
     what, advice = f"the loss is not finite at update {update + 1} ({said})", parts.method.advice
-    batch = parts.batches[update].to(parts.device)
+    batch = parts.batches[update].to(parts.device, parts.feature_dtype)
     source, broken = _broken_features(batch)
     if source:
         ids = _some(_ids(parts, parts.batches.rows(update)[broken]))

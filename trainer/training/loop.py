@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from trainer.config import TrainConfig
 from trainer.data.batches import iterate
+from trainer.data.feed import Feed
 from trainer.device import decide_precision
 from trainer.evaluation.evaluate import evaluate_modules
 from trainer.methods.method import Moment
@@ -52,14 +53,17 @@ def train(
         tqdm(total=total, initial=progress.update, desc=config.method, unit="update", mininterval=0.5) as bar,
         DeferredInterrupt() as interrupt,
     ):
-        for update, batch in enumerate(stream, start=progress.update):
+        feed = Feed(stream, parts.device, parts.feature_dtype, batches.reclaim)
+        done = progress.update
+        for batch in feed:
+            update, done = done, done + 1
             rate = learning_rate(update, total, config.optim)
             moment = Moment(update, total)
             try:
-                losses = train_step(parts.method, parts.optimizer, batch.to(parts.device), rate, config, moment)
+                losses = train_step(parts.method, parts.optimizer, batch, rate, config, moment)
             except LossNotFiniteError as error:
                 raise diverged(parts, run, update, error.losses) from None
-            done = update + 1
+            del batch  # its memory is for the next one
             if parts.average is not None:
                 parts.average.update(parts.method, done)
             epoch, epoch_ends = done / batches.per_epoch, done % batches.per_epoch == 0
