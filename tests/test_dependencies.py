@@ -29,8 +29,8 @@ OPTIONAL_IN_CONTRACT = {
     "webdataset": {"webdataset"},
     "remote": {"botocore", "cryptography", "fsspec", "httpx", "huggingface-hub", "obstore", "paramiko"},
 }
-# Extras of their own of the trainer: forms in which students are exported.
-OPTIONAL_IN_TRAINER = {"export": {"onnx", "onnxruntime", "onnxscript"}}
+# Extras of their own of the trainer: forms in which students are exported, approximate search.
+OPTIONAL_IN_TRAINER = {"export": {"onnx", "onnxruntime", "onnxscript"}, "search": {"usearch"}}
 
 
 def imported(package: str) -> set[str]:

@@ -9,9 +9,12 @@ from typer.core import TyperCommand
 
 from cache_schema import cli as commands
 from trainer.commands.ablate import ablate
+from trainer.commands.embed import embed
 from trainer.commands.eval import eval_run
 from trainer.commands.export import export
+from trainer.commands.index import index
 from trainer.commands.report import report
+from trainer.commands.search import search
 
 app = typer.Typer(
     name="dit-train",
@@ -42,6 +45,9 @@ app.command("eval")(eval_run)
 app.command("report")(report)
 app.command("ablate")(ablate)
 app.command("export")(export)
+app.command("embed")(embed)
+app.command("index")(index)
+app.command("search")(search)
 
 
 @app.callback()

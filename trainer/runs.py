@@ -44,12 +44,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def cache_of_run(run: Path) -> str:
-    """Where the cache is that a run was trained from; raises TrainError for a lone student file."""
+    """Where the cache is that a run was trained from; raises TrainError for a lone student file and for an export."""
     if not run.exists():
         raise TrainError(f"there is no run at {run}")
-    if not run.is_dir():
+    cache = read_config(run / CONFIG).get("cache") if run.is_dir() else None
+    if not cache:
         raise TrainError(f"{run} does not say which cache to evaluate on; give --cache")
-    return str(read_config(run / CONFIG).get("cache", ""))
+    return str(cache)
 
 
 def validation_share(run: Path) -> float:

@@ -19,7 +19,7 @@ _CLASSES: dict[SplitName, str] = {
 
 
 def eval_run(
-    runs: Annotated[list[Path], typer.Argument(help="Runs' directories, or student.safetensors files.")],
+    runs: Annotated[list[Path], typer.Argument(help="Runs' directories, student.safetensors files, or exports.")],
     cache: Annotated[
         str | None, typer.Option(help="Cache to evaluate on (folder or URL); default the first run's.")
     ] = None,
@@ -43,7 +43,7 @@ def eval_run(
     from trainer.errors import TrainError
     from trainer.evaluation import details, evaluate, tables
     from trainer.methods.trained import load_trained
-    from trainer.runs import cache_of_run
+    from trainer.runs import cache_of_run, is_finished
     from trainer.training.run_folder import save_scores
 
     if save_embeddings is not None and len(runs) > 1:
@@ -67,7 +67,7 @@ def eval_run(
             typer.echo(f"{run}: {scores['queries']} queries of {scores['classes']} {_CLASSES[split]}, percent")
             typer.echo(tables.format_scores(scores))
             typer.echo(tables.format_details(scores, per_class))
-        saved = save_scores(run, split, scores) if run.is_dir() else None
+        saved = save_scores(run, split, scores) if is_finished(run) else None
         if saved is not None and not as_json:
             command = shlex.join(["dit-train", "report", str(run), "--output", str(run)])
             typer.echo(f"the scores are in {saved}; next: {command}")

@@ -20,7 +20,8 @@ from trainer.evaluation.embed import (
     open_validation_split,
 )
 from trainer.evaluation.metrics import retrieval_scores
-from trainer.models.student import Student, load_student
+from trainer.models.opening import is_export, open_student
+from trainer.models.student import Student
 from trainer.runs import SplitName, load_result, validation_share
 
 if TYPE_CHECKING:
@@ -70,16 +71,17 @@ def evaluate_run(
     load_auxiliary: LoadAuxiliary | None = None,
     split: SplitName = "test",
 ) -> tuple[dict[str, Any], dict[str, Tensor], TestSplit]:
-    """Evaluate a run directory or a lone `student.safetensors` on the cache's test split.
+    """Evaluate a run's folder, a lone `student.safetensors` or an export on the cache's test split.
 
     With the split "validation", on the training classes that the run held out. Returns what `eval.json` holds, the
     embeddings by name, and the rows that were scored. Raises TrainError when the run does not fit the cache.
     """
-    if path.is_dir() or not path.exists():
+    is_run = path.is_dir() and not is_export(path)
+    if is_run or not path.exists():
         load_result(path)  # says so if the run is not finished
-    student = load_student(path).to(device)
+    student = open_student(path).to(device)
     auxiliary = None
-    if load_auxiliary is not None and path.is_dir():
+    if load_auxiliary is not None and is_run:
         auxiliary = load_auxiliary(path, student, cache)
     if split == "validation":
         test = open_validation_split(cache, validation_share(path), student.input_size, fit=student.fit)

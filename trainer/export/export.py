@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from trainer.errors import TrainError
 from trainer.export.card import describe, render_card
 from trainer.export.onnx_file import require_onnx, write_onnx
-from trainer.export.timm_folder import CONFIG, WEIGHTS, write_timm_folder
+from trainer.export.timm_folder import write_timm_folder
+from trainer.models.opening import ABOUT, CONFIG, WEIGHTS
 from trainer.models.student import Student, load_student
 from trainer.runs import CONFIG as RUN_CONFIG
 from trainer.runs import SplitName, load_result, read_config, read_json, scores_file
@@ -38,7 +39,7 @@ def export_run(run: Path, folder: Path, cache: Cache | None, onnx: bool = True, 
         require_onnx()
     student = load_student(run).eval()
     config = read_config(run / RUN_CONFIG)
-    squashed = _stored_squashed(run, config, student, cache)
+    squashed = stored_squashed(run, config, student, cache)
     about = describe(config, result, _scores(run), cache)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +65,7 @@ def _scores(run: Path) -> dict[str, Any] | None:
     return next((read_json(file) for file in files if file.is_file()), None)
 
 
-def _stored_squashed(run: Path, config: dict[str, Any], student: Student, cache: Cache | None) -> bool:
+def stored_squashed(run: Path, config: dict[str, Any], student: Student, cache: Cache | None) -> bool:
     """Whether the student saw crops of images that the cache had squashed; raises TrainError where none can tell."""
     if student.fit != "crop":
         return False
@@ -81,7 +82,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         raise TrainError(f"{folder} is a file; give another --output")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    if (folder / RUN_CONFIG).is_file() and "dit_distill" not in read_json(folder / RUN_CONFIG):
+    if (folder / RUN_CONFIG).is_file() and ABOUT not in read_json(folder / RUN_CONFIG):
         raise TrainError(f"{folder} holds a {RUN_CONFIG} that is not of an export; give another --output")
     if not overwrite:
         raise TrainError(f"{folder} is not empty; give another --output, or --overwrite to replace an export there")

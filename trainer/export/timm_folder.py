@@ -10,10 +10,9 @@ import torch
 
 from cache_schema.storage.files import write_file
 from trainer.data.images import CENTRE
+from trainer.models.opening import ABOUT, CONFIG, WEIGHTS
 from trainer.models.student import Student, create_network
 from trainer.models.weights import save_weights
-
-WEIGHTS, CONFIG = "model.safetensors", "config.json"  # the names that timm and the hub look for
 
 
 def write_timm_folder(student: Student, folder: Path, about: dict[str, Any], squashed: bool = False) -> None:
@@ -40,7 +39,7 @@ def timm_config(student: Student, about: dict[str, Any], squashed: bool = False)
             "interpolation": "bicubic",
             **crop_settings(student, squashed),
         },
-        "dit_distill": about,
+        ABOUT: about,
     }
 
 

@@ -181,18 +181,26 @@ def load_student(path: Path) -> Student:
     if about.get("format") != FORMAT or about.get("version") != 1:
         raise TrainError(f"{description} does not describe a student of this version")
     try:
-        name, kwargs = about["name"], about["kwargs"]
-        network = _create(name, kwargs)
-        student = _wrap(name, kwargs, network, about["input"])
+        named = about["name"], about["kwargs"], about["input"]
+    except KeyError as error:
+        raise TrainError(f"{description} does not describe a student: it lacks {error}") from None
+    return rebuild_student(*named, weights, description)
+
+
+def rebuild_student(name: str, kwargs: dict[str, Any], input_: dict[str, Any], weights: Path, about: Path) -> Student:
+    """A student with the weights of a file; `input_` is as in `student.json`, `about` the file that says all this.
+
+    Raises TrainError when it cannot be built, or the weights are missing, damaged or do not fit.
+    """
+    try:
+        student = _wrap(name, kwargs, _create(name, kwargs), input_)
     except (KeyError, *BUILD_ERRORS) as error:
-        raise TrainError(
-            f"{description} does not describe a student that can be built: {_first_line(error)}"
-        ) from error
+        raise TrainError(f"{about} does not describe a student that can be built: {_first_line(error)}") from error
     tensors = load_weights(weights)
     try:
         student.network.load_state_dict(tensors)
     except RuntimeError as error:
-        raise TrainError(f"{weights} does not fit {description}: {str(error).splitlines()[0]}") from error
+        raise TrainError(f"{weights} does not fit {about}: {str(error).splitlines()[0]}") from error
     return student
 
 
