@@ -55,6 +55,8 @@ class CacheDataset(Dataset[FeatureBatch]):
     is used again as soon as nothing refers to the batch, here and in worker processes: several times faster than fresh
     memory for each. Up to `slots` such batches exist at once, further ones are read into fresh memory. The dataset may
     be forked and pickled. `FeatureLoader` adds an order that can be resumed, and errors in one line.
+
+    With `each`, a batch has so many timesteps of each sample, which `read` is told; no others are read.
     """
 
     def __init__(
@@ -67,10 +69,12 @@ class CacheDataset(Dataset[FeatureBatch]):
         *,
         batch_size: int | None = None,
         slots: int = SLOTS,
+        each: int | None = None,
     ) -> None:
-        self.cache, self.tap, self.timesteps = cache, tap, timesteps
+        self.cache, self.tap = cache, tap
+        self.timesteps = timesteps if each is None else np.empty((0, each), dtype=np.int64)
         self.rows, self.view = select_rows(cache, rows), view_numbers(cache, [view])[0]
-        self._empty = cache.read([], tap=tap, timesteps=timesteps)  # what of a batch does not depend on its rows
+        self._empty = cache.read([], tap=tap, timesteps=self.timesteps)  # what of a batch does not depend on its rows
         self.batch_size, self._slots = batch_size, slots
         self._make_ring()
 
@@ -86,17 +90,22 @@ class CacheDataset(Dataset[FeatureBatch]):
         rows = self.rows[np.asarray(indices, dtype=np.int64)]
         return self.read(rows, np.full(len(rows), self.view))
 
-    def read(self, rows: Rows, views: Rows) -> FeatureBatch:
-        """Return the features of any rows of the cache, each in its own view (both (B,))."""
+    def read(self, rows: Rows, views: Rows, timesteps: Rows | None = None) -> FeatureBatch:
+        """Return the features of any rows of the cache, each in its own view (both (B,)).
+
+        `timesteps` (B, each): those of each row, where the dataset is made to be told.
+        """
         lease = self._ring.take() if self._ring is not None and len(rows) <= (self.batch_size or 0) else None
         if self._ring is None or lease is None:
             parts = allocate(self._layout(len(rows)), len(rows))
         else:
             parts = self._ring.tensors(lease, len(rows))
-        encoded = self.cache.read(rows, tap=self.tap, timesteps=self.timesteps, view=views, out=parts["payload"])
-        if encoded.scale is not None:
-            # By NumPy: in a thread, torch would bring a second team of OpenMP threads to the cores that train.
-            np.copyto(parts["scale"].numpy(), encoded.scale.numpy())
+        steps = self.timesteps if timesteps is None else timesteps
+        encoded = self.cache.read(rows, tap=self.tap, timesteps=steps, view=views, out=parts["payload"])
+        for name, part in (("scale", encoded.scale), ("channel", encoded.channel)):
+            if part is not None and name in parts:
+                # By NumPy: in a thread, torch would bring a second team of OpenMP threads to the cores that train.
+                np.copyto(parts[name].numpy(), part.numpy())
         return self._batch(parts, rows, views, lease)
 
     @staticmethod
@@ -118,7 +127,7 @@ class CacheDataset(Dataset[FeatureBatch]):
         if self._ring is not None:
             self._ring.pin()
             channel = self._empty.channel
-            if channel is not None:
+            if channel is not None and channel.dim() == 2:  # not in the slots
                 # Else this one small copy would wait on the host for the large ones queued before it.
                 self._empty = replace(self._empty, channel=channel.pin_memory())
 
@@ -145,12 +154,16 @@ class CacheDataset(Dataset[FeatureBatch]):
         _datasets[self._token] = self
 
     def _layout(self, rows: int) -> Layout:
-        parts = {"payload": self._empty.payload, "scale": self._empty.scale}
+        empty = self._empty
+        # Of timesteps that each sample has for itself, the calibration travels with the batch.
+        own = empty.channel if empty.channel is not None and empty.channel.dim() == 3 else None
+        parts = {"payload": empty.payload, "scale": empty.scale, "channel": own}
         return {name: ((rows, *part.shape[1:]), part.dtype) for name, part in parts.items() if part is not None}
 
     def _batch(self, parts: dict[str, torch.Tensor], rows: Rows, views: Rows, lease: Lease | None) -> FeatureBatch:
         given = {field.name: getattr(self._empty, field.name) for field in fields(EncodedBatch)}
         given |= {"payload": parts["payload"], "scale": parts.get("scale")}
+        given["channel"] = parts.get("channel", given["channel"])
         batch = FeatureBatch(**given, rows=torch.tensor(rows), views=torch.tensor(views))
         if lease is not None:
             # Not a field: a batch made from this one, by `to` or `replace`, has its own memory.

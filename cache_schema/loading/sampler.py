@@ -14,7 +14,7 @@ import numpy as np
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 # Streams of random numbers that must not repeat each other.
-LABELLED, UNLABELLED, VIEWS, AUGMENT = range(4)
+LABELLED, UNLABELLED, VIEWS, AUGMENT, TIMESTEPS = range(5)
 
 
 def generator(seed: int, stream: int, index: int) -> np.random.Generator:

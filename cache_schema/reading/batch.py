@@ -26,8 +26,9 @@ class EncodedBatch:
     """Encoded features of B samples at T timesteps, as torch tensors.
 
     `payload` (B, T, L, C) is float32, float16, bfloat16, int8 or float8_e4m3fn, as `encoding` says. The last two come
-    with `scale` (B, T, L) and `channel` (T, C), both float32; batches of the same timesteps may share `channel`. Move
-    it to the device as it is and decode it there: fewer bytes cross the bus.
+    with `scale` (B, T, L) and `channel` (T, C), or (B, T, C) where each sample has timesteps of its own, both float32;
+    batches of the same timesteps may share `channel`. Move it to the device as it is and decode it there: fewer bytes
+    cross the bus.
     """
 
     payload: torch.Tensor
@@ -70,7 +71,7 @@ class EncodedBatch:
         float8 = encoded.payload.dtype == torch.float8_e4m3fn
         values = float8_to_float32(encoded.payload) if float8 else encoded.payload.to(torch.float32)
         values *= encoded.scale[..., None]
-        values *= encoded.channel[:, None, :]
+        values *= encoded.channel.unsqueeze(-2)  # (T, 1, C) or (B, T, 1, C)
         return values.to(dtype)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "EncodedBatch":

@@ -41,8 +41,9 @@ _Run = tuple[OpenShard, int, int, int, int, int]
 class ChunkRequest:
     """The chunks (row, view, step) of an array, for every row with its view and for it every step, in that order.
 
-    Making one locates all chunks, so that an index that lies costs no memory. Raises CacheCorrupt, naming the file, the
-    shard and the sample, for damage in what is asked for.
+    `steps` holds those of each row, as many of one as of another. Making one locates all chunks, so that an index that
+    lies costs no memory. Raises CacheCorrupt, naming the file, the shard and the sample, for damage in what is asked
+    for.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class ChunkRequest:
         array: ArrayLayout,
         rows: Sequence[int],
         views: Sequence[int],
-        steps: Sequence[int],
+        steps: Sequence[Sequence[int]],
     ) -> None:
         self._source, self._array = source, array
         self._rows, self._views, self._steps = rows, views, steps
@@ -111,11 +112,12 @@ class ChunkRequest:
 
     def _locate(self) -> list[_Run]:
         per_shard, (_, V, T) = self._array.samples_per_shard, self._array.outer
-        segments = _consecutive(self._steps)
         opened: dict[int, OpenShard] = self._open_at_once() if self._source.distant else {}
         runs: list[_Run] = []
-        out = 0
-        for row, view in zip(self._rows, self._views, strict=True):
+        out, before, segments = 0, None, []
+        for row, view, steps in zip(self._rows, self._views, self._steps, strict=True):
+            if steps is not before:  # mostly, all rows have the same ones
+                before, segments = steps, _consecutive(steps)
             number, local = divmod(row, per_shard)
             shard = opened.get(number)
             if shard is None:
@@ -145,9 +147,10 @@ class ChunkRequest:
     def _open_at_once(self) -> dict[int, OpenShard]:
         """Open all shards of the rows, for which several answers have to be waited for, side by side."""
         first: dict[int, int] = {}
+        each = len(self._steps[0]) if self._steps else 0
         for index, row in enumerate(self._rows):
-            first.setdefault(row // self._array.samples_per_shard, index * len(self._steps))
-        if not self._steps:
+            first.setdefault(row // self._array.samples_per_shard, index * each)
+        if not each:
             return {}
         return dict(zip(first, at_once(lambda number: self._open(number, first[number]), list(first)), strict=True))
 
@@ -203,9 +206,9 @@ class ChunkRequest:
 
     def _damage(self, reason: object, out: int) -> CacheCorrupt:
         """Return the error for what a chunk, given by its place in the output, should have come from."""
-        index, step = divmod(out, len(self._steps))
+        index, step = divmod(out, len(self._steps[0]))
         row = self._rows[index]
-        more = view_and_timestep(self._source.manifest, self._views[index], self._steps[step])
+        more = view_and_timestep(self._source.manifest, self._views[index], self._steps[index][step])
         return damaged(self._source.folder, reason, row // self._array.samples_per_shard, row, more)
 
 

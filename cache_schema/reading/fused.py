@@ -15,8 +15,8 @@ _off = False  # once it failed
 
 
 def scale_tokens(payload: torch.Tensor, scale: torch.Tensor, channel: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """payload (B, T, L, C) times scale (B, T, L) and channel (T, C), in float32 and rounded once, to `dtype`."""
-    return (payload.to(torch.float32) * scale[..., None] * channel[:, None, :]).to(dtype)
+    """payload (B, T, L, C) by scale (B, T, L) and channel (T, C) or (B, T, C), in float32, rounded once to `dtype`."""
+    return (payload.to(torch.float32) * scale[..., None] * channel.unsqueeze(-2)).to(dtype)
 
 
 def scale_in_one_pass(

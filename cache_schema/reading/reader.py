@@ -22,7 +22,7 @@ from cache_schema.format.samples import MAX_SAMPLES_BYTES, check_against_manifes
 from cache_schema.reading.batch import TORCH_DTYPES, EncodedBatch, stored_batch
 from cache_schema.reading.chunks import ChunkRequest, ChunkSource
 from cache_schema.reading.image_reader import ImageReader
-from cache_schema.storage.buffers import empty
+from cache_schema.reading.output import Buffer, output
 from cache_schema.storage.folder import Folder
 from cache_schema.storage.local import LocalFolder
 from cache_schema.storage.streamed import reading_folder
@@ -31,11 +31,6 @@ from cache_schema.stores.calibration_files import load_channel, load_components
 if TYPE_CHECKING:
     import webdataset
     import zarr
-
-Buffer = torch.Tensor | np.ndarray[Any, np.dtype[Any]]
-
-# NumPy has neither bfloat16 nor float8: their bits travel as unsigned integers.
-_NUMPY_BITS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
 
 
 def open_cache(
@@ -83,7 +78,7 @@ class Cache:
         self.verify = verify
         self._local_cache = local_cache
         self._calibrations: dict[str, torch.Tensor] = {}  # by tap, of all timesteps
-        self._channels: dict[str, tuple[list[int], torch.Tensor]] = {}  # by tap, of the timesteps last asked for
+        self._channels: dict[str, tuple[Array, torch.Tensor]] = {}  # by tap, of the timesteps last asked for
         self._components: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._layouts: dict[str, list[ArrayLayout]] = {}
         self._open_nothing()
@@ -158,29 +153,32 @@ class Cache:
         self,
         rows: Sequence[int] | Array,
         tap: str = "hidden",
-        timesteps: Sequence[int] | None = None,
+        timesteps: Sequence[int] | Array | None = None,
         view: int | str | Sequence[int] | Array = 0,
         out: Buffer | None = None,
     ) -> EncodedBatch:
         """Read the features of B samples at T timesteps (all of the cache's by default), still encoded.
 
-        `view` is a view's number or name, or one number per row. `out`, a contiguous CPU tensor or NumPy array
-        (B, T, L, C) of the stored type, receives the payload. Raises CacheRequestError for what the cache does not
-        hold, CacheUnsealed for rows a partial cache lacks, CacheCorrupt, naming file, shard and sample, for damage.
+        `timesteps` may be an array (B, T), each row's own. `view` is a view's number or name, or one number per row.
+        `out`, a contiguous CPU tensor or NumPy array (B, T, L, C) of the stored type, receives the payload. Raises
+        CacheRequestError for what the cache does not hold, CacheUnsealed for rows a partial cache lacks, CacheCorrupt,
+        naming file, shard and sample, for damage.
         """
         info = self._tap(tap)
-        steps = self._timestep_indices(timesteps)
         samples = self._row_indices(rows, self.manifest.dataset.feature_rows, "features")
+        steps = self._step_indices(timesteps, len(samples))
+        each = steps.tolist() if steps.ndim == 2 else [steps.tolist()] * len(samples)
         views = self._view_indices(view, len(samples))
         self._check_built(samples)
         if tap not in self._layouts:
             self._layouts[tap] = layout.feature_layouts(self.manifest, info)
         parts: dict[str, torch.Tensor] = {}
+        dtype = TORCH_DTYPES[self.manifest.encoding.kind]
         for array in self._layouts[tap]:
-            request = ChunkRequest(self._opened, array, samples, views, steps)
-            shape = (len(samples), len(steps), *array.inner)
+            request = ChunkRequest(self._opened, array, samples, views, each)
+            shape = (len(samples), steps.shape[-1], *array.inner)
             payload = array.part == "payload"
-            tensor = self._output(out, shape) if payload else torch.empty(shape, dtype=torch.float32)
+            tensor = output(out, shape, dtype) if payload else torch.empty(shape, dtype=torch.float32)
             request.read_into(tensor.reshape(-1).view(torch.uint8).numpy())
             parts[array.part] = tensor
         channel = self._channel(info, steps) if "scale" in parts else None
@@ -217,7 +215,7 @@ class Cache:
         Raises CacheRequestError for values of another shape or type.
         """
         info, steps = self._tap(tap), self._timestep_indices(timesteps)
-        channel = self._channel(info, steps) if self.manifest.encoding.scaled else None
+        channel = self._channel(info, np.array(steps)) if self.manifest.encoding.scaled else None
         shape = (len(steps), info.tokens, info.channels)
         return stored_batch(payload, scale, channel, self.manifest.encoding.kind, shape).decode()
 
@@ -306,7 +304,7 @@ class Cache:
             raise CacheRequestError(f"cache {self.manifest.label} lacks tap {name} (has {names}); rebuild with it")
         return info
 
-    def _timestep_indices(self, timesteps: Sequence[int] | None) -> list[int]:
+    def _timestep_indices(self, timesteps: Sequence[int] | Array | None) -> list[int]:
         have = self.manifest.curriculum.timesteps
         if timesteps is None:
             return list(range(len(have)))
@@ -318,6 +316,14 @@ class Cache:
                 timesteps=sorted({*have, *lacking}),
             )
         return [have.index(step) for step in timesteps]
+
+    def _step_indices(self, timesteps: Sequence[int] | Array | None, count: int) -> Array:
+        """Indices of timesteps, (T,); of each row's own, (count, T)."""
+        if not isinstance(timesteps, np.ndarray) or timesteps.ndim != 2:
+            return np.array(self._timestep_indices(timesteps), dtype=np.int64)
+        if len(timesteps) != count:
+            raise CacheRequestError(f"{count} rows need the timesteps of {count}, not of {len(timesteps)}")
+        return np.array(self._timestep_indices(timesteps.ravel().tolist()), dtype=np.int64).reshape(timesteps.shape)
 
     def _view_indices(self, view: int | str | Sequence[int] | Array, count: int) -> list[int]:
         names = self.manifest.views
@@ -359,33 +365,17 @@ class Cache:
             if not self.has_features(row):
                 raise CacheUnsealed(f"row {row} of {self.folder} has no features yet; run the build again, it resumes")
 
-    def _output(self, out: Buffer | None, shape: tuple[int, ...]) -> torch.Tensor:
-        dtype = TORCH_DTYPES[self.manifest.encoding.kind]
-        if out is None:
-            return empty(shape, dtype)
-        if isinstance(out, np.ndarray):
-            if not out.flags.writeable:
-                raise CacheRequestError("out is read-only")
-            tensor = torch.from_numpy(out)
-            tensor = tensor.view(dtype) if tensor.dtype == _NUMPY_BITS.get(dtype) else tensor
-        else:
-            tensor = out
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise CacheRequestError(f"out is {tuple(tensor.shape)} {tensor.dtype}, the batch is {shape} {dtype}")
-        if not tensor.is_contiguous() or tensor.device.type != "cpu":
-            raise CacheRequestError("out must be contiguous and in CPU memory")
-        return tensor
-
-    def _channel(self, tap: TapInfo, steps: list[int]) -> torch.Tensor:
+    def _channel(self, tap: TapInfo, steps: Array) -> torch.Tensor:
         """Return a tap's calibration at some timesteps; batches that ask for the same ones get the same tensor."""
-        before, channel = self._channels.get(tap.name, (None, None))
-        if channel is None or before != steps:
-            if tap.name not in self._calibrations:
-                try:
-                    stored = torch.from_numpy(load_channel(self.folder, self.manifest, tap))
-                except CacheCorrupt as error:
-                    raise damaged(self.folder, f"the calibration of tap {tap.name} cannot be used: {error}") from error
-                self._calibrations[tap.name] = stored
-            channel = self._calibrations[tap.name][steps]
-            self._channels[tap.name] = steps, channel
+        known = self._channels.get(tap.name)
+        if known is not None and np.array_equal(known[0], steps):
+            return known[1]
+        if tap.name not in self._calibrations:
+            try:
+                stored = torch.from_numpy(load_channel(self.folder, self.manifest, tap))
+            except CacheCorrupt as error:
+                raise damaged(self.folder, f"the calibration of tap {tap.name} cannot be used: {error}") from error
+            self._calibrations[tap.name] = stored
+        channel = self._calibrations[tap.name][torch.from_numpy(steps)]
+        self._channels[tap.name] = steps, channel
         return channel

@@ -28,6 +28,7 @@ SHOWN = (
     Exposed("loss.alpha", shown="of the preset", help="Weight of CAL (method gcd)."),
     Exposed("loss.tau", help="Temperature of DRC."),
     Exposed("timesteps", help="Curriculum timesteps, e.g. 22,28; all by default (method gcd)."),
+    Exposed("timesteps_per_step", help="Of those, drawn anew for each image at each update; all by default (gcd)."),
     Exposed("tap", help="Teacher features to read (method gcd)."),
     Exposed("student.name", "--student", shown="of the preset", help="Student network, by timm name."),
     Exposed("student.img_size", "--image-size", shown="of the preset, else of the network"),

@@ -24,6 +24,7 @@ from trainer.data.features import FeatureSource, Needs, open_sources, shared_vie
 from trainer.data.images import Fit, ImageStore
 from trainer.data.regions import Regions
 from trainer.data.splits import hold_out_classes, select_split
+from trainer.data.timesteps import TimestepDraw
 from trainer.errors import TrainError
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class Batch:
     # (B+U, 4) float32: what an image shows of the picture that the teacher saw, as (left, top, right, bottom) in
     # fractions of its sides, below 0 or above 1 where it shows more; None where no method asks.
     boxes: Tensor | None = None
-
+    # (B+U, P) int64: which of the run's timesteps, counted from 0, an image's features are of; None: all, in order.
+    timesteps: Tensor | None = None
     held: PooledTensors | None = None  # what `images` lie in, where their memory is used again
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
@@ -60,8 +62,10 @@ class Batch:
         images = self.images.to(device, non_blocking=queued)
         if self.held is not None:
             self.held.copied(device)
-        labels, boxes = _moved(self.labels, device), None if self.boxes is None else _moved(self.boxes, device)
-        return Batch(images, labels, encoded, unlabelled=self.unlabelled, boxes=boxes)
+        small = [None if part is None else _moved(part, device) for part in (self.labels, self.boxes, self.timesteps)]
+        labels, boxes, timesteps = small
+        assert labels is not None
+        return Batch(images, labels, encoded, unlabelled=self.unlabelled, boxes=boxes, timesteps=timesteps)
 
     def decoded(self, dtype: torch.dtype = torch.float32) -> Batch:
         """With features as `dtype`, where the batch is; float32 where the cache keeps more than `dtype` could."""
@@ -69,13 +73,13 @@ class Batch:
         for name, part in self.encoded.items():
             wanted = dtype if part.coarse else torch.float32
             features[name] = part.decode(part.payload.device, wanted, fused=wanted != torch.float32)
-        return Batch(self.images, self.labels, {}, features, self.unlabelled, self.boxes)
+        return Batch(self.images, self.labels, {}, features, self.unlabelled, self.boxes, self.timesteps)
 
     @property
     def tensors(self) -> list[Tensor]:
         """All that the batch consists of, with what of its features is shared by other batches."""
         parts = [tensor for part in self.encoded.values() for tensor in (part.payload, part.scale, part.channel)]
-        whole = [self.images, self.labels, self.boxes, *parts, *self.features.values()]
+        whole = [self.images, self.labels, self.boxes, self.timesteps, *parts, *self.features.values()]
         return [tensor for tensor in whole if tensor is not None]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -100,8 +104,9 @@ class Batch:
                 ]
             ).to(self.labels.device)
             features = {name: value[rows] for name, value in self.features.items()}
-            boxes = None if self.boxes is None else self.boxes[rows]
-            yield Batch(self.images[rows], self.labels[rows], {}, features, self.unlabelled // parts, boxes)
+            boxes, timesteps = (None if part is None else part[rows] for part in (self.boxes, self.timesteps))
+            images, labels = self.images[rows], self.labels[rows]
+            yield Batch(images, labels, {}, features, self.unlabelled // parts, boxes, timesteps)
 
 
 class TrainingBatches:
@@ -134,6 +139,7 @@ class TrainingBatches:
         cropped = config.augment.crop_scale is not None
         self.images = ImageStore(cache, image_size, rows, config.image_memory_gb, fit, as_stored=cropped)
         self.regions = Regions(cache, self.sources, self.views) if needs.places else None
+        self.timesteps = TimestepDraw.of(self.sources.values(), needs.timesteps_per_step, config.seed)
         self.slots = read_ahead_depth(config.workers) + _SPARE
         self.pixels = TensorPool({_IMAGES: ((self.batch_rows, 3, image_size, image_size), torch.uint8)}, self.slots)
         self.features = {name: _SourceReader(source, self) for name, source in self.sources.items()}
@@ -167,23 +173,31 @@ class TrainingBatches:
         return labelled if self.unlabelled is None else np.append(labelled, self.unlabelled.batch(update))
 
     def __getitem__(self, update: int) -> Batch:
+        return self.make(update, self.timesteps)
+
+    def make(self, update: int, timesteps: TimestepDraw | None) -> Batch:
+        """The batch of an update with the features of the timesteps drawn, or (None) of all."""
         labelled, rows = self.labelled.batch(update), self.rows(update)
         labels = torch.full((len(rows),), -1, dtype=torch.int64)
         labels[: len(labelled)] = torch.tensor([self.label_of[row] for row in labelled.tolist()])
         # Drawn for the labelled rows first: unlabelled rows do not change what a method without them sees.
         draw = generator(self.config.seed, VIEWS, update).integers(len(self.views), size=len(rows))
         held = self.pixels.take(len(rows))
-        boxes = self._draw_images(held.tensors[_IMAGES], rows, draw, generator(self.config.seed, AUGMENT, update))
-        encoded = {name: reader.read(rows, draw) for name, reader in self.features.items()}
-        unlabelled = len(rows) - len(labelled)
-        return Batch(held.tensors[_IMAGES], labels, encoded, unlabelled=unlabelled, boxes=boxes, held=held)
+        images = held.tensors[_IMAGES]
+        boxes = self._draw_images(images, rows, draw, generator(self.config.seed, AUGMENT, update))
+        drawn = None if timesteps is None else timesteps.draw(update, len(rows))
+        encoded = {name: reader.read(rows, draw, drawn) for name, reader in self.features.items()}
+        chosen = None if drawn is None else torch.from_numpy(drawn)
+        return Batch(
+            images, labels, encoded, unlabelled=len(rows) - len(labelled), boxes=boxes, timesteps=chosen, held=held
+        )
 
     def pin_memory(self) -> None:
         """Page-lock what batches are made in, for copies to a CUDA device that take no time of a step."""
         try:
             self.pixels.pin_memory()
             for reader in self.features.values():
-                reader.dataset.pin_memory()
+                reader.reused.pin_memory()
         except LoaderError as error:
             print(f"note: batches are copied to the GPU more slowly: {error}", file=sys.stderr)
 
@@ -191,7 +205,7 @@ class TrainingBatches:
         """Let memory be used again that batches were copied to a CUDA device from."""
         self.pixels.reclaim()
         for reader in self.features.values():
-            reader.dataset.reclaim()
+            reader.reused.reclaim()
 
     def _draw_images(
         self, images: Tensor, rows: np.ndarray, views: np.ndarray, random: np.random.Generator
@@ -228,7 +242,7 @@ class TrainingBatches:
 
 
 class FittingBatches:
-    """Batches that are read anew each time they are gone through, so that none of them stays in memory."""
+    """Batches of all timesteps, read anew each time they are gone through, so that none of them stays in memory."""
 
     def __init__(self, batches: TrainingBatches, few: int, device: torch.device = _CPU):
         self.batches, self.few, self.device = batches, few, device
@@ -239,7 +253,7 @@ class FittingBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         if self.batches.fit_on == "few":
-            yield from (self.batches[update].to(self.device) for update in range(self.few))
+            yield from (self.batches.make(update, None).to(self.device) for update in range(self.few))
             return
         for view in range(len(self.batches.views)):
             for start in range(0, len(self.batches.all_rows), self.batches.batch_rows):
@@ -266,15 +280,25 @@ class _SourceReader:
                 f"cache {source.cache.manifest.label} has one view to train on, {batches.views[0]}: there is no other "
                 "to take a mean with; build it with --views canonical,hflip, or use loss.target_views=own"
             )
-        self.dataset = CacheDataset(
-            source.cache, source.tap, source.shape.timesteps, batch_size=batches.batch_rows, slots=batches.slots
-        )
+        cache, tap, timesteps = source.cache, source.tap, source.shape.timesteps
+        draw, rows, slots = batches.timesteps, batches.batch_rows, batches.slots
+        # Where timesteps are drawn, all of them are only read for what is measured before the first update.
+        self.whole = CacheDataset(cache, tap, timesteps, batch_size=rows if draw is None else None, slots=slots)
+        self.drawn = None if draw is None else CacheDataset(cache, tap, batch_size=rows, slots=slots, each=draw.each)
 
-    def read(self, rows: np.ndarray, views: np.ndarray) -> FeatureBatch:
-        """Features of rows of the run's own cache, each in its own of the run's views."""
+    @property
+    def reused(self) -> CacheDataset:
+        """Where the batches of training are read into, memory that is used again."""
+        return self.whole if self.drawn is None else self.drawn
+
+    def read(self, rows: np.ndarray, views: np.ndarray, drawn: np.ndarray | None = None) -> FeatureBatch:
+        """Features of rows of the run's own cache, each in its own of the run's views, at the timesteps drawn."""
         if self.source.next_view:
             views = (views + 1) % len(self.view_index)
-        return self.dataset.read(self.source.rows(rows), self.view_index[views])
+        rows, views = self.source.rows(rows), self.view_index[views]
+        if drawn is None or self.drawn is None:
+            return self.whole.read(rows, views)
+        return self.drawn.read(rows, views, np.array(self.source.shape.timesteps)[drawn])
 
 
 def iterate(batches: TrainingBatches, start: int, stop: int, workers: int) -> Generator[Batch, None, None]:

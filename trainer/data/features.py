@@ -38,6 +38,7 @@ class Needs:
     features: Mapping[str, FeatureNeed] = field(default_factory=dict)
     unlabelled: int = 0
     places: bool = False  # features are compared with what the student sees at the same place of the picture
+    timesteps_per_step: int | None = None  # drawn for each image at each update, of all features alike; None: all
     fit_on: Literal["few", "all"] = "few"  # what `fit` is to measure: a few batches, or the features of every row
 
 

@@ -68,10 +68,30 @@ class PrincipalComponents(nn.Module):
         self.mean.copy_(moments.mean.unsqueeze(1))
         self.directions.copy_(directions(moments.covariance(), self.directions.shape[2], self.power))
 
-    def forward(self, vectors: Tensor) -> Tensor:
-        """(B, P, N, C) -> (B, P, N, K), float32 whatever the autocast."""
+    def forward(self, vectors: Tensor, kinds: Tensor | None = None) -> Tensor:
+        """(B, P, N, C) -> (B, P, N, K), float32 whatever the autocast.
+
+        kinds (B, P): which kinds the vectors are of; None: all, in order.
+        """
         with torch.autocast(vectors.device.type, enabled=False):
-            return (vectors.float() - self.mean) @ self.directions
+            return by_kind(vectors.float() - of_kinds(self.mean, kinds), self.directions, kinds)
+
+
+def of_kinds(values: Tensor, kinds: Tensor | None) -> Tensor:
+    """What there is of each kind, (P, …), for `kinds` (B, p) as (B, p, …); as it is for None, all of them in order."""
+    return values if kinds is None else values[kinds]
+
+
+def by_kind(vectors: Tensor, matrices: Tensor, kinds: Tensor | None) -> Tensor:
+    """Each vector by the matrix of its kind: (B, p, N, C), (P, C, K), kinds (B, p) or None -> (B, p, N, K)."""
+    if kinds is None:
+        return vectors @ matrices
+    P, C, K = matrices.shape
+    if vectors.shape[2] * P > C:
+        return vectors @ matrices[kinds]
+    # Of few vectors the product with every kind's matrix is smaller than a matrix for each image would be.
+    every = (vectors @ matrices.transpose(0, 1).flatten(1)).unflatten(-1, (P, K))  # (B, p, N, P, K)
+    return every.take_along_dim(kinds[:, :, None, None, None], 3).squeeze(3)
 
 
 def directions(covariance: Tensor, components: int, power: float) -> Tensor:

@@ -43,32 +43,45 @@ class FeatureRegression(nn.Module):
         """Measure the teacher's features on a few batches (B, P, L, C_t)."""
         self.components.fit(_some_tokens(batch) for batch in samples)
 
-    def forward(self, embedding: Tensor, tokens: Tensor, features: Tensor, boxes: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        embedding: Tensor,
+        tokens: Tensor,
+        features: Tensor,
+        boxes: Tensor | None,
+        drawn: Tensor | None = None,
+    ) -> Tensor:
         """E_R (B, C), student tokens (B, h, w, C_s), features (B, P, L, C_t), boxes (B, 4) or None: a scalar.
 
         boxes: what the student's image shows of the teacher's picture, in fractions of its sides; None: all of it.
+        drawn (B, P): which timesteps each image's features are of; None: all, in order.
         """
-        target, known = self.regions(features, boxes)  # (B, h·w, P, K), (B, h·w)
+        target, known = self.regions(features, boxes, drawn)  # (B, h·w, P, K), (B, h·w)
         loss = target.new_zeros(())
         if self.tokens is not None:
-            predicted = self.tokens(tokens.flatten(1, 2)).unflatten(-1, target.shape[2:])
+            predicted = self._predicted(self.tokens(tokens.flatten(1, 2)), drawn)
             loss = loss + self.config.tokens * _distance(predicted, target, known)
         if self.pooled is not None:
-            predicted = self.pooled(embedding).unflatten(-1, target.shape[2:])
+            predicted = self._predicted(self.pooled(embedding).unsqueeze(1), drawn).squeeze(1)
             count = known.sum(1)  # (B,)
             mean = (target * known[:, :, None, None]).sum(1) / count.clamp_min(1)[:, None, None]
             loss = loss + self.config.pooled * _distance(predicted, mean, (count > 0).float())
         return loss
 
+    def _predicted(self, outputs: Tensor, drawn: Tensor | None) -> Tensor:
+        """A head's outputs (B, N, T·K) for all T timesteps, of those drawn: (B, N, P, K)."""
+        every = outputs.unflatten(-1, (-1, self.kept))  # (B, N, T, K)
+        return every if drawn is None else every.take_along_dim(drawn[:, None, :, None], 2)
+
     @torch.no_grad()
-    def regions(self, features: Tensor, boxes: Tensor | None) -> tuple[Tensor, Tensor]:
+    def regions(self, features: Tensor, boxes: Tensor | None, drawn: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The teacher's features where the student's tokens are: (B, P, L, C_t) -> (B, h·w, P, K).
 
         With them, 1 where the teacher saw the middle of that place at all and 0 elsewhere: (B, h·w).
         """
         with torch.autocast(features.device.type, enabled=False):
             rows, columns = self.shape.grid
-            components = self.components(features.float())  # (B, P, L, K)
+            components = self.components(features.float(), drawn)  # (B, P, L, K)
             maps = components.unflatten(2, (rows, columns)).permute(0, 1, 4, 2, 3).flatten(1, 2)  # (B, P·K, H, W)
             if boxes is None:
                 boxes = features.new_tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(features), 4)

@@ -150,7 +150,7 @@ def test_memory_is_not_filled_again_before_it_was_copied(batches, cuda):
     with StrictDevice():
         moved = [batches[update].moved(DEVICE) for update in range(batches.slots)]
         assert batches.pixels._ring.take() is None
-        assert all(reader.dataset._ring.take() is None for reader in batches.features.values())
+        assert all(reader.reused._ring.take() is None for reader in batches.features.values())
         for event in cuda.events:
             event.done = True
         batches.reclaim()

@@ -84,3 +84,16 @@ def test_tokens_are_what_the_embedding_is_pooled_from(name, shape):
         assert torch.equal(embedding, student(images))
     assert tuple(tokens.shape[1:]) == student.token_shape
     assert tokens.shape[1:3] == torch.Size(shape[:2])
+
+
+def test_drawn_timesteps_are_regressed_by_the_outputs_that_are_theirs(regression, features):
+    embedding, tokens = torch.randn(3, 32), torch.randn(3, 4, 4, 32)
+    every = torch.tensor([[0, 1]] * 3)
+    torch.testing.assert_close(
+        regression(embedding, tokens, features, None, every), regression(embedding, tokens, features, None)
+    )
+    halves = [
+        regression(embedding, tokens, features.take_along_dim(drawn[:, :, None, None], 1), None, drawn)
+        for drawn in (torch.tensor([[0], [1], [0]]), torch.tensor([[1], [0], [1]]))
+    ]
+    torch.testing.assert_close(sum(halves) / 2, regression(embedding, tokens, features, None))

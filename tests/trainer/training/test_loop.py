@@ -23,6 +23,7 @@ RANDOM = (
     "gim.mask_student=0.5",
     "student.drop_path_rate=0.2",
     "unlabeled_per_batch=1",
+    "timesteps_per_step=1",
     "optim.warmup=0.2",
     "optim.ema=0.5",
 )

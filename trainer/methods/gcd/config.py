@@ -150,6 +150,10 @@ class GcdConfig(TrainConfig):
     unlabeled_per_batch: int = Field(default=0, ge=0)  # extra rows per batch that only CAL sees
     tap: str | None = None  # None: hidden where the cache has it, otherwise its first
     timesteps: tuple[int, ...] | None = None  # None: all that the cache has
+    timesteps_per_step: Annotated[
+        int | None,
+        Setting("Timesteps drawn anew for each image at each update, of those above; all by default."),
+    ] = Field(default=None, ge=1)
     shuffle_features: Annotated[
         bool, Setting("A control: every image is given the features of another one of its split.")
     ] = False

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainer.errors import TrainError
 from trainer.methods.gcd.config import GimConfig
-from trainer.models.components import PrincipalComponents
+from trainer.models.components import PrincipalComponents, by_kind, of_kinds
 
 
 class Attention(nn.Module):
@@ -144,20 +144,23 @@ class TokenEncoder(nn.Module):
         """Where weight decay would do harm."""
         return {"position", "timestep"}
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, P, L, C_t) -> (B, P, L, C); with token dropout, in training, fewer of them."""
-        x = self.project(self._normalised(tokens))  # (B, P, L, C)
+    def forward(self, tokens: Tensor, drawn: Tensor | None = None) -> Tensor:
+        """(B, P, L, C_t) -> (B, P, L, C); with token dropout, in training, fewer of them.
+
+        `drawn` (B, P): which timesteps the tokens are of, where they are not all, in order.
+        """
+        x = self.project(self._normalised(tokens, drawn))  # (B, P, L, C)
         if self.position is not None:
             x = x + self.position  # (L, C)
         if self.timestep is not None:
-            x = x + self.timestep  # (P, 1, C)
+            x = x + of_kinds(self.timestep, drawn)  # (P, 1, C) or (B, P, 1, C)
         return self.out_norm(self._some(x))
 
-    def _normalised(self, tokens: Tensor) -> Tensor:
+    def _normalised(self, tokens: Tensor, drawn: Tensor | None) -> Tensor:
         if self.normalisation == "whiten":
-            return self.components(tokens)
+            return self.components(tokens, drawn)
         if self.normalisation == "standardize":
-            return (tokens - self.shift) * self.scale
+            return (tokens - of_kinds(self.shift, drawn)) * of_kinds(self.scale, drawn)
         return _normalised_as_they_are(self.norm, tokens)
 
     def _some(self, x: Tensor) -> Tensor:
@@ -213,14 +216,14 @@ class Shortcut(nn.Module):
         self.mean.copy_(components.mean)
         self.weight.copy_(components.directions)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, P, L, C_t) -> (B, P, dim)."""
-        pooled = tokens.mean(2, keepdim=True, dtype=torch.float32) - self.mean  # (B, P, 1, C_t)
-        return (pooled @ self.weight.to(pooled.dtype)).squeeze(2)
+    def forward(self, tokens: Tensor, drawn: Tensor | None = None) -> Tensor:
+        """(B, P, L, C_t) -> (B, P, dim); `drawn` as of the tokens' encoder."""
+        pooled = tokens.mean(2, keepdim=True, dtype=torch.float32) - of_kinds(self.mean, drawn)  # (B, P, 1, C_t)
+        return by_kind(pooled, self.weight.to(pooled.dtype), drawn).squeeze(2)
 
 
 class GenerativeInjectionModule(nn.Module):
-    """E_D,t = first token of E_f([E_R ; E_b(E_Q, E_O,t)]), for all P timesteps in one call.
+    """E_D,t = first token of E_f([E_R ; E_b(E_Q, E_O,t)]), for all P timesteps in one call, or those drawn of them.
 
     Source: DiT-Distill, CVPR 2026, GIM.
     """
@@ -266,13 +269,17 @@ class GenerativeInjectionModule(nn.Module):
         """Where weight decay would do harm."""
         return {"queries", "mask_token"}
 
-    def bridge(self, tokens: Tensor) -> Tensor:
-        """E_b: teacher tokens (B, P, L, C_t) -> Q̂_t (B, P, k, C). It does not depend on the student."""
-        if tuple(tokens.shape[1:]) != self.shape:
+    def bridge(self, tokens: Tensor, drawn: Tensor | None = None) -> Tensor:
+        """E_b: teacher tokens (B, P, L, C_t) -> Q̂_t (B, P, k, C). It does not depend on the student.
+
+        `drawn` (B, P): which of the timesteps it was made for each image's tokens are of; None: all, in order.
+        """
+        expected = self.shape if drawn is None else (drawn.shape[1], *self.shape[1:])
+        if tuple(tokens.shape[1:]) != expected:
             raise TrainError(
-                f"the GIM was made for (timesteps, tokens, channels) {self.shape}, got {tuple(tokens.shape[1:])}"
+                f"the GIM was made for (timesteps, tokens, channels) {expected}, got {tuple(tokens.shape[1:])}"
             )
-        context = self.tokens(tokens)  # (B, P, L, C)
+        context = self.tokens(tokens, drawn)  # (B, P, L, C)
         if self.queries is None:
             return context
         B, P = tokens.shape[:2]
@@ -284,9 +291,9 @@ class GenerativeInjectionModule(nn.Module):
             queries = layer(queries, keys, values)
         return queries.unflatten(0, (B, P))  # (B, P, k, C)
 
-    def shortcut_of(self, tokens: Tensor) -> Tensor | None:
+    def shortcut_of(self, tokens: Tensor, drawn: Tensor | None = None) -> Tensor | None:
         """What of E_D goes around E_b and E_f: (B, P, L, C_t) -> (B, P, C), None with `residual="none"`."""
-        return None if self.shortcut is None else self.shortcut(tokens)
+        return None if self.shortcut is None else self.shortcut(tokens, drawn)
 
     def infuse(
         self, student: Tensor, bridged: Tensor, masked: bool | Tensor = False, shortcut: Tensor | None = None

@@ -85,16 +85,17 @@ class Gcd(Method):
             unlabelled=config.unlabeled_per_batch,
             fit_on="all" if whole else "few",
             places=config.regression.wanted,
+            timesteps_per_step=config.timesteps_per_step,
         )
 
     def forward(self, batch: Batch, moment: Moment = END) -> dict[str, Tensor]:
         config, gim = self.config.loss, self.gim
-        tokens = batch.features[TEACHER]  # (B, P, L, C_t)
+        tokens, drawn = batch.features[TEACHER], batch.timesteps  # (B, P, L, C_t)
         if self.regression is None:
             student, places = self.student(batch.images), None  # E_R (B, C)
         else:
             student, places = self.student.with_tokens(batch.images)
-        bridged, shortcut = gim.bridge(tokens), gim.shortcut_of(tokens)  # Q̂_t (B, P, k, C)
+        bridged, shortcut = gim.bridge(tokens, drawn), gim.shortcut_of(tokens, drawn)  # Q̂_t (B, P, k, C)
         masked = gim.draw_mask(bridged)
         injected = gim.infuse(student, bridged, masked, shortcut)  # E_D (B, P, C)
         target = self._target(batch, student, bridged, shortcut, injected, masked)
@@ -108,7 +109,7 @@ class Gcd(Method):
         if config.drc_on == "both":
             total = total + config.drc_student_weight * losses["drc_student"]
         if self.regression is not None and places is not None:
-            losses["regression"] = self.regression(student, places, tokens, batch.boxes)
+            losses["regression"] = self.regression(student, places, tokens, batch.boxes, drawn)
             total = total + self.config.regression.weight * losses["regression"]
         if isinstance(alpha, Tensor):
             losses["alpha"] = alpha
@@ -134,19 +135,19 @@ class Gcd(Method):
         masked: bool | Tensor,
     ) -> Tensor:
         """What E_R is drawn to, (B, P, D): of the image's own view, or the mean over it and the other one."""
-        other = batch.features.get(OTHER_VIEW)
+        other, drawn = batch.features.get(OTHER_VIEW), batch.timesteps
         if self.pooled is not None:
             views = [batch.features[TEACHER], *([] if other is None else [other])]
-            return _mean_direction(
-                [self.pooled(view.mean(2, keepdim=True, dtype=torch.float32)).squeeze(2) for view in views]
-            )
+            pooled = [view.mean(2, keepdim=True, dtype=torch.float32) for view in views]
+            return _mean_direction([self.pooled(view, drawn).squeeze(2) for view in pooled])
         own = self._cal_target(student, bridged, shortcut, injected, masked)
         if other is None:
             return own
         asked = self.config.loss.cal_target
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.loss.stop_gradient):
             mask = masked if asked == "as_trained" else asked == "masked"
-            mirrored = self.gim.infuse(student, self.gim.bridge(other), mask, self.gim.shortcut_of(other))
+            bridged, shortcut = self.gim.bridge(other, drawn), self.gim.shortcut_of(other, drawn)
+            mirrored = self.gim.infuse(student, bridged, mask, shortcut)
         return _mean_direction([own, mirrored])
 
     def _cal_target(
@@ -227,6 +228,13 @@ def _mean_direction(views: list[Tensor]) -> Tensor:
 def _check(config: GcdConfig) -> None:
     """Raise TrainError for settings that do not go together."""
     loss = config.loss
+    if config.timesteps_per_step is not None:
+        held = f"loss.align={loss.align}" if loss.align in ("relational", "memory") else "loss.center=class"
+        if loss.align in ("relational", "memory") or loss.center == "class":
+            raise TrainError(
+                f"timesteps_per_step: {held} holds images against each other at the same timestep; leave one of the "
+                "two out"
+            )
     if loss.alpha_by == "gradient_ratio" and (loss.drc_on != "both" or not loss.drc_student_weight):
         raise TrainError("loss.alpha_by: gradient_ratio needs DRC on E_R to be held against; add loss.drc_on=both")
     if loss.alpha_gate == "validation" and not (config.validation_classes and config.eval_every):

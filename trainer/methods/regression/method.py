@@ -39,12 +39,17 @@ class Regression(Method):
     def needs(cls, config: RegressionRunConfig) -> Needs:
         shuffled = config.seed if config.shuffle_features else None
         features = {TEACHER: FeatureNeed(config.tap, config.timesteps, shuffled=shuffled)}
-        return Needs(features, unlabelled=config.unlabeled_per_batch, places=True)
+        return Needs(
+            features,
+            unlabelled=config.unlabeled_per_batch,
+            places=True,
+            timesteps_per_step=config.timesteps_per_step,
+        )
 
     def forward(self, batch: Batch, moment: Moment = END) -> dict[str, Tensor]:
         embedding, tokens = self.student.with_tokens(batch.images)
         drc = self.drc(embedding, batch.labels)
-        regression = self.regression(embedding, tokens, batch.features[TEACHER], batch.boxes)
+        regression = self.regression(embedding, tokens, batch.features[TEACHER], batch.boxes, batch.timesteps)
         return {"loss": drc + self.config.regression.weight * regression, "drc_student": drc, "regression": regression}
 
     def parameter_groups(self) -> list[ParameterGroup]:

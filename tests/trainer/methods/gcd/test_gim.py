@@ -93,6 +93,26 @@ def test_tokens_are_read_as_often_whatever_the_number_of_layers_and_timesteps(la
     assert products.count == 2  # into the GIM's width, and from there to keys and values
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"timestep_embedding": False}, {"token_norm": "standardize"}, {"token_norm": "whiten"}, {"residual": "pca"}],
+)  # fmt: skip
+def test_drawn_timesteps_are_treated_as_they_are_among_all(inputs, options):
+    student, tokens = inputs
+    gim = make_gim(**options)
+    gim.fit([tokens])
+    with torch.no_grad():
+        if gim.shortcut is not None:
+            gim.shortcut.gate.fill_(0.5)
+        drawn = torch.tensor([[1], [0], [1]])
+        part = tokens.take_along_dim(drawn[:, :, None, None], 1)
+        found = gim.infuse(student, gim.bridge(part, drawn), False, gim.shortcut_of(part, drawn))
+        expected = gim(student, tokens).take_along_dim(drawn[:, :, None], 1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(TrainError, match=r"\(1, 5, 7\), got \(2, 5, 7\)"):
+        gim.bridge(tokens, drawn)
+
+
 def test_the_names_of_its_weights_are_those_of_runs_that_were_saved():
     names = {name for name in make_gim().state_dict() if name.startswith("bridge_layers.1.attention")}
     parts = ("query", "key_value", "out")
@@ -217,9 +237,9 @@ def test_tokens_of_bfloat16_give_what_those_of_float32_give_but_for_rounding(inp
 def test_the_layer_norm_of_the_tokens_leaves_them_bfloat16_under_autocast(inputs):
     encoder = make_gim().tokens
     with torch.autocast("cpu", torch.bfloat16):
-        normalised = encoder._normalised(inputs[1].bfloat16())
+        normalised = encoder._normalised(inputs[1].bfloat16(), None)
     assert normalised.dtype == torch.bfloat16
-    exact = encoder._normalised(inputs[1].bfloat16().float())
+    exact = encoder._normalised(inputs[1].bfloat16().float(), None)
     assert torch.allclose(normalised.float(), exact, rtol=2**-7, atol=2**-9)
 
 

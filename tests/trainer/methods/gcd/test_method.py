@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from trainer.data.batches import TrainingBatches
+from trainer.errors import TrainError
 from trainer.methods.gcd.cal import cal_loss
 from trainer.methods.gcd.method import TEACHER, Gcd
 from trainer.methods.registry import find_method
@@ -92,3 +95,22 @@ def test_under_bfloat16_autocast_the_losses_stay_float32_and_finite(build):
     losses["loss"].backward()
     assert all(value.dtype == torch.float32 and value.isfinite() for value in losses.values())
     assert all(p.grad is None or p.grad.isfinite().all() for p in objective.parameters())
+
+
+@pytest.mark.parametrize("settings", [(), ("regression.weight=1", "loss.align_target=pooled", "gim.residual=pca")])
+def test_drawn_timesteps_give_in_the_mean_over_all_draws_what_all_of_them_give(build, settings):
+    objective, batch = build("loss.stop_gradient=true", *settings)
+    objective.fit([batch])
+    drawn = torch.arange(len(batch.labels)).unsqueeze(1) % 2
+    losses = []
+    for timesteps in (drawn, 1 - drawn):
+        features = {TEACHER: batch.features[TEACHER].take_along_dim(timesteps[:, :, None, None], 1)}
+        losses.append(objective(replace(batch, features=features, timesteps=timesteps)))
+    for name, value in objective(batch).items():
+        torch.testing.assert_close((losses[0][name] + losses[1][name]) / 2, value)
+
+
+@pytest.mark.parametrize("setting", ["loss.align=relational", "loss.align=memory", "loss.center=class"])
+def test_drawn_timesteps_are_refused_where_images_are_compared_at_the_same_one(build, setting):
+    with pytest.raises(TrainError, match=f"timesteps_per_step: {setting} holds images against each other"):
+        build("timesteps_per_step=1", setting)
