@@ -80,11 +80,14 @@ def offloaded(scene: Scene) -> str:
     before = _features(teacher, noisy, given, sigma).float().cpu()
     del teacher
     scene.begin()
-    teacher = scene.teacher(offload=True)
-    _check_near(before, _features(teacher, noisy, given, sigma).float().cpu(), 0.999)
+    teacher, seconds = scene.teacher(offload=True), []
+    for _ in range(3):  # the first pass shows the order of the blocks; from the second on, each is fetched ahead
+        started = time.perf_counter()
+        _check_near(before, _features(teacher, noisy, given, sigma).float().cpu(), 0.999)
+        seconds.append(time.perf_counter() - started)
     if scene.peak_gb() > 12:
         raise Failed("the weights were on the device together")
-    return "the same features"
+    return f"the same features; the first pass took {seconds[0]:.2f} s, the next ones {max(seconds[1:]):.2f} s"
 
 
 def _check_near(expected: Tensor, found: Tensor, least: float) -> None:

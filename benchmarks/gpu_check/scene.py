@@ -15,7 +15,8 @@ from pipeline.inputs.conditions import Conditions
 from pipeline.teachers import outline_teacher
 from pipeline.teachers.base import Quantization, TextEmbedding
 from pipeline.teachers.diffusers_teacher import DiffusersTeacher, blocks_of
-from pipeline.teachers.loading import compile_blocks, offload_transformer
+from pipeline.teachers.loading import compile_blocks
+from pipeline.teachers.offloading import offload_transformer
 from pipeline.teachers.quantization import quantize
 from pipeline.teachers.weightless import weightless_teacher
 
@@ -100,7 +101,7 @@ class Scene:
         if compile:
             compile_blocks(blocks_of(transformer))
         if offload:
-            offload_transformer(transformer, self.device)
+            offload_transformer(transformer, blocks_of(transformer), self.device)
         return made
 
     def inputs(self, teacher: DiffusersTeacher, images: int | None = None, steps: int = TIMESTEPS) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ import torch
 from torch.nn import Module
 
 from pipeline.teachers.architecture import Place
+from pipeline.teachers.offloading import order_is_known, put_back
 
 
 class _TapsCaptured(Exception):  # noqa: N818 - control flow, not an error
@@ -23,8 +24,10 @@ def capture(
     blocks: in the order in which they run. Found of a tap is the output of its block; of a modulated one, image tokens
     as a pair (None, tokens), or tokens alone where the block has text and image in one sequence. With leave_early the
     body of the `with` ends where the deepest tap was read, so that later blocks, and the rest of a block of which only
-    the modulated tokens are wanted, cost nothing. compiled: whether the blocks were compiled.
+    the modulated tokens are wanted, cost nothing. compiled: whether the blocks were compiled. Of blocks that are
+    fetched ahead, the first pass runs to its end, and none is on the device afterwards.
     """
+    leave_early = leave_early and order_is_known(blocks)
     found: dict[str, Any] = {}
     # What a block reads comes before what it returns.
     last = max(taps.values(), key=lambda place: (place.depth, not place.modulated), default=None)
@@ -35,6 +38,7 @@ def capture(
             raise _TapsCaptured
 
     with ExitStack() as hooks:
+        hooks.callback(put_back, blocks)
         for place in set(taps.values()):
             block: Any = blocks[place.depth]
             if not place.modulated:

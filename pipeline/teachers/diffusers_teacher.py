@@ -17,8 +17,9 @@ from torch.nn import Module
 from pipeline.teachers.architecture import Architecture, read_architecture
 from pipeline.teachers.base import ContextMode, Part, TapShape, TeacherError, TextEmbedding
 from pipeline.teachers.capture import capture
-from pipeline.teachers.loading import PLAIN, Loading, compile_blocks, offload_text_encoder, offload_transformer
+from pipeline.teachers.loading import PLAIN, Loading, compile_blocks
 from pipeline.teachers.lora import attach_lora, check_made_for, save_lora
+from pipeline.teachers.offloading import offload_text_encoder, offload_transformer
 from pipeline.teachers.packing import pack_latents, unpack_latents
 from pipeline.teachers.pixels import from_signed, to_signed
 from pipeline.teachers.quantization import pipeline_config
@@ -265,7 +266,7 @@ class DiffusersTeacher(ABC):
     def _offload(self, pipe: Any) -> Any:
         for name, module in pipe.components.items():
             if name == "transformer" and module is not None:
-                offload_transformer(module, self.device)
+                offload_transformer(module, blocks_of(module), self.device)
             elif isinstance(module, Module):
                 offload_text_encoder(module, self.device)
         return pipe

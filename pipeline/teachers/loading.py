@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn import Module
@@ -14,7 +13,8 @@ from pipeline.teachers.base import Quantization, TeacherError
 class Loading:
     """quantization: format of the weights of linear layers, None as they were saved.
 
-    offload: text encoders and transformer stay in main memory, and each block is on the device only while it runs.
+    offload: text encoders and transformer stay in main memory, and each block is on the device only while it runs, see
+    `pipeline.teachers.offloading`.
     compile: the blocks of the transformer are compiled when they first run.
     """
 
@@ -40,19 +40,6 @@ def compile_blocks(blocks: Sequence[Module]) -> None:
     """
     for block in blocks:
         block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
-
-
-def offload_transformer(transformer: Any, device: torch.device) -> None:
-    """Keep a diffusers model in main memory; each of its blocks is copied to the device to run, and released again."""
-    # Without streams: a pass that ends at a tap would leave what was fetched ahead on the device.
-    transformer.enable_group_offload(onload_device=device, offload_type="block_level", num_blocks_per_group=1)
-
-
-def offload_text_encoder(encoder: Module, device: torch.device) -> None:
-    """Keep a text encoder in main memory; each of its layers is copied to the device to run, and released again."""
-    from diffusers.hooks import apply_group_offloading
-
-    apply_group_offloading(encoder, onload_device=device, offload_type="leaf_level")
 
 
 def _check_compiler(device: torch.device) -> None:

@@ -20,8 +20,9 @@ from pipeline.inputs.conditions import Conditions
 from pipeline.refine import RefineConfig, refine
 from pipeline.refine.loss import cdr_loss
 from pipeline.teachers import TeacherError, load_teacher, outline_teacher
-from pipeline.teachers.loading import Loading, offload_text_encoder, offload_transformer
+from pipeline.teachers.loading import Loading
 from pipeline.teachers.lora import add_lora
+from pipeline.teachers.offloading import offload_text_encoder, offload_transformer
 from pipeline.teachers.weightless import weightless_teacher
 
 CPU = torch.device("cpu")
@@ -144,7 +145,7 @@ def test_offloaded_blocks_are_read_at_every_tap_and_left_early(family, kind, loa
         request.getfixturevalue("torchao")
     plain, offloaded = load(family, loading=Loading(kind)), load(family, loading=Loading(kind))
     # Onto the device it is on: the hooks are diffusers' own, only the copies move nothing.
-    offload_transformer(offloaded.transformer, CPU)
+    offload_transformer(offloaded.transformer, offloaded._blocks(), CPU)
     given = inputs(plain)
     blocks = offloaded._blocks()
     ran = []
