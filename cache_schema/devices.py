@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +61,25 @@ def use_device(device: torch.device) -> str:
     torch.cuda.set_device(device)
     found = torch.cuda.get_device_properties(device)
     return f"device {device}: {found.name}, {found.total_memory / 1e9:.0f} GB"
+
+
+@contextmanager
+def sound_gradients() -> Iterator[None]:
+    """Attention without cuDNN's kernels, which PyTorch prefers on an H100 or H200 and whose backward pass is wrong.
+
+    Gradients became NaN in half of a LoRA's tensors at the first step, and at FLUX.1's size memory was read that is not
+    the process's own (H200, PyTorch 2.11); the forward pass is right. To be held around all of a training: activations
+    that are recomputed run attention again in the backward pass. Without effect on a CPU. Source:
+    https://github.com/pytorch/pytorch/issues/196678.
+    """
+    import torch
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def prepare_memory() -> None:

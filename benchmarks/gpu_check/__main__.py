@@ -24,6 +24,7 @@ from pipeline.teachers import quiet_libraries  # noqa: E402
 CHECKS: tuple[tuple[str, Callable[[Scene], str]], ...] = (
     ("driver and device", environment.device),
     ("attention kernel", environment.attention),
+    ("gradients of attention", environment.gradients),
     ("DiT, plain", features.plain),
     ("DiT with a LoRA", features.with_lora),
     ("DiT with int8 weights", features.int8),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_check.scene import Failed, Scene
+from cache_schema.devices import sound_gradients
 from pipeline.refine.checkpoint import Progress, load_checkpoint, save_checkpoint
 from pipeline.refine.config import RefineConfig
 from pipeline.refine.loss import cdr_loss
@@ -37,12 +38,14 @@ class _Training:
             noise = torch.randn(self.given.object.shape, generator=generator).to(self.given.object)
             sigma = torch.rand(1, generator=generator).to(self.scene.device)
             self.optimiser.zero_grad(set_to_none=True)
-            loss = cdr_loss(self.teacher, self.given, noise, sigma)
-            loss.backward()
+            with sound_gradients():
+                loss = cdr_loss(self.teacher, self.given, noise, sigma)
+                loss.backward()
             self.optimiser.step()
             losses.append(loss.item())
-        if not all(torch.isfinite(torch.tensor(losses))):
-            raise Failed(f"losses that are not finite: {losses}")
+        broken = [name for name, parameter in self.parameters.items() if not parameter.isfinite().all()]
+        if broken or not all(torch.isfinite(torch.tensor(losses))):
+            raise Failed(f"losses {losses}, {len(broken)} of the LoRA's tensors are not finite")
         return losses
 
 

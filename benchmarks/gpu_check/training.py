@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu_check.scene import Failed, Scene
+from cache_schema.devices import sound_gradients
 from cache_schema.reading.batch import EncodedBatch
 from trainer.data.batches import Batch
 from trainer.data.features import FeatureShape
@@ -22,6 +23,7 @@ from trainer.models.student import build_student
 from trainer.training.optim import make_optimizer
 
 
+@sound_gradients()
 def step(scene: Scene) -> str:
     """ViT-B/16 with features of FLUX.1 as int8, a batch of 32: milliseconds of each part of a step."""
     if scene.real:

@@ -1,10 +1,8 @@
 """From a data set to its annotations: boxes first, then captions, one model in memory at a time."""
 
 import hashlib
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from pipeline.annotate.work import Rows, WorkFolder, check_settings, remove_work
 from pipeline.datasets.base import Dataset
 from pipeline.device import choose_device, choose_dtype
 from pipeline.teachers.passes import is_out_of_memory
+from pipeline.versions import versions_of
 
 _VERSIONED = ("dit-distill", "torch", "torchvision", "transformers", "pillow")
 
@@ -123,7 +122,7 @@ def _describe_run(settings: dict[str, Any], models: Models, rows: Sequence[dict[
         "detector": identity(models.detector, "float32"),
         "captioner": identity(models.captioner, settings.get("--dtype", "")),
         "counts": counts(rows),
-        "versions": {name: metadata.version(name) for name in _VERSIONED} | {"python": platform.python_version()},
+        "versions": versions_of(_VERSIONED),
     }
 
 

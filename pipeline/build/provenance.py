@@ -3,12 +3,12 @@
 import platform
 import sys
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from cache_schema.format.manifest import Provenance
+from pipeline.versions import versions_of
 
 _VERSIONED = ("dit-distill", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
 
@@ -20,7 +20,7 @@ def provenance_of(device: torch.device | None = None, seconds: float | None = No
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
     return Provenance(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions={name: metadata.version(name) for name in _VERSIONED} | {"python": platform.python_version()},
+        versions=versions_of(_VERSIONED),
         device=name,
         seconds=None if seconds is None else round(seconds, 1),
         command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from cache_schema.devices import sound_gradients
 from cache_schema.errors import DitDistillError
 from cache_schema.fields import fields_of
 from cache_schema.storage.files import write_file
@@ -131,6 +132,7 @@ class _Run:
         earlier, started = self.progress.seconds, time.monotonic()
         main = self.accelerator.is_main_process
         with (
+            sound_gradients(),
             MetricsLog(self.output, self.progress.step, enabled=main) as metrics,
             tqdm(total=config.steps, initial=self.progress.step, desc="refine", unit="step", disable=not main) as bar,
         ):
@@ -236,10 +238,23 @@ class _Run:
                 f"the loss of step {step + 1} is {total.item()}: the teacher failed; use --dtype bfloat16 or float32, "
                 f"or a lower --lr; the last checkpoint in {self.output} is from before"
             )
+        parameters = list(self.parameters.values())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not torch.isfinite(norm):  # before Adam spreads it over the weights
+            raise self._gradient_not_finite(step)
         if config.grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.grad_clip)
+            torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
         self.optimiser.step()
         return total.item()
+
+    def _gradient_not_finite(self, step: int) -> DitDistillError:
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        broken = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+        where = f"{len(broken)} of {len(gradients)} tensors, first {broken[0]}" if broken else "their norm overflows"
+        return DitDistillError(
+            f"the loss of step {step + 1} is finite, its gradients are not ({where}): use --dtype bfloat16 or float32, "
+            f"or a lower --lr; the last checkpoint in {self.output} is from before"
+        )
 
     def _share_gradients(self, loss: Tensor) -> Tensor:
         """Average gradients and loss over processes, in one message. Only the LoRA travels: the DiT is not wrapped."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cache_schema import devices
-from cache_schema.devices import DeviceError, choose_device, prepare_memory, use_device
+from cache_schema.devices import DeviceError, choose_device, prepare_memory, sound_gradients, use_device
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040).\nPlease update"
 
@@ -125,3 +125,10 @@ def test_commands_say_so_before_pytorch_is_there_to_read_it():
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTORCH_")}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=clean)
     assert done.stdout.split() == ["expandable_segments:True", "False"], done.stderr
+
+
+def test_a_training_runs_attention_without_cudnn_whose_backward_pass_is_wrong_and_no_longer_than_that():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with sound_gradients():
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before

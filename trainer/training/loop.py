@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from cache_schema.devices import sound_gradients
 from trainer.config import TrainConfig
 from trainer.data.batches import iterate
 from trainer.data.feed import Feed
@@ -48,6 +49,7 @@ def train(
     progress = start(parts, run, resume)
     began = time.monotonic() - progress.seconds
     with (
+        sound_gradients(),
         MetricsLog(run / LOG, keep=progress.update) as log,
         closing(iterate(batches, progress.update, total, config.workers)) as stream,
         tqdm(total=total, initial=progress.update, desc=config.method, unit="update", mininterval=0.5) as bar,

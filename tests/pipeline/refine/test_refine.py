@@ -112,6 +112,23 @@ def test_refining_lowers_the_held_out_loss_and_leaves_a_record(load_teacher, tin
     assert "held-out CDR loss" in said[1]
 
 
+def test_gradients_that_are_not_finite_stop_the_run_before_they_reach_the_weights(load_teacher, tiny_dataset, tmp_path):
+    """As cuDNN's attention gave them on an H200: the loss of the step says nothing of it."""
+    teacher, seen = load_teacher(), []
+
+    def spoil(_module, _given, _returned):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        tensor = next(p for n, p in teacher.transformer.named_parameters() if "lora_B" in n)
+        if not tensor._backward_hooks:
+            tensor.register_hook(lambda gradient: gradient * float("nan"))
+
+    teacher.transformer.register_forward_hook(spoil)
+    with pytest.raises(DitDistillError, match=r"loss of step 1 is finite, its gradients are not \(1 of \d+ .*lora_B"):
+        refine(teacher, tiny_dataset, RefineConfig(steps=1, batch=2, rank=2, validation_images=2), tmp_path)
+    assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
+    assert not any(seen[-1:])  # which is why that kernel is not used here
+
+
 def test_refining_twice_from_one_seed_gives_the_same_lora(load_teacher, tiny_dataset, tmp_path):
     config = RefineConfig(steps=3, batch=2, rank=2, validation_images=2)
     first, second = (refine(load_teacher(), tiny_dataset, config, tmp_path / n, log=str) for n in "ab")

@@ -16,6 +16,7 @@ from trainer.training.checkpoint import latest_checkpoint, load_checkpoint
 from trainer.training.loop import train
 from trainer.training.optim import learning_rate
 from trainer.training.run_folder import prepare_run
+from trainer.training.step import train_step
 
 # Everything that draws random numbers while training is switched on.
 RANDOM = (
@@ -63,6 +64,18 @@ def test_a_run_leaves_a_student_a_log_and_a_result_and_no_checkpoints(run_of, ti
 def test_training_lowers_the_loss(run_of, tiny_config, mode):
     log = read_metrics(run_of(tiny_config(mode=mode, updates=40), "run") / "metrics.jsonl")
     assert sum(r["losses"]["loss"] for r in log[-5:]) < 0.7 * sum(r["losses"]["loss"] for r in log[:5])
+
+
+def test_a_student_is_trained_without_cudnns_attention(run_of, tiny_config, monkeypatch):
+    seen = []
+
+    def spy(*arguments):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return train_step(*arguments)
+
+    monkeypatch.setattr("trainer.training.loop.train_step", spy)
+    run_of(tiny_config(updates=1), "run")
+    assert seen == [False]
 
 
 def test_one_seed_gives_one_student_and_another_seed_another(run_of, tiny_config):
