@@ -29,8 +29,12 @@ OPTIONAL_IN_CONTRACT = {
     "webdataset": {"webdataset"},
     "remote": {"botocore", "cryptography", "fsspec", "httpx", "huggingface-hub", "obstore", "paramiko"},
 }
-# Extras of their own of the trainer: forms in which students are exported, approximate search.
-OPTIONAL_IN_TRAINER = {"export": {"onnx", "onnxruntime", "onnxscript"}, "search": {"usearch"}}
+# Extras of their own of the trainer: forms in which students are exported, approximate search, a page.
+OPTIONAL_IN_TRAINER = {
+    "export": {"onnx", "onnxruntime", "onnxscript"},
+    "search": {"usearch"},
+    "serve": {"starlette", "uvicorn"},
+}
 
 
 def imported(package: str) -> set[str]:

@@ -15,6 +15,7 @@ from trainer.commands.export import export
 from trainer.commands.index import index
 from trainer.commands.report import report
 from trainer.commands.search import search
+from trainer.commands.serve import serve
 
 app = typer.Typer(
     name="dit-train",
@@ -48,6 +49,7 @@ app.command("export")(export)
 app.command("embed")(embed)
 app.command("index")(index)
 app.command("search")(search)
+app.command("serve")(serve)
 
 
 @app.callback()
@@ -59,4 +61,4 @@ def root(
 
 def main() -> None:
     """Entry point of the `dit-train` command."""
-    commands.run(app, interrupted_hint="run the same command again with --resume to continue where it stopped")
+    commands.run(app, interrupted_hint="run the same command again (`run` with --resume) to continue where it stopped")

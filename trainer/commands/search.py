@@ -33,11 +33,11 @@ def search(
     if (query is None) == (item is None):
         raise typer.BadParameter("give a picture to search with, or --item NAME", param_hint="QUERY")
     config = SEARCH.make({}, given)
-    moved = _for_each(index, model, "--model"), _for_each(index, images, "--images")
+    moved = for_each(index, model, "--model"), for_each(index, images, "--images")
     _search(config, index, query, item, moved, html, png, as_json)
 
 
-def _for_each(index: list[Path], given: list[Any] | None, option: str) -> list[Any]:
+def for_each(index: list[Path], given: list[Any] | None, option: str) -> list[Any]:
     """One value for each index; none at all is for where everything was."""
     if given and len(given) != len(index):
         raise typer.BadParameter(f"give it once for each --index, {len(index)} times", param_hint=option)

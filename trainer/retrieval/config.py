@@ -53,6 +53,23 @@ class SearchConfig:
         check_limits(self, TrainError)
 
 
+@dataclass(frozen=True)
+class ServeConfig:
+    """Where the page is served, and what it takes from strangers."""
+
+    host: Annotated[str, Setting("Address to listen on; any but the loopback lets others in.")] = "127.0.0.1"
+    port: Annotated[int, Setting("Port; 0 takes a free one.", least=0, most=65535)] = 8000
+    top: Annotated[int, Setting("Hits to show.", least=1, most=100)] = 12
+    max_upload_mb: Annotated[float, Setting("Larger files are refused while they come in.", above=0)] = 20.0
+    max_megapixels: Annotated[float, Setting("Larger images are refused before they are decoded.", above=0)] = 50.0
+    upload_seconds: Annotated[float, Setting("An upload may take so long.", above=0)] = 30.0
+    device: Annotated[str, Setting("auto, cpu, cuda, …")] = "auto"
+
+    def __post_init__(self) -> None:
+        check_limits(self, TrainError)
+
+
 EMBED = Settings(EmbedConfig, command="dit-train embed", example="threads=4", error=TrainError)
 INDEX = Settings(IndexConfig, command="dit-train index", example="kind=hnsw", error=TrainError)
 SEARCH = Settings(SearchConfig, command="dit-train search", example="top=5", error=TrainError)
+SERVE = Settings(ServeConfig, command="dit-train serve", example="port=8080", error=TrainError)
