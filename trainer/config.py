@@ -15,6 +15,15 @@ from cache_schema.fields import Setting
 from cache_schema.storage.files import write_file
 
 
+def read_workers(text: str) -> int | Literal["auto"]:
+    """A number of processes or auto. Raises ValueError."""
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal():
+        raise ValueError(f"{text!r} is neither a number of processes nor auto")
+    return int(text)
+
+
 class Frozen(BaseModel):
     """Values that were checked once: unknown names are refused, and nothing changes afterwards."""
 
@@ -169,7 +178,15 @@ class TrainConfig(Frozen):
     deterministic: Annotated[
         bool, Setting("Only algorithms that give the same bits each time, so that a run on a GPU can be repeated.")
     ] = False
-    workers: Annotated[int, Setting("Loader processes; 0: one thread.", resumable=True)] = Field(default=0, ge=0)
+    workers: Annotated[
+        Annotated[int, Field(ge=0)] | Literal["auto"],
+        Setting(
+            "Loader processes; 0: one thread; auto: several where a GPU waits for batches, else none.",
+            resumable=True,
+            reads=read_workers,
+            metavar="N|auto",
+        ),
+    ] = "auto"
     threads: Annotated[int | None, Setting("Of torch; its own choice by default.", resumable=True)] = Field(
         default=None, ge=1
     )

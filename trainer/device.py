@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,15 +17,18 @@ __all__ = [
     "Precision",
     "autocast",
     "choose_device",
+    "choose_workers",
     "decide_precision",
     "feature_dtype",
     "full_precision",
     "resumes_exactly",
     "set_deterministic",
+    "usable_cores",
     "use_device",
 ]
 
 Precision = Literal["auto", "float32", "bfloat16"]
+_WORKERS = 8  # that load, at most
 
 
 def autocast(device: torch.device, precision: Precision, network: nn.Module) -> AbstractContextManager[Any]:
@@ -66,6 +70,33 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def choose_workers(wanted: int | Literal["auto"], device: torch.device) -> int:
+    """How many processes load batches. auto: half of the cores, at most 8, where a GPU would have to wait for one
+    thread; none on a CPU, where they would take the cores from the training, and one thread loads instead.
+    """
+    if wanted != "auto":
+        return wanted
+    return 0 if device.type == "cpu" else max(1, min(_WORKERS, usable_cores() // 2))
+
+
+def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Processor cores that this process may use: those it is bound to, or as many as its container may keep busy."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(bound, _container_cores(cgroup)))
+
+
+def _container_cores(cgroup: Path) -> int:
+    """What a limit of cgroups on processor time amounts to, version 2 or 1; no bound where there is none."""
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((cgroup / file).read_text() for file in files).split()
+            if int(quota) > 0:
+                return max(1, int(quota) // int(period))
+        except (OSError, ValueError):
+            continue  # not of this version, or "max"
+    return 1 << 16
 
 
 def set_deterministic(wanted: bool) -> None:

@@ -50,7 +50,7 @@ class SlotRing:
 
     def __init__(self, layout: Layout, count: int) -> None:
         size = _header_size(count) + count * _slot_size(layout)
-        self._setup(layout, count, _nameless_file(size), os.getpid())
+        self._setup(layout, count, nameless_file(size), os.getpid())
 
     def _setup(self, layout: Layout, count: int, fd: int, creator: int) -> None:
         self.layout, self.count, self.slot_size = dict(layout), count, _slot_size(layout)
@@ -207,7 +207,8 @@ def _aligned(size: int, to: int) -> int:
     return -(-size // to) * to
 
 
-def _nameless_file(size: int) -> int:
+def nameless_file(size: int) -> int:
+    """Return the descriptor of a file of zeros in memory that vanishes with the last process that has it."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("dit-distill-batches")
     else:

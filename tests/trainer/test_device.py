@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-from trainer.device import full_precision, resumes_exactly, set_deterministic
+from trainer import device
+from trainer.device import choose_workers, full_precision, resumes_exactly, set_deterministic, usable_cores
 
 
 def test_scores_are_computed_in_float32_whatever_surrounds_them():
@@ -32,3 +33,28 @@ def test_deterministic_algorithms_are_used_where_they_are_asked_for_and_not_afte
     finally:
         set_deterministic(False)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_no_more_cores_are_counted_than_the_process_or_its_container_may_use(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    assert usable_cores(tmp_path) == 6
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert usable_cores(tmp_path) == 6
+    (tmp_path / "cpu.max").write_text("250000 100000\n")
+    assert usable_cores(tmp_path) == 2
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    assert usable_cores(tmp_path) == 1
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    for quota, cores in (("-1", 6), ("300000", 3)):
+        (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        assert usable_cores(tmp_path) == cores
+
+
+def test_a_gpu_is_fed_by_half_of_the_cores_and_a_cpu_by_one_thread_unless_told_otherwise(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    for cores, workers in ((64, 8), (16, 8), (6, 3), (1, 1)):
+        monkeypatch.setattr(device, "usable_cores", lambda cores=cores: cores)
+        assert (choose_workers("auto", gpu), choose_workers("auto", cpu)) == (workers, 0)
+    assert (choose_workers(0, gpu), choose_workers(5, cpu)) == (0, 5)

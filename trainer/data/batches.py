@@ -16,15 +16,17 @@ from cache_schema.loading.dataset import CacheDataset, FeatureBatch
 from cache_schema.loading.pool import PooledTensors, TensorPool
 from cache_schema.loading.sampler import AUGMENT, VIEWS, EpochSampler, StreamSampler, generator
 from cache_schema.read_ahead import PREFETCH, ReadAhead
-from cache_schema.reading.batch import EncodedBatch
+from cache_schema.reading.batch import TORCH_DTYPES, EncodedBatch
 from cache_schema.storage.places import is_remote
 from trainer.config import TrainConfig
 from trainer.data.augmentation import augment_image, draw_numbers, random_crop
 from trainer.data.features import FeatureSource, Needs, open_sources, shared_views
 from trainer.data.images import Fit, ImageStore
+from trainer.data.memory import spare_memory
 from trainer.data.regions import Regions
 from trainer.data.splits import hold_out_classes, select_split
 from trainer.data.timesteps import TimestepDraw
+from trainer.device import choose_workers
 from trainer.errors import TrainError
 
 if TYPE_CHECKING:
@@ -112,7 +114,15 @@ class Batch:
 class TrainingBatches:
     """`batches[update]` is the whole batch of that update: a pure function, the same in any process."""
 
-    def __init__(self, cache: Cache, config: TrainConfig, image_size: int, needs: Needs, fit: Fit = "squash"):
+    def __init__(
+        self,
+        cache: Cache,
+        config: TrainConfig,
+        image_size: int,
+        needs: Needs,
+        fit: Fit = "squash",
+        device: torch.device = _CPU,
+    ):
         self.cache, self.config = cache, config
         self.sources = open_sources(cache, needs, config.verify_reads, config.local_cache)
         self.views = shared_views(cache, self.sources, config.views)
@@ -140,9 +150,25 @@ class TrainingBatches:
         self.images = ImageStore(cache, image_size, rows, config.image_memory_gb, fit, as_stored=cropped)
         self.regions = Regions(cache, self.sources, self.views) if needs.places else None
         self.timesteps = TimestepDraw.of(self.sources.values(), needs.timesteps_per_step, config.seed)
-        self.slots = read_ahead_depth(config.workers) + _SPARE
+        self.workers = self._affordable(choose_workers(config.workers, device))
+        self.slots = read_ahead_depth(self.workers) + _SPARE
         self.pixels = TensorPool({_IMAGES: ((self.batch_rows, 3, image_size, image_size), torch.uint8)}, self.slots)
         self.features = {name: _SourceReader(source, self) for name, source in self.sources.items()}
+
+    def _affordable(self, workers: int) -> int:
+        """So many loader processes or, where they were not asked for, as many as there is memory to read ahead in."""
+        batch = 3 * self.images.size**2 * self.batch_rows
+        for source in self.sources.values():
+            shape, steps = (
+                source.shape,
+                source.shape.timesteps if self.timesteps is None else range(self.timesteps.each),
+            )
+            size = TORCH_DTYPES[source.cache.manifest.encoding.kind].itemsize
+            batch += self.batch_rows * len(steps) * shape.tokens * shape.channels * size
+        if self.config.workers == "auto":
+            while workers > 1 and (read_ahead_depth(workers) + _SPARE) * batch > spare_memory():
+                workers -= 1
+        return workers
 
     @property
     def caches(self) -> list[Cache]:

@@ -7,14 +7,15 @@ import multiprocessing
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from trainer.data.memory import shared_bytes, spare_memory
+from trainer.data.memory import SharedBytes, spare_memory
+from trainer.device import usable_cores
 from trainer.errors import TrainError
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ class ImageStore:
         kept = int(np.searchsorted(ends, limit, side="right"))
         self._place = {int(row): place for place, row in enumerate(distinct[:kept])}
         self._shapes, self._ends = shapes[:kept], ends[:kept]
-        self._pixels = shared_bytes(int(ends[kept - 1]) if kept else 0)
-        self._known = shared_bytes(kept).view(bool)
+        self._pixels = SharedBytes(int(ends[kept - 1]) if kept else 0)
+        self._known = SharedBytes(kept)  # 1 for each picture that is there
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
     @property
@@ -102,28 +103,31 @@ class ImageStore:
             self._keep(row, picture)
         return [fresh[row] if row in fresh else self._kept(self._place[row]) for row in numbers]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None}  # threads stay where they are
+
     def _is_known(self, row: int) -> bool:
         place = self._place.get(row)
-        return place is not None and bool(self._known[place])
+        return place is not None and bool(self._known.array[place])
 
     def _kept(self, place: int) -> np.ndarray:
         height, width = self._shapes[place]
         end = int(self._ends[place])
-        return self._pixels[end - 3 * height * width : end].reshape(height, width, 3)
+        return self._pixels.array[end - 3 * height * width : end].reshape(height, width, 3)
 
     def _keep(self, row: int, picture: np.ndarray) -> None:
         place = self._place.get(row)
         if place is not None and tuple(self._shapes[place]) == picture.shape[:2]:
             self._kept(place)[:] = picture
             # Marked after it is written: another process must never read an image that is half there.
-            self._known[place] = True
+            self._known.array[place] = 1
 
     def _decode(self, rows: Sequence[int]) -> list[np.ndarray]:
         encoded = self.cache.images(rows) if len(rows) else []
         if len(encoded) < 2 or multiprocessing.parent_process() is not None:
             return [self._picture(data) for data in encoded]
         if self._pool is None or self._pool[0] != os.getpid():  # threads do not outlive a fork
-            self._pool = os.getpid(), ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "decode")
+            self._pool = os.getpid(), ThreadPoolExecutor(min(_THREADS, usable_cores()), "decode")
         return list(self._pool[1].map(self._picture, encoded))
 
     def _picture(self, data: bytes) -> np.ndarray:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import mmap
+import os
+import weakref
+from multiprocessing import reduction
+from multiprocessing.context import get_spawning_popen
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from cache_schema.loading.slots import nameless_file
 from cache_schema.memory import available_memory
 
 _SHARE = 4  # of the memory that is free, a quarter
@@ -18,9 +23,33 @@ def spare_memory() -> int:
     return min(available_memory(), _left_in_container()) // _SHARE
 
 
-def shared_bytes(*shape: int) -> np.ndarray:
-    """Zeroed uint8 memory shared with forked processes; anonymous, for containers often lack /dev/shm."""
-    return np.frombuffer(mmap.mmap(-1, max(1, math.prod(shape))), dtype=np.uint8)[: math.prod(shape)].reshape(shape)
+class SharedBytes:
+    """Zeroed uint8 memory that worker processes share, forked or started; nameless, for containers lack /dev/shm."""
+
+    def __init__(self, size: int):
+        self._map(nameless_file(max(1, size)), size)
+
+    def _map(self, fd: int, size: int) -> None:
+        self._fd, self._size = fd, size
+        weakref.finalize(self, os.close, fd)
+        self.array = np.frombuffer(mmap.mmap(fd, max(1, size)), dtype=np.uint8)[:size]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if get_spawning_popen() is None:
+            return _copied, (self.array.tobytes(),)
+        return _attached, (reduction.DupFd(self._fd), self._size)
+
+
+def _copied(content: bytes) -> SharedBytes:
+    shared = SharedBytes(len(content))
+    shared.array[:] = np.frombuffer(content, dtype=np.uint8)
+    return shared
+
+
+def _attached(handle: Any, size: int) -> SharedBytes:
+    shared = SharedBytes.__new__(SharedBytes)
+    shared._map(handle.detach(), size)
+    return shared
 
 
 def _left_in_container(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

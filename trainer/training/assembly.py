@@ -61,14 +61,15 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
-    print(use_device(device))
+    named = use_device(device)
     set_deterministic(config.deterministic)
     torch.manual_seed(config.seed)
     student = build_student(config.student)
     _say_if_enlarged(config, cache, student)
     kind = find_method(config.method)
     student.fit = choose_fit(config.fit, cache)
-    batches = TrainingBatches(cache, config, student.input_size, kind.needs(config), student.fit)
+    batches = TrainingBatches(cache, config, student.input_size, kind.needs(config), student.fit, device)
+    print(f"{named}; {_loading(batches)}")
     if device.type == "cuda":
         batches.pin_memory()
     if config.eval_every and not config.validation_classes:
@@ -88,6 +89,14 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
     if config.compile:
         student.network.compile()  # after the average was copied: that one only evaluates
     return Parts(config, cache, device, batches, validation, method, optimizer, average)
+
+
+def _loading(batches: TrainingBatches) -> str:
+    """Who makes the batches, for the header of a run, and what they will decode again and again."""
+    who = f"{batches.workers} loader processes" if batches.workers > 1 else "one loader process"
+    who = who if batches.workers else "one loader thread"
+    kept, of = batches.images.kept, len(batches.all_rows)
+    return who if kept == of else f"{who}; {kept} of {of} decoded images fit in memory, the others are decoded anew"
 
 
 def _say_if_enlarged(config: TrainConfig, cache: Cache, student: Student) -> None:

@@ -51,7 +51,7 @@ def train(
     with (
         sound_gradients(),
         MetricsLog(run / LOG, keep=progress.update) as log,
-        closing(iterate(batches, progress.update, total, config.workers)) as stream,
+        closing(iterate(batches, progress.update, total, batches.workers)) as stream,
         tqdm(total=total, initial=progress.update, desc=config.method, unit="update", mininterval=0.5) as bar,
         DeferredInterrupt() as interrupt,
     ):

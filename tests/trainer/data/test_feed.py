@@ -5,7 +5,12 @@ CUDA is one that writes down what it is asked; its tensors refuse to mix with th
 
 from __future__ import annotations
 
+import os
+import pickle
 from contextlib import contextmanager
+from multiprocessing import context
+from multiprocessing.popen_spawn_posix import Popen
+from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 
 import pytest
@@ -214,3 +219,37 @@ def test_small_tensors_are_page_locked_before_they_are_copied(monkeypatch):
     with StrictDevice():
         assert batches_module._moved(torch.arange(6), DEVICE).device == DEVICE
     assert asked == [(6,)]
+
+
+def test_no_more_processes_read_ahead_than_there_is_memory_for(cache, tiny_config, monkeypatch):
+    config = tiny_config()
+    batch = 6 * (3 * 24 * 24 + 2 * 4 * 6 * 4)  # images as uint8, features as float32
+    monkeypatch.setattr("trainer.device.usable_cores", lambda: 16)
+    for room, workers in ((100, 8), (9.5, 3), (1, 1)):
+        monkeypatch.setattr(batches_module, "spare_memory", lambda room=room: room * batch)
+        needs = find_method(config.method).needs(config)
+        assert TrainingBatches(cache, config, 24, needs, device=DEVICE).workers == workers
+        assert batches_of(cache, tiny_config(workers=5)).workers == 5
+
+
+def test_a_worker_that_is_started_anew_is_given_the_same_memory(batches):
+    batches.images.pictures([0, 1])  # by threads, which stay in this process
+
+    class Starting:
+        DupFd = staticmethod(Popen.DupFd)
+        duplicate_for_child = staticmethod(os.dup)
+
+    context.set_spawning_popen(Starting())
+    try:
+        sent = ForkingPickler.dumps(batches)
+    finally:
+        context.set_spawning_popen(None)
+    worker = pickle.loads(sent)
+    expected = values(batches[0].to(CPU))
+    assert same(values(worker[0].to(CPU)), expected)
+    unseen = next(row for row in batches.images._place if not batches.images._is_known(row))
+    worker.images.pictures([unseen])
+    assert batches.images._is_known(unseen)
+    copied = pickle.loads(pickle.dumps(batches.images._known))
+    copied.array[:] = 0
+    assert batches.images._is_known(unseen)

@@ -70,7 +70,7 @@ def test_an_old_run_is_evaluated_and_reported_as_it_was(old_run, cache, mode):
 def test_an_old_config_is_that_of_the_method_its_mode_stands_for(old_run, tiny_config, mode):
     run, _ = old_run(mode)
     (run / "result.json").unlink()  # as if it had not come to its end
-    assert load_config(run / "config.json") == tiny_config("image_memory_gb=1.0", updates=2, mode=mode)
+    assert load_config(run / "config.json") == tiny_config("image_memory_gb=1.0", "workers=0", updates=2, mode=mode)
     check_run(run, tiny_config(updates=2, mode=mode), resume=True)
 
 
