@@ -54,11 +54,19 @@ def refine_teacher(config: RunConfig, output: Path, *, alone: bool = True) -> No
             f"teacher {loaded.source}: an image encoder has no Stage I; go on with dit-cache build, or leave refine "
             "out of the steps: --set steps=build,verify"
         )
+    from pipeline.estimate.activations import recomputes
     from pipeline.refine import refine
+    from pipeline.teachers.diffusers_teacher import DiffusersTeacher
 
-    refine(cast(Teacher, loaded), opened, config.refine, output, conditions=config.conditions)
-    # Of the processes that torchrun starts, one says so.
-    if alone and os.environ.get("RANK", "0") == "0":
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one says so
+
+    def decide() -> bool:
+        return recomputes(cast(DiffusersTeacher, loaded), config.refine, print if first else lambda _: None)
+
+    refine(
+        cast(Teacher, loaded), opened, config.refine, output, conditions=config.conditions, recomputes=decide
+    )  # fmt: skip
+    if alone and first:
         print(next_line("refine", config, output))
 
 

@@ -108,6 +108,7 @@ def _memory_budget(outline: "TeacherOutline", config: "RunConfig", gigabytes: fl
         quantization=quantization_of(config.teacher),
         context=config.teacher.context,
         rank=config.refine.rank,
+        lora_targets=config.refine.lora_targets,
         refine_batch=config.refine.batch,
     )
     return memory_budget(outline, config.build, settings)

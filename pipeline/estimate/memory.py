@@ -17,6 +17,7 @@ from pipeline.build.config import BuildConfig
 from pipeline.build.encoding import encoding_of
 from pipeline.estimate.tensor_memory import FusedAttention, MemoryMeter, module_bytes
 from pipeline.inputs.conditions import Conditions
+from pipeline.refine.config import LoraTargets
 from pipeline.refine.loss import cdr_loss
 from pipeline.teachers import TeacherOutline
 from pipeline.teachers.base import ContextMode, Quantization, TeacherError, TextEmbedding
@@ -40,6 +41,7 @@ class MemorySettings:
     quantization: Quantization | None = None
     context: ContextMode | None = None
     rank: int = 16
+    lora_targets: LoraTargets = "attention"
     refine_batch: int = 1
 
 
@@ -132,12 +134,21 @@ def build_phase(teacher: DiffusersTeacher, config: BuildConfig) -> Phase:
 
 
 def refine_phases(teacher: DiffusersTeacher, settings: MemorySettings) -> tuple[Phase, Phase]:
+    """Stage I first with all activations kept, then with gradient checkpointing."""
+    return refine_phase(teacher, settings, recompute=False), refine_phase(teacher, settings, recompute=True)
+
+
+def refine_phase(teacher: DiffusersTeacher, settings: MemorySettings, recompute: bool) -> Phase:
     """Stage I: a LoRA in float32 on the frozen transformer; forward and backward pass of one batch.
 
-    First with all activations kept, then with gradient checkpointing. The teacher is as it was afterwards.
+    recompute: with gradient checkpointing. The teacher is as it was afterwards.
     """
     frozen = module_bytes(teacher.transformer)
-    trained = add_lora(teacher.transformer, settings.rank, seed=0)
+    trained = add_lora(teacher.transformer, settings.rank, seed=0, targets=settings.lora_targets)
+    if recompute:
+        # Autograd computes the blocks again on its own; there, too, attention is to be one operator.
+        again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), FusedAttention()))
+        teacher.transformer.enable_gradient_checkpointing(again)
     lora = module_bytes(teacher.transformer) - frozen
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)  # as in a second batch that accumulates
@@ -147,23 +158,15 @@ def refine_phases(teacher: DiffusersTeacher, settings: MemorySettings) -> tuple[
     def step() -> None:
         cdr_loss(teacher, conditions, noise, sigma).backward()
 
-    def phase(name: str) -> Phase:
-        device = {
-            "transformer": frozen,
-            f"LoRA of rank {settings.rank}": lora,
-            "gradients": sum(g.nbytes for g in gradients),
-            "moments of Adam": _ADAM_MOMENTS * lora,
-            f"activations, {_count(settings.refine_batch, 'image')}": _measure(step, [teacher.transformer, *gradients]),
-        }
-        return Phase(name, device, {})
-
-    kept = phase("refine --no-gradient-checkpointing")
-    # Autograd computes the blocks again on its own; there, too, attention is to be one operator.
-    again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), FusedAttention()))
-    teacher.transformer.enable_gradient_checkpointing(again)
-    recomputed = phase("refine")
+    device = {
+        "transformer": frozen,
+        f"LoRA of rank {settings.rank}": lora,
+        "gradients": sum(g.nbytes for g in gradients),
+        "moments of Adam": _ADAM_MOMENTS * lora,
+        f"activations, {_count(settings.refine_batch, 'image')}": _measure(step, [teacher.transformer, *gradients]),
+    }
     teacher.release("transformer")
-    return kept, recomputed
+    return Phase("refine" if recompute else "refine --no-gradient-checkpointing", device, {})
 
 
 def _teacher(outline: TeacherOutline, settings: MemorySettings, kind: Quantization | None) -> DiffusersTeacher:
@@ -256,7 +259,7 @@ def _remedy(phase: Phase, outline: TeacherOutline, config: BuildConfig, settings
         teacher = _teacher(outline, settings, kind)
         option = f"--quantize {kind} " if kind != given else ""
         if phase.name == "refine":
-            if refine_phases(teacher, settings)[1].total <= settings.limit:
+            if refine_phase(teacher, settings, recompute=True).total <= settings.limit:
                 return f"{option}would do"
             continue
         for batch in _halves(config.batch_images):

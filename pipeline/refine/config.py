@@ -18,8 +18,8 @@ class RefineConfig:
     What others do beside it is off by default: σ where images take shape, clipping, captions left out now and then so
     that the refined DiT can do without, mirrored images where the build caches the view hflip.
 
-    One optimiser step sees `batch` × `accumulate` images on each process. gradient_checkpointing: None does so on a
-    GPU. `timesteps` of `num_steps` are the noise levels that the pictures show.
+    One optimiser step sees `batch` × `accumulate` images on each process. `timesteps` of `num_steps` are the noise
+    levels that the pictures show.
     """
 
     steps: Annotated[int, Setting("Optimiser steps.", least=1)] = 30_000
@@ -46,7 +46,7 @@ class RefineConfig:
     seed: Annotated[int, Setting("Seed of initialisation, order and noise.")] = 0
     gradient_checkpointing: Annotated[
         bool | None,
-        Setting("Compute activations twice instead of keeping them; default on a GPU.", resumable=True),
+        Setting("Compute activations twice instead of keeping them; default on a GPU with no room.", resumable=True),
     ] = None
     validation_images: Annotated[int, Setting("Training images held out to measure progress.", least=1)] = 32
     validate_every: Annotated[

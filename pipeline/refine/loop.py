@@ -58,6 +58,7 @@ def refine(
     output: Path,
     *,
     conditions: Path | None = None,
+    recomputes: Callable[[], bool] | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train the LoRA on the training split and write it to `output`; returns the record also written as refine.json.
@@ -65,10 +66,12 @@ def refine(
     A run that was interrupted goes on from its last checkpoint, exactly; one that is finished is left as it is. Some
     training images are held out and their loss is measured at fixed noise. Only the training split is used: neither
     test images nor labels are looked at. conditions: folder of the `ConditionStore`, by default beside `output`.
+    recomputes: whether activations are computed twice, asked before the transformer is loaded; by default as
+    `config.gradient_checkpointing` says, and on a GPU where it says nothing.
     Raises DitDistillError if `output` holds a run with other settings.
     """
     store = ConditionStore(conditions or default_store(output), teacher, dataset)
-    run = _Run(teacher, dataset, store, config, output, log)
+    run = _Run(teacher, dataset, store, config, output, log, recomputes)
     finished = run.finished()
     if finished is not None:
         log(f"{output} is refined already: held-out CDR loss {finished['validation'][-1]['validation_loss']:.4f}")
@@ -88,7 +91,9 @@ class _Run:
         config: RefineConfig,
         output: Path,
         log: Callable[[str], None],
+        recomputes: Callable[[], bool] | None,
     ) -> None:
+        self.recomputes = recomputes or self._recomputes
         self.teacher, self.dataset, self.store = teacher, dataset, store
         self.config, self.output, self.log = config, output, log
         self.accelerator = Accelerator(cpu=teacher.device.type == "cpu")
@@ -116,9 +121,9 @@ class _Run:
         """All steps from the last checkpoint on."""
         config = self.config
         self._prepare()
+        recompute = self.recomputes()
         add_lora(self.teacher.transformer, config.rank, config.seed, config.lora_targets)
-        recompute = config.gradient_checkpointing
-        if self.teacher.device.type == "cuda" if recompute is None else recompute:
+        if recompute:
             self.teacher.transformer.enable_gradient_checkpointing()
         self.parameters = {n: p for n, p in self.teacher.transformer.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.Adam(self.parameters.values(), lr=config.lr)
@@ -178,6 +183,10 @@ class _Run:
             )
         self.accelerator.wait_for_everyone()
         return record
+
+    def _recomputes(self) -> bool:
+        asked = self.config.gradient_checkpointing
+        return self.teacher.device.type == "cuda" if asked is None else asked
 
     def _prepare(self) -> None:
         """Encode all that will be drawn: mirrored images and the empty caption only where they can be."""
