@@ -8,6 +8,7 @@ from typing import BinaryIO
 from safetensors import SafetensorError, safe_open
 
 from pipeline.teachers.base import TeacherError
+from pipeline.teachers.known_digests import known_digest
 
 # A LoRA as diffusers calls its file (a test compares), and what Stage I writes beside it.
 LORA_NAME, LORA_RECORD_NAME = "pytorch_lora_weights.safetensors", "refine.json"
@@ -47,7 +48,8 @@ def _canonical_header(stream: BinaryIO) -> bytes:
 def component_digest(folder: Path) -> str:
     """SHA-256 over the weights and configuration of one component of a diffusers folder.
 
-    File names and contents count; directories above, dates and the version of the saving library do not.
+    File names and contents count; directories above, dates and the version of the saving library do not. Of large files
+    the digest is remembered for as long as they are not changed.
     """
     total = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
@@ -57,7 +59,7 @@ def component_digest(folder: Path) -> str:
                 content = {k: v for k, v in content.items() if not k.startswith("_") and k not in _BOOKKEEPING}
             part = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         elif path.suffix in (".safetensors", ".txt", ".model", ".json", ".jinja", ".bin"):
-            part = file_digest(path)
+            part = known_digest(path, file_digest)
         else:
             continue
         total.update(f"{path.relative_to(folder)}\0{part}\n".encode())
