@@ -9,6 +9,7 @@ from typer.core import TyperCommand
 
 from cache_schema import cli as commands
 from trainer.commands.ablate import ablate
+from trainer.commands.bench import bench
 from trainer.commands.embed import embed
 from trainer.commands.eval import eval_run
 from trainer.commands.export import export
@@ -50,6 +51,7 @@ app.command("embed")(embed)
 app.command("index")(index)
 app.command("search")(search)
 app.command("serve")(serve)
+app.command("bench")(bench)
 
 
 @app.callback()

@@ -261,3 +261,49 @@ def test_runs_side_by_side_are_held_against_the_first_image_by_image(here, runs,
 def test_embeddings_of_several_runs_do_not_go_into_one_file(here, runs, tmp_path):
     code, _, errors = here("eval", runs / "baseline", runs / "distill", "--save-embeddings", tmp_path / "e.npz")
     assert (code, errors) == (1, "error: --save-embeddings is for one run; give one\n")
+
+
+def test_bench_sets_the_student_beside_timms_network_the_gim_and_the_teacher(here, runs, tmp_path):
+    quickly = ("--seconds", 0.01, "--warmup", 1, "--batch", 3, "--device", "cpu")
+    code, output, _ = here("bench", runs / "distill", *quickly, "--json")
+    assert code == 0
+    found = json.loads(output)
+    for timings in (found["single"], found["batch"]):
+        assert list(timings) == ["timm's network alone", "student", "student + GIM"]
+        for timing in timings.values():
+            assert timing["calls"] >= 5
+            assert 0 < timing["p50"] <= timing["p90"] <= timing["p99"]
+    for count, timings in ((1, found["single"]), (3, found["batch"])):
+        assert all(t["images_per_second"] == pytest.approx(1000 * count / t["p50"]) for t in timings.values())
+    assert found["teacher_said"] == "teacher flux: the cache does not say how long its build took"
+    here("export", runs / "distill", "--output", tmp_path / "out", "--no-onnx")
+    for alone in (tmp_path / "out", runs / "baseline"):
+        code, output, _ = here("bench", alone, *quickly)
+        assert code == 0
+        assert "student + GIM" not in output
+        assert re.search(r"\nstudent( +\d+\.\d\d){3} +\d+\.\d\dx +\d+\.\d +\d+\.\d\dx\n", output)
+
+
+def test_bench_takes_the_teachers_time_from_the_build_of_the_cache(runs, cache, monkeypatch):
+    from trainer.reports.bench import INJECTED, PLAIN, Bench, Timing, build_time, format_bench
+
+    made = cache.manifest.provenance.model_copy(update={"seconds": 12.0, "device": "abacus"})
+    manifest = cache.manifest.model_copy(update={"provenance": made})
+    monkeypatch.setattr(cache, "manifest", manifest)
+    milliseconds, said = build_time(cache)
+    assert milliseconds == pytest.approx(1000 * 12 / (30 * 2))  # images and views
+    assert "200 ms for each image" in said
+    assert "on abacus" in said
+    timings = {PLAIN: Timing(9, 10.0, 11.0, 12.0, 100.0), INJECTED: Timing(9, 20.0, 21.0, 22.0, 50.0)}
+    line = format_bench(Bench(timings, timings, milliseconds, said), 4).splitlines()[-2]
+    assert line.split() == ["+", "teacher", "220.0", "22.0x", "4.88", "82.0x"]
+
+
+def test_a_run_whose_cache_is_gone_is_timed_alone_with_a_note(here, runs, tmp_path):
+    shutil.copytree(runs / "distill", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "cache": str(tmp_path / "gone")}))
+    code, output, said = here("bench", tmp_path / "run", "--seconds", 0.01, "--batch", 2, "--device", "cpu")
+    assert code == 0
+    assert "student + GIM" not in output
+    assert "note: nothing is said of GIM and teacher (no cache at" in said

@@ -62,7 +62,7 @@ class Student(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed uint8 images (B, 3, S, S) with values 0..255: returns E_R (B, C), not normalised."""
-        return self.network(self._normalise(images))  # (B, C)
+        return self.network(self.normalise(images))  # (B, C)
 
     embed = forward
 
@@ -72,7 +72,7 @@ class Student(nn.Module):
         Raises TrainError for a network that keeps no map of the image.
         """
         network: Any = self.network
-        features = network.forward_features(self._normalise(images))
+        features = network.forward_features(self.normalise(images))
         return network.forward_head(features), self._map(features)
 
     @property
@@ -103,7 +103,7 @@ class Student(nn.Module):
             "set regression.weight=0, or choose another network"
         )
 
-    def _normalise(self, images: Tensor) -> Tensor:
+    def normalise(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, S, S) with values 0..255 -> float32, as the network wants its pixels."""
         return (images.to(torch.float32).div(255.0) - self.mean) / self.std
 
