@@ -22,7 +22,7 @@ IMPORTED_BY_OTHERS = {
         "tensorboard": "torch.utils.tensorboard",
         "torchvision": "image processors of transformers",
     },
-    "trainer": {"torchvision": "timm"},
+    "trainer": {"tensorboard": "torch.utils.tensorboard", "torchvision": "timm"},
 }
 # Extras of their own: one method, and caches elsewhere (where the Hub's library registers itself with fsspec).
 OPTIONAL_IN_CONTRACT = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,10 +23,12 @@ __all__ = [
     "decide_precision",
     "feature_dtype",
     "full_precision",
+    "peak_memory",
     "resumes_exactly",
     "set_deterministic",
     "usable_cores",
     "use_device",
+    "watch_memory",
 ]
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -97,6 +101,20 @@ def _container_cores(cgroup: Path) -> int:
         except (OSError, ValueError):
             continue  # not of this version, or "max"
     return 1 << 16
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that were in use at once: on a GPU since `watch_memory`, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def watch_memory(device: torch.device) -> None:
+    """Have `peak_memory` tell of what comes from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def set_deterministic(wanted: bool) -> None:

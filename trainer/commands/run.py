@@ -148,10 +148,12 @@ def _train(config: TrainConfig, said: str, output: Path, resume: bool, overwrite
     typer.echo(f"cache {cache.manifest.label}: {len(cache)} rows with features; {said}")
 
     from trainer.training.loop import train
+    from trainer.training.summary import summary
 
     result = train(config, cache, output, resume=resume, overwrite=overwrite)
     losses = ", ".join(f"{name} {value:.4f}" for name, value in result["final_losses"].items())
     typer.echo(f"{output}: {result['student_updates']} updates in {result['seconds']:.0f} s; last epoch: {losses}")
+    typer.echo(summary(result, cache.manifest.label))
     typer.echo(_next_line(output))
 
 

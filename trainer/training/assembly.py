@@ -13,7 +13,14 @@ from timm.utils import ModelEmaV3
 from trainer.config import TrainConfig
 from trainer.data.batches import TrainingBatches
 from trainer.data.images import choose_fit
-from trainer.device import choose_device, feature_dtype, resumes_exactly, set_deterministic, use_device
+from trainer.device import (
+    choose_device,
+    feature_dtype,
+    resumes_exactly,
+    set_deterministic,
+    use_device,
+    watch_memory,
+)
 from trainer.errors import TrainError
 from trainer.evaluation.embed import TestSplit, open_rows
 from trainer.methods.method import Method
@@ -62,6 +69,7 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
     named = use_device(device)
+    watch_memory(device)
     set_deterministic(config.deterministic)
     torch.manual_seed(config.seed)
     student = build_student(config.student)

@@ -8,16 +8,26 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import nn
 
 from trainer.errors import TrainError
 from trainer.models.weights import load_weights, save_weights
+from trainer.training.pace import Timing
 
 FOLDER = "checkpoints"
 # What reading files raises that are not whole, or are of another run.
 DAMAGE = (RuntimeError, ValueError, TypeError, LookupError, OSError, EOFError, UnpicklingError, TrainError)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The highest recall on validation classes that a run was measured at, and after how many updates."""
+
+    recall_at_1: float
+    update: int
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,14 @@ class Progress:
     seconds: float  # training time so far
     cache_id: str
     other_caches: dict[str, str] = field(default_factory=dict)  # ids of further caches, by what is read from them
+    timed: Timing = field(default_factory=Timing)  # of its updates
+    best: Best | None = None  # so far
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Progress:
+        """Undo `dataclasses.asdict`; also of checkpoints that say nothing of times and scores."""
+        timed, best = values.pop("timed", {}), values.pop("best", None)
+        return cls(**values, timed=Timing(**timed), best=Best(**best) if best else None)
 
 
 def save_checkpoint(
@@ -83,7 +101,7 @@ def load_checkpoint(
         if average is not None:
             average.load_state_dict(load_weights(folder / "average.safetensors", str(device)))
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
-        return Progress(**json.loads((folder / "progress.json").read_text()))
+        return Progress.from_json(json.loads((folder / "progress.json").read_text()))
     except DAMAGE as error:
         reason = (str(error).splitlines() or ["a file of it is damaged"])[0]
         raise TrainError(f"cannot resume from {folder}: {reason}; start anew with --overwrite") from error

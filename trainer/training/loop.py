@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from cache_schema.devices import sound_gradients
 from trainer.config import TrainConfig
-from trainer.data.batches import iterate
+from trainer.data.batches import Batch, iterate
 from trainer.data.feed import Feed
-from trainer.device import decide_precision
 from trainer.evaluation.evaluate import evaluate_modules
 from trainer.methods.method import Moment
-from trainer.methods.registry import mode_name
-from trainer.runs import LOG, read_metrics
 from trainer.training.assembly import Parts, assemble, start
-from trainer.training.checkpoint import save_checkpoint
+from trainer.training.checkpoint import Best, Progress, save_checkpoint
 from trainer.training.divergence import diverged, refuse_broken
 from trainer.training.interrupts import DeferredInterrupt
-from trainer.training.logs import MetricsLog, mean_losses
+from trainer.training.logs import MetricsLog
 from trainer.training.optim import learning_rate
+from trainer.training.pace import Pace
 from trainer.training.run_folder import finish_run, prepare_run
 from trainer.training.step import LossNotFiniteError, train_step
+from trainer.training.summary import describe
 
 if TYPE_CHECKING:
     from cache_schema import Cache
@@ -47,82 +47,118 @@ def train(
     batches, total = parts.batches, parts.updates
     prepare_run(run, config, resume, overwrite)
     progress = start(parts, run, resume)
-    began = time.monotonic() - progress.seconds
     with (
         sound_gradients(),
-        MetricsLog(run / LOG, keep=progress.update) as log,
+        MetricsLog(run, keep=progress.update) as log,
         closing(iterate(batches, progress.update, total, batches.workers)) as stream,
         tqdm(total=total, initial=progress.update, desc=config.method, unit="update", mininterval=0.5) as bar,
         DeferredInterrupt() as interrupt,
     ):
         feed = Feed(stream, parts.device, parts.feature_dtype, batches.reclaim)
-        done = progress.update
+        course = _Course(parts, run, log, progress, Pace(feed, progress.timed))
         for batch in feed:
-            update, done = done, done + 1
-            rate = learning_rate(update, total, config.optim)
-            moment = Moment(update, total)
-            try:
-                losses = train_step(parts.method, parts.optimizer, batch, rate, config, moment)
-            except LossNotFiniteError as error:
-                raise diverged(parts, run, update, error.losses) from None
+            losses = course.step(batch)
             del batch  # its memory is for the next one
-            if parts.average is not None:
-                parts.average.update(parts.method, done)
-            epoch, epoch_ends = done / batches.per_epoch, done % batches.per_epoch == 0
             bar.update()
-            if done % config.log_every == 0 or done == total:
-                values = {name: value.item() for name, value in losses.items()}
-                seen = (done - progress.update) * batches.batch_rows
-                speed = seen / (time.monotonic() - began - progress.seconds)
-                log.write(update=done, epoch=round(epoch, 4), lr=rate, losses=values, images_per_second=speed)
-                bar.set_postfix(epoch=f"{epoch:.1f}", loss=f"{values['loss']:.3f}", refresh=False)
-            if done == total:
+            if course.done % config.log_every == 0 or course.done == total:
+                bar.set_postfix(course.report(losses), refresh=False)
+            if course.done == total:
                 break
-            measured = epoch_ends and _due(epoch, config.eval_every)
-            saved = interrupt.requested or (epoch_ends and _due(epoch, config.checkpoint_every))
-            if measured or saved:
-                refuse_broken(parts, run, done)  # so the last checkpoint is a good one
-            if measured:
-                scores = _evaluate(parts)
-                log.write(update=done, epoch=epoch, eval=scores)
-                parts.method.validated(scores)
-            if saved:
-                now = replace(progress, update=done, seconds=time.monotonic() - began)
-                save_checkpoint(run, parts.method, parts.optimizer, now, parts.average)
+            course.keep(interrupt.requested)
             if interrupt.requested:
                 raise KeyboardInterrupt
-    refuse_broken(parts, run, total)
-    result = _describe(parts, run, time.monotonic() - began)
-    finish_run(run, parts.result, result)
-    return result
+    return course.finish()
+
+
+class _Course:
+    """A run under way: what is done with each batch, and what is written on the way and at the end."""
+
+    def __init__(self, parts: Parts, run: Path, log: MetricsLog, progress: Progress, pace: Pace):
+        self.parts, self.run, self.log, self.pace = parts, run, log, pace
+        self.progress, self.done, self.best = progress, progress.update, progress.best
+        self.began = time.monotonic() - progress.seconds
+
+    @property
+    def epoch(self) -> float:
+        return self.done / self.parts.batches.per_epoch
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the last update."""
+        return learning_rate(self.done - 1, self.parts.updates, self.parts.config.optim)
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """One update; returns its losses, which a device may still be computing."""
+        self.pace.begin()
+        parts, moment = self.parts, Moment(self.done, self.parts.updates)
+        self.done += 1
+        try:
+            losses = train_step(parts.method, parts.optimizer, batch, self.rate, parts.config, moment)
+        except LossNotFiniteError as error:
+            raise diverged(parts, self.run, moment.update, error.losses) from None
+        if parts.average is not None:
+            parts.average.update(parts.method, self.done)
+        self.pace.end()
+        return losses
+
+    def report(self, losses: dict[str, Tensor]) -> dict[str, str]:
+        """Log the last update and the pace since the last report; returns what a progress bar shows of it."""
+        values = {name: value.item() for name, value in losses.items()}
+        rates = self.pace.lap().rates(self.parts.batches.batch_rows)
+        self.log.write(self.done, epoch=round(self.epoch, 4), lr=self.rate, losses=values, **rates)
+        shown = {"epoch": f"{self.epoch:.1f}", "loss": f"{values['loss']:.3f}", "lr": f"{self.rate:.1e}"}
+        return {**shown, "images/s": f"{rates['images_per_second']:.0f}", "data wait": f"{rates['data_wait']:.0%}"}
+
+    def keep(self, interrupted: bool) -> None:
+        """Measure and save what is due after this update."""
+        config, ends = self.parts.config, self.done % self.parts.batches.per_epoch == 0
+        measured = ends and _due(self.epoch, config.eval_every)
+        saved = interrupted or (ends and _due(self.epoch, config.checkpoint_every))
+        if not measured and not saved:
+            return
+        refuse_broken(self.parts, self.run, self.done)  # so the last checkpoint is a good one
+        with self.pace.stopped():
+            if measured:
+                self.parts.method.validated(self._measure())
+            if saved:
+                now = replace(self.progress, update=self.done, seconds=self._seconds())
+                now = replace(now, timed=self.pace.whole, best=self.best)
+                save_checkpoint(self.run, self.parts.method, self.parts.optimizer, now, self.parts.average)
+
+    def finish(self) -> dict[str, Any]:
+        """Write what is kept of the run; returns its result."""
+        refuse_broken(self.parts, self.run, self.done)
+        timing, scores = self.pace.whole, {}
+        if self.parts.validation is not None:
+            scores = {"validation": self._score()}
+            self._note(scores["validation"])
+        if self.best is not None:
+            scores["best"] = asdict(self.best)
+        result = describe(self.parts, self.run, self._seconds(), timing, scores)
+        finish_run(self.run, self.parts.result, result)
+        return result
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def _measure(self) -> dict[str, Any]:
+        scores = self._score()
+        self.log.write(self.done, epoch=self.epoch, eval=scores)
+        self._note(scores)
+        return scores
+
+    def _score(self) -> dict[str, Any]:
+        parts = self.parts
+        assert parts.validation is not None
+        # Compiled for the shapes and the mode of training: another compilation would take longer than it saves.
+        with torch.compiler.set_stance("force_eager"):
+            return evaluate_modules(parts.result.student, parts.validation, parts.device, parts.result)[0]
+
+    def _note(self, scores: dict[str, Any]) -> None:
+        recall = scores["student"]["recall_at_1"]
+        if self.best is None or recall > self.best.recall_at_1:
+            self.best = Best(recall, self.done)
 
 
 def _due(epoch: float, every: int) -> bool:
     return every > 0 and round(epoch) % every == 0
-
-
-def _evaluate(parts: Parts) -> dict[str, Any]:
-    assert parts.validation is not None
-    # Compiled for the shapes and the mode of training: another compilation would take longer than it saves.
-    with torch.compiler.set_stance("force_eager"):
-        return evaluate_modules(parts.result.student, parts.validation, parts.device, parts.result)[0]
-
-
-def _describe(parts: Parts, run: Path, seconds: float) -> dict[str, Any]:
-    batches, total = parts.batches, parts.updates
-    return {
-        **({"validation": _evaluate(parts)} if parts.validation else {}),
-        "validation_classes": batches.validation.classes,
-        "method": parts.config.method,
-        "mode": mode_name(parts.config.method),
-        "seed": parts.config.seed,
-        "precision": decide_precision(parts.config.precision, parts.device, parts.method.student),
-        "cache_id": parts.cache.manifest.cache_id,
-        "seconds": round(seconds, 3),
-        "student_updates": total,
-        "epochs": total / batches.per_epoch,
-        "images_seen": total * batches.batch_rows,
-        "train_images": len(batches.label_of),
-        "train_classes": batches.classes,
-        "final_losses": mean_losses(read_metrics(run / LOG), after=total - batches.per_epoch),
-    }

@@ -36,7 +36,8 @@ def weights(run):
 
 
 def log_without_speed(run):
-    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in read_metrics(run / "metrics.jsonl")]
+    records = read_metrics(run / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if k not in ("images_per_second", "data_wait")} for r in records]
 
 
 @pytest.fixture
