@@ -10,8 +10,17 @@ def plain_class_name(text: str) -> str:
 
 
 def look_alike_key(name: str) -> str:
-    """What is equal for names that differ only in Unicode form, case or blanks."""
-    return "".join(unicodedata.normalize("NFKC", name).casefold().split())
+    """What is equal for names that differ only in Unicode form, case, blanks (also `_`), dashes or what nobody sees."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    return "".join(_seen(character) for character in folded)
+
+
+def _seen(character: str) -> str:
+    """A character as people see it: none for a blank, an underscore or a control, one dash for all dashes."""
+    category = unicodedata.category(character)
+    if category == "Pd":
+        return "-"
+    return "" if character.isspace() or character == "_" or category in ("Cf", "Cc") else character
 
 
 def look_alikes(names: Iterable[str]) -> list[tuple[str, ...]]:

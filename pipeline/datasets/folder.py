@@ -8,7 +8,7 @@ from pipeline.datasets.base import DataError, Sample, check_open_set, first_of_e
 from pipeline.datasets.boxes import Box
 from pipeline.datasets.class_names import look_alikes, plain_class_name
 from pipeline.datasets.class_split import ClassSplit, in_class_order
-from pipeline.datasets.folder_layout import find_images, split_folders
+from pipeline.datasets.folder_layout import find_images, refuse_too_deep, split_folders
 from pipeline.datasets.folder_metadata import NOTHING, read_metadata
 from pipeline.datasets.image_files import IMAGE_SUFFIXES, read_image_file
 from pipeline.datasets.split_words import is_split_word, split_of_word
@@ -90,10 +90,11 @@ class FolderDataset:
                 "image one in the metadata, or none, or choose with --train-classes or --train-ratio"
             )
         inside = self.root / names[0]
-        if len(names) == 1 and inside.is_dir():
+        if len(names) == 1:
+            instead = f"; if the classes are the folders in it, give --data {inside}" if inside.is_dir() else ""
             raise DataError(
                 f"data set folder: {self.root} has only one class, {names[0]!r}, and classes to train and to test on "
-                f"are needed; if the classes are the folders in it, give --data {inside}"
+                f"are needed{instead}"
             )
         train, rule = chosen.choose(names, f"data set folder in {self.root}")
         return {name: "train" if name in train else "test" for name in names}, rule
@@ -133,6 +134,7 @@ class FolderDataset:
         # Listed files that are not on disk stay in: the scan sets them aside and says so.
         sources = sorted({*images.sources, *records})
         parts = split_folders(self.root, sources, records, chosen)
+        refuse_too_deep(self.root, parts, [s for s in sources if not records.get(s, NOTHING).class_name])
         found = []
         for source in sources:
             row = records.get(source, NOTHING)

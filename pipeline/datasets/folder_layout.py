@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from pipeline.datasets.class_names import look_alike_key
 from pipeline.datasets.class_split import ClassSplit
 from pipeline.datasets.folder_metadata import METADATA_FILES, NOTHING, ImageMetadata
 from pipeline.datasets.image_files import IMAGE_SUFFIXES, is_housekeeping
-from pipeline.datasets.split_words import is_split_word, split_of_word
+from pipeline.datasets.split_words import is_split_word, named_like_splits, split_of_word
 
 _NAMED = 8
 
@@ -87,6 +87,8 @@ def split_folders(
     unlabeled = {top for top in tops if split_of_word(top) == "unlabeled"}
     words = {top for top in tops if is_split_word(top)}
     classes = [top for top in tops if top not in words]
+    if chosen.train_classes is None:
+        _refuse_named_like_splits(root, {_top(s) for s in undecided if not records.get(s, NOTHING).class_name} - words)
     if chosen != ClassSplit():
         named = {look_alike_key(name) for name in chosen.train_classes or ()}
         inside = (records.get(s, NOTHING).class_name or s.count("/") > 1 for s in undecided if _top(s) not in unlabeled)
@@ -105,6 +107,40 @@ def split_folders(
             "or say which classes train with --train-ratio 0.5 or --train-classes"
         )
     return frozenset(words)
+
+
+def _refuse_named_like_splits(root: Path, tops: Collection[str]) -> None:
+    alike = named_like_splits(tops)
+    if alike:
+        raise DataError(
+            f"{root}: {alike[0]} and {alike[1]} are called like splits, not like classes; rename those that hold "
+            f"classes to {', '.join(SPLITS)}, or give --data {root / alike[0]} if that alone holds them; if they "
+            "are classes, say which train with --train-classes"
+        )
+
+
+def refuse_too_deep(root: Path, parts: Collection[str], sources: Sequence[str]) -> None:
+    """Raise DataError where the classes of all `parts` lie one folder deeper than they should: `train/train/wren/`.
+
+    sources: of images whose class is the folder that they are in. One class alone in a split is the folder of the
+    classes where it is called like a split, or the same in each, and all its images lie in folders of their own.
+    """
+    inside: dict[str, set[str]] = {part: set() for part in parts if split_of_word(part) != "unlabeled"}
+    deep = True
+    for source in sources:
+        folders = source.split("/")[:-1]
+        if len(folders) > 1 and folders[0] in inside:
+            inside[folders[0]].add(folders[1])
+            deep = deep and len(folders) > 2
+    alone = [name for names in inside.values() if len(names) == 1 for name in names]
+    if not (deep and alone and len(alone) == len(inside)):
+        return
+    if len(alone) > 1 and (all(map(is_split_word, alone)) or len({*alone}) == 1 or named_like_splits(alone)):
+        part = next(iter(inside))
+        raise DataError(
+            f"{root / part / alone[0]}: the folders of the classes lie one folder too deep; move what is in it up into "
+            f"{root / part}, and so in every split"
+        )
 
 
 def _top(source: str) -> str:

@@ -19,9 +19,11 @@ IMAGE_SUFFIXES = frozenset(
 _HOUSEKEEPING = frozenset(
     {
         "#recycle", "#snapshot", "$recycle.bin", "@eadir", "@recently-snapshot", "@recycle", "@sharebin", "@tmp",
-        "__macosx", "__pycache__", "lost+found", "recycler", "system volume information",
+        "__macosx", "__pycache__", "_gsdata_", "lost+found", "network trash folder", "recycler",
+        "system volume information", "temporary items", "~snapshot",
     }
 )  # fmt: skip
+_RESCUED = re.compile(r"found\.\d{3}")  # what a disk check of Windows leaves
 _HOUSEKEEPING_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini"})
 
 
@@ -31,7 +33,8 @@ class OutsideLinkError(DataError, OSError):
 
 def is_housekeeping(name: str) -> bool:
     """Say whether a file or folder is hidden or made by a system or file server, so that it is no part of the data."""
-    return name.startswith(".") or name.casefold() in _HOUSEKEEPING | _HOUSEKEEPING_FILES
+    plain = name.casefold()
+    return name.startswith(".") or plain in _HOUSEKEEPING | _HOUSEKEEPING_FILES or bool(_RESCUED.fullmatch(plain))
 
 
 def require_layout(name: str, root: Path, needed: Sequence[str], layout: str, published: str) -> None:

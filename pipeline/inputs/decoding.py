@@ -8,7 +8,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.datasets.base import DataError, Dataset, Sample
 from pipeline.inputs.decoded import DecodedImages
-from pipeline.inputs.pixel_range import PixelRangeError, to_rgb
+from pipeline.inputs.pixel_range import PixelRangeError, is_sixteen_bits, to_rgb
 from pipeline.inputs.views import Box
 
 # What PIL raises for bytes that are no image, or an image cut short or too large to be one.
@@ -44,10 +44,11 @@ def decode_with_box(data: bytes, box: Box | None) -> tuple[Image.Image, Box]:
     `pixel_range`. Raises one of `UNREADABLE` if the bytes are not a complete image whose values can be understood.
     """
     image = Image.open(io.BytesIO(data))
+    sixteen_bits = is_sixteen_bits(image)
     # PIL turns TIFF files while it loads them, others not; only before loading can both be seen.
     orientation = image.getexif().get(ExifTags.Base.Orientation)
     image.load()
-    rgb = to_rgb(image)
+    rgb = to_rgb(image, sixteen_bits)
     if orientation not in _UPRIGHT:
         return rgb, box or (0.0, 0.0, float(rgb.width), float(rgb.height))
     turn = _UPRIGHT[orientation]

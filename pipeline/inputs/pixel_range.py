@@ -10,8 +10,10 @@ from PIL import Image, TiffImagePlugin
 from PIL.TiffTags import TAGS_V2
 
 _TAGS = {tag.name: number for number, tag in TAGS_V2.items()}
-_BITS, _PHOTOMETRIC = _TAGS["BitsPerSample"], _TAGS["PhotometricInterpretation"]
+_BITS, _PHOTOMETRIC, _FORMAT = (_TAGS[name] for name in ("BitsPerSample", "PhotometricInterpretation", "SampleFormat"))
 _WHITE_IS_ZERO = 0
+_UNSIGNED, _SIGNED = 1, 2
+_COLOURS = ("RGB", "RGBA", "RGBX", "LA")
 # Of 16 bits: a photograph may be dark, but its brightest pixel is rarely below a quarter of the range.
 _MOST_BITS_OF_LESS = 14
 _MOST_OF_SIXTEEN = (1 << 16) - 1
@@ -24,11 +26,17 @@ class PixelRangeError(ValueError):
     """The values of an image could mean several things, or would all be one shade; the message says which values."""
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, sixteen_bits: bool = False) -> Image.Image:
     """A loaded image as 8-bit RGB: deep and floating-point values scaled by their range, transparency put on white.
 
-    Raises PixelRangeError where the range of the values is not known, or eight bits would show nothing of them.
+    sixteen_bits: what `is_sixteen_bits` said before it was loaded. Raises PixelRangeError where the range of the values
+    is not known, or eight bits would show nothing of them.
     """
+    if _number(image, _FORMAT) == _SIGNED and image.mode == "L":
+        raise PixelRangeError("whole numbers of 8 bits with a sign, whose range is not known; save it without a sign")
+    # Pillow keeps the high byte of deep colours, whose low one may be all that there is.
+    if sixteen_bits and image.mode in _COLOURS and not any(band.getbbox() for band in image.split()[:3]):
+        raise PixelRangeError(_one_shade(255, _MOST_OF_SIXTEEN))
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return Image.fromarray(_eight_bits(image)).convert("RGB")
     if image.has_transparency_data:
@@ -39,24 +47,27 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def bits_used(data: bytes) -> int | None:
-    """How many bits the values of a 16-bit image file use, where that is so few that they may be of another range.
+    """How many of 16 bits the values of a deeper image file use, where so few that they may be of another range.
 
     None for other files, and for those that declare their range. The file must be one that decodes.
     """
     with Image.open(io.BytesIO(data)) as image:
         grey = image.mode.startswith("I")
-        if not _is_sixteen_bits(image) or _declared_most(image) is not None:
+        if not (image.mode == "F" or is_sixteen_bits(image)) or _declared_most(image) is not None:
             return None
         image.load()
+        if image.mode == "F":
+            bits = round(float(np.asarray(image).max()) * _MOST_OF_SIXTEEN).bit_length()
+            return bits if bits <= _MOST_BITS_OF_LESS else None
         # Pillow keeps the high byte of colours; the low one is then taken to be full.
         peaks = [int(np.asarray(band).max()) for band in image.split()[: 3 if image.mode.startswith("RGB") else 1]]
     bits = max((peak if grey else peak * 256 + 255).bit_length() for peak in peaks)
     return bits if bits <= _MOST_BITS_OF_LESS else None
 
 
-def _is_sixteen_bits(image: Image.Image) -> bool:
+def is_sixteen_bits(image: Image.Image) -> bool:
     """Whether an image that is not loaded yet is stored in 16 bits per channel, whatever Pillow makes of them."""
-    if image.format == "PPM" and image.mode == "I":
+    if (image.format == "PPM" and image.mode == "I") or (image.format == "JPEG2000" and image.mode == "I;16"):
         return True
     arguments = [tile[3] for tile in getattr(image, "tile", ())]
     raw = [args if isinstance(args, str) else args[0] if isinstance(args, tuple) and args else "" for args in arguments]
@@ -80,11 +91,16 @@ def _from_floats(values: np.ndarray, declared: int | None) -> np.ndarray:
             f"floating-point values from {low:.4g} to {high:.4g}, whose range is not known (0 to 1 would be); save it "
             "in 8 bits"
         )
-    return ((values / most).clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    eight = ((values / most).clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    if high > low and not eight.any():
+        raise PixelRangeError(_one_shade(high, most))
+    return eight
 
 
 def _from_whole_numbers(values: np.ndarray, image: Image.Image) -> np.ndarray:
     most = _declared_most(image)
+    if values.dtype == np.int32 and _number(image, _FORMAT) == _UNSIGNED:
+        values = values.view(np.uint32)  # Pillow has no such type
     # Pillow brings deep PGM files to 16 bits by the largest value that they declare.
     if most is None and (image.mode.startswith("I;16") or image.format == "PPM"):
         most = _MOST_OF_SIXTEEN
@@ -97,10 +113,12 @@ def _from_whole_numbers(values: np.ndarray, image: Image.Image) -> np.ndarray:
         raise PixelRangeError(f"values from {low} to {high} outside the range that it declares, 0 to {most}")
     eight = (values.astype(np.int64) * 256 // (most + 1)).astype(np.uint8)
     if high and not eight.any():
-        raise PixelRangeError(
-            f"values up to {high} of a range to {most}, which would all be one shade; save it in 8 bits"
-        )
+        raise PixelRangeError(_one_shade(high, most))
     return eight
+
+
+def _one_shade(high: float, most: int) -> str:
+    return f"values up to {high:.4g} of a range to {most}, which would all be one shade; save it in 8 bits"
 
 
 def _declared_most(image: Image.Image) -> int | None:

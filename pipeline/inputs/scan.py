@@ -26,7 +26,7 @@ _NO_BOX = (0.0, 0.0, 0.0, 0.0)
 class ScannedSample:
     """A sample with what its file turned out to be, upright. reason is empty unless the sample is quarantined.
 
-    few_bits: how many bits its values use, where these are suspiciously few of 16 (`bits_used`).
+    few_bits: how many of 16 bits its values use, where these are suspiciously few (`bits_used`).
     """
 
     sample: Sample

@@ -80,7 +80,50 @@ def test_a_split_word_is_one_in_any_case(word, data):
     assert is_split_word("".join(c.upper() if up else c for c, up in zip(word, upper, strict=True)))
 
 
-HOUSEKEEPING = ["@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__MACOSX", ".Trash"]
+PAIRS = [
+    ("cars_train", "cars_test"), ("train_images", "test_images"), ("imagesTr", "imagesTs"), ("train2017", "val2017"),
+    ("Train Set", "test set"), ("seen", "unseen"), ("train-256", "test-256"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_folders_whose_names_hold_split_words_are_no_classes_unless_the_user_names_them(tmp_path, pair):
+    write_images(tmp_path, f"{pair[0]}/wren/1.png", f"{pair[1]}/gull/1.png", "other/finch/1.png")
+    for options in ({}, {"train_ratio": 0.5}):
+        with pytest.raises(DataError, match=r"are called like splits, not like classes; rename .*--train-classes"):
+            open_dataset("folder", tmp_path, **options)
+    assert len(open_dataset("folder", tmp_path, train_classes=[pair[0]]).samples) == 3
+
+
+def test_a_class_may_have_a_split_word_in_its_name(tmp_path):
+    write_images(tmp_path, "bullet train/1.png", "steam train/1.png", "test tube/1.png")
+    assert len({name for _, name in splits(open_dataset("folder", tmp_path)).values()}) == 3
+
+
+@pytest.mark.parametrize("inner", [("train", "test"), ("images", "images"), ("train_images", "test_images")])
+def test_classes_one_folder_too_deep_in_every_split_are_not_one_class(tmp_path, inner):
+    write_images(tmp_path, f"train/{inner[0]}/wren/1.png", f"train/{inner[0]}/tit/1.png", f"test/{inner[1]}/gull/1.png")
+    with pytest.raises(DataError, match=r"one folder too deep; move what is in it up into .*/t"):
+        open_dataset("folder", tmp_path)
+
+
+def test_a_class_called_train_may_be_in_a_split(tmp_path):
+    write_images(tmp_path, "train/train/1.png", "train/bus/1.png", "test/tram/1.png")
+    assert splits(open_dataset("folder", tmp_path))["train/train/1.png"] == ("train", "train")
+
+
+def test_one_class_alone_is_said_to_be_one(tmp_path):
+    write_images(tmp_path, "train/images/1.png", "test/images/2.png")
+    with pytest.raises(DataError, match="class 'images' is in t"):
+        open_dataset("folder", tmp_path)
+    with pytest.raises(DataError, match="has only one class, 'images'"):
+        open_dataset("folder", tmp_path, train_ratio=0.5)
+
+
+HOUSEKEEPING = [
+    "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__MACOSX", ".Trash", "FOUND.000",
+    "~snapshot",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOUSEKEEPING)
@@ -120,8 +163,12 @@ def test_one_class_in_two_unicode_forms_is_one_class(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("train", "test"), [(COMPOSED, DECOMPOSED), ("wren", "wren "), ("Wren", "wren"), ("sea gull", "Seagull")]
-)
+    ("train", "test"),
+    [
+        (COMPOSED, DECOMPOSED), ("wren", "wren "), ("Wren", "wren"), ("sea gull", "Seagull"), ("sea_gull", "Sea gull"),
+        ("blue-jay", "blue\u2011jay"), ("wren", "wr\u200ben"), ("\ufb01nch", "finch"),
+    ],
+)  # fmt: skip
 def test_a_class_in_train_and_test_is_refused_however_its_name_is_written(tmp_path, train, test):
     write_images(tmp_path, f"train/{train}/1.png", f"test/{test}/2.png")
     with pytest.raises(DataError, match="test classes must be unseen"):

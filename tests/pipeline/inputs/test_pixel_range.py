@@ -61,11 +61,22 @@ def test_values_of_a_known_range_fill_eight_bits(data):
     assert bits_used(data) is None
 
 
-def tiff_by_hand(packed, bits, photometric):
-    """An uncompressed TIFF of 8 × 8 greys in a way that Pillow reads but does not write."""
-    tags = {256: 8, 257: 8, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 8, 279: len(packed)}
+def tiff_by_hand(packed, bits, photometric, kind=1):
+    """An uncompressed TIFF of 8 × 8 greys in a way that Pillow reads but does not write; kind 2 has a sign."""
+    tags = {256: 8, 257: 8, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 8, 279: len(packed), 339: kind}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     return struct.pack("<2sHI", b"II", 42, 8 + len(packed)) + packed + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def deep_colours(last):
+    """A PNG of 8 × 8 colours of 16 bits from 0 to `last`, which Pillow reads but does not write."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = b"".join(b"\0" + ramp(last, ">u2")[y].repeat(3).tobytes() for y in range(8))
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def test_twelve_bits_that_a_file_declares_fill_eight():
@@ -97,6 +108,10 @@ def test_deep_greys_whose_zero_is_white_are_turned(photometric, first):
         (tiff(ramp(-1, np.float32)), "floating-point values from -1 to 0, whose range is not known"),
         (tiff(np.full((2, 2), np.nan, np.float32)), "its floating-point values are not all finite"),
         (tiff(ramp(4095, np.int32)), "whole numbers from 0 to 4095 with a sign or 32 bits, whose range is not known"),
+        (tiff(ramp(1e-3, np.float32)), "values up to 0.001 of a range to 1, which would all be one shade"),
+        (tiff_by_hand(ramp(2**32 - 1, "<u4").tobytes(), 32, 1), "whole numbers from 0 to 4294967295 with a sign or 32"),
+        (tiff_by_hand(ramp(-9, "i1").tobytes(), 8, 1, kind=2), "whole numbers of 8 bits with a sign"),
+        (deep_colours(255), "values up to 255 of a range to 65535, which would all be one shade"),
         (tiff(ramp(5000, np.uint16), {281: (SHORT, 4095)}), "values from 0 to 5000 outside the range that it declares"),
         (tiff(ramp(255, np.uint16)), "values up to 255 of a range to 65535, which would all be one shade"),
         (png(ramp(200, np.uint16)), "values up to 200 of a range to 65535, which would all be one shade"),
@@ -112,18 +127,12 @@ def test_values_of_an_unknown_range_are_no_picture_and_the_reason_says_which(dat
 def test_fewer_bits_than_the_file_has_are_noticed(last, bits):
     assert bits_used(png(ramp(last, np.uint16))) == bits
     assert bits_used(tiff(ramp(last, np.uint16))) == bits
+    assert bits_used(tiff(ramp(last / 65535, np.float32))) == bits
     assert bits_used(png(ramp(min(last, 255), np.uint8))) is None
 
 
 def test_fewer_bits_are_noticed_in_deep_colours_too():
-    """Pillow reads but does not write them, so that the file is put together here: 12 bits in each of 16."""
-
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    rows = b"".join(b"\0" + ramp(4095, ">u2")[y].repeat(3).tobytes() for y in range(8))
-    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    data = deep_colours(4095)
     assert decode_image(data).getpixel((7, 7)) == (15, 15, 15)
     assert bits_used(data) == 12
 
