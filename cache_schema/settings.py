@@ -35,6 +35,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import os
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -164,7 +165,10 @@ class Settings(Generic[C]):
         return json.dumps(self.plain(config), indent=2)
 
     def load(self, path: Path) -> C:
-        """Read a configuration; fields that it does not name have their defaults. Every error names the file."""
+        """Read a configuration; fields that it does not name have their defaults, and a path may begin with `~`.
+
+        Every error names the file.
+        """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(values, dict):
@@ -174,7 +178,7 @@ class Settings(Generic[C]):
         except (OSError, ValueError, RecursionError) as error:
             raise self.error(f"{path}: not a configuration that {self.command} saved ({error})") from None
         try:
-            return self.validate(values)
+            return self.validate(_at_home(values))
         except DitDistillError as error:
             raise self.error(f"{path}: {error}") from None
 
@@ -290,6 +294,17 @@ def parse_value(text: str, kind: Any) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
+
+
+def _at_home(value: Any) -> Any:
+    """Plain values with the homes in paths, as a shell would have put them into options."""
+    if isinstance(value, dict):
+        return {key: _at_home(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_at_home(inner) for inner in value]
+    if isinstance(value, str) and value.startswith("~"):
+        return os.path.expanduser(value)  # noqa: PTH111 - Path refuses unknown users
+    return value
 
 
 def _plain(value: Any) -> Any:

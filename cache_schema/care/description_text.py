@@ -33,7 +33,7 @@ def render_description(description: dict[str, Any]) -> str:
         (" = ".join(d["ids"]), f"in {' and '.join(d['splits'])}, class {' and '.join(d['classes'])}")
         for d in description["duplicates"]
     ]
-    parts.append(_listed("the same file in several classes, or in train and test", named))
+    parts.append(_listed("the same file in several classes, or in training and test", named))
     parts += [_table(*_shards(description))] if "shard_table" in description else []
     return "\n\n".join(parts)
 

@@ -1,4 +1,4 @@
-"""The same file in several places of a data set: in two classes, or in train and in test, where it spoils a score."""
+"""The same file in several places of a data set: in two classes, or in training and test, where it spoils a score."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -16,8 +16,8 @@ class Duplicate:
 
     @property
     def leaks(self) -> bool:
-        """Whether the file is in train and in test."""
-        return {"train", "test"} <= set(self.splits)
+        """Whether a file of the test is also learnt from, with its label or without."""
+        return "test" in self.splits and len(self.splits) > 1
 
     def __str__(self) -> str:
         where = " and ".join(self.splits)
@@ -25,7 +25,7 @@ class Duplicate:
 
 
 def find_duplicates(rows: Iterable[Mapping[str, Any]]) -> list[Duplicate]:
-    """Files that are under several classes or in train and in test, in the order of the rows (of a samples table).
+    """Files under several classes or both learnt from and in test, in the order of the rows (of a samples table).
 
     Quarantined rows do not count, as nothing is made of them, nor do files that are twice in one class and split.
     """

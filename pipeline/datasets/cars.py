@@ -6,7 +6,13 @@ from typing import Any
 
 from pipeline.datasets.base import DataError, Sample, check_open_set, first_of_each_split, limited
 from pipeline.datasets.boxes import coordinate, from_inclusive
-from pipeline.datasets.image_files import read_image_file, relative_path, require_layout, where_instead
+from pipeline.datasets.image_files import (
+    read_image_file,
+    relative_path,
+    renamed_by_download,
+    require_layout,
+    where_instead,
+)
 from pipeline.datasets.matlab import load_mats, variable, whole
 
 _PUBLISHED = "Stanford Cars (Krause et al., 2013), https://ai.stanford.edu/~jkrause/cars/car_dataset.html"
@@ -31,7 +37,8 @@ class CarsDataset:
 
     def __init__(self, root: Path, limit: int | None = None):
         self.root = Path(root)
-        if (self.root / "cars_annos.mat").exists() and not (self.root / "cars_train").exists():
+        in_one = any((self.root / part).exists() for part in ("cars_annos.mat", "car_ims"))
+        if in_one and not (self.root / "cars_train").exists():
             halves, samples = "official train and test halves merged", self._one_file()
         else:
             halves, samples = self._two_halves()
@@ -40,7 +47,7 @@ class CarsDataset:
         check_open_set(self.samples, f"data set cars in {self.root}")
 
     def _one_file(self) -> list[Sample]:
-        require_layout(self.name, self.root, ("car_ims",), _LAYOUT, _PUBLISHED)
+        require_layout(self.name, self.root, ("car_ims", "cars_annos.mat"), _LAYOUT, _PUBLISHED)
         table = self.root / "cars_annos.mat"
         (content,) = load_mats([table], ("annotations", "class_names"), _PUBLISHED)
         names = [str(name) for name in variable(table, content, "class_names")]
@@ -50,7 +57,7 @@ class CarsDataset:
         devkit = self.root / "devkit"
         needed: tuple[str, ...] = ("cars_train", "devkit/cars_meta.mat", "devkit/cars_train_annos.mat")
         with_test = (self.root / "cars_test").is_dir()
-        needed += ("cars_test",) if with_test else ()
+        needed += ("cars_test",) if with_test or renamed_by_download(self.root, "cars_test") else ()
         require_layout(self.name, self.root, needed, _LAYOUT, _PUBLISHED)
         tables = {"cars_train/": devkit / "cars_train_annos.mat"}
         if with_test:

@@ -54,9 +54,10 @@ class FolderDataset:
         self._remarks: list[str] = []
         found = self._found(chosen)
         if not found:
+            instead = "".join(f"; {remark}" for remark in self._remarks)
             raise DataError(
                 f"data set folder: {self.root} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}); "
-                "it must contain a folder of images per class"
+                f"it must contain a folder of images per class{instead}"
             )
         labelled = [f for f in found if f.split != "unlabeled"]
         names = in_class_order({f.class_name for f in labelled if f.class_name is not None})

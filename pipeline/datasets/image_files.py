@@ -58,11 +58,9 @@ def require_layout(name: str, root: Path, needed: Sequence[str], layout: str, pu
 
 def where_instead(root: Path, path: str) -> str:
     """Where `root/path`, which is missing, may be instead, to go on in a sentence; empty if nothing looks like it."""
-    place = root / path
-    if place.parent.is_dir():
-        for other in sorted(place.parent.iterdir()):
-            if _as_downloaded(other.name).casefold() == place.name.casefold():
-                return f", but {other.name!r} beside it: rename it to {place.name}"
+    renamed = renamed_by_download(root, path)
+    if renamed:
+        return renamed
     if root.is_dir():
         for folder in sorted(root.iterdir()):
             if folder.is_dir() and (folder / path).exists():
@@ -70,9 +68,24 @@ def where_instead(root: Path, path: str) -> str:
     return ""
 
 
+def renamed_by_download(root: Path, path: str) -> str:
+    """What `where_instead` says of a part of `root/path` that is there under another name; empty if none is."""
+    place = root
+    for part in PurePosixPath(path).parts:
+        for other in sorted(place.iterdir()) if place.is_dir() and not (place / part).exists() else ():
+            if _as_downloaded(other.name).casefold() == part.casefold():
+                return f", but {other.name!r} beside it: rename it to {part}"
+        place /= part
+    return ""
+
+
 def _as_downloaded(name: str) -> str:
-    """A file's name without what browsers add to it: `annos (1).mat` and `annos.mat.download` are annos.mat."""
-    return re.sub(r" ?\(\d+\)(?=(\.\w+)?$)", "", name.removesuffix(".download").removesuffix(".crdownload"))
+    """A file's name without what browsers and copies add to it.
+
+    `annos (1).mat`, `annos-2.mat`, `annos - Copy.mat` and `annos.mat.download` are annos.mat.
+    """
+    plain = name.removesuffix(".download").removesuffix(".crdownload")
+    return re.sub(r"( - Copy| copy)?( \d+| ?\(\d+\)|-\d+)?(?=(\.\w+)?$)", "", plain, count=1)
 
 
 def relative_path(text: str) -> str:

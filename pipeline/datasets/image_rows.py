@@ -17,6 +17,7 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 CAPTIONS = ("caption", "text")
 LONGEST_ROW = 1 << 28  # bytes; a row may hold a whole image in a column that nobody reads
 _NAMED = 12
+_SHOWN = 80  # characters of a header
 
 Row: TypeAlias = dict[str, Any]
 
@@ -71,7 +72,7 @@ def _csv_rows(path: Path, keys: Collection[str]) -> Iterator[tuple[str, Row]]:
                 header = [name.strip() for name in fields]
                 if not set(keys) & set(header) or len(set(header)) != len(header):
                     wanted = f"expected a header that names the column {' or '.join(keys)}, each name once"
-                    raise line_error(path, start, wanted)
+                    raise line_error(path, start, f"{wanted}, with commas between; found {','.join(header)[:_SHOWN]!r}")
             elif fields:
                 if len(fields) != len(header):
                     raise line_error(path, start, f"expected {len(header)} fields, found {len(fields)}")

@@ -12,7 +12,14 @@ from pipeline.datasets.image_rows import Row, text_of
 
 _NUMBER = re.compile(r"[+-]?[0-9]{1,40}(\.[0-9]{0,40})?([eE][+-]?[0-9]{1,3})?")
 _WITH_ZEROS = re.compile(r"([+-]?[0-9]+)\.0*")
-_NO_VALUE = frozenset({"nan", "<na>", "nat"})
+# What pandas takes for a missing value when it reads a CSV file, and writes as none into Parquet.
+_NO_VALUE = frozenset(
+    {
+        "#n/a", "#n/a n/a", "#na", "-1.#ind", "-1.#qnan", "-nan", "1.#ind", "1.#qnan", "<na>", "n/a", "na", "nan",
+        "nat", "none", "null",
+    }
+)  # fmt: skip
+_INFINITE = frozenset({"inf", "infinity"})
 _LARGEST_EXPONENT = 18  # beyond, a number with an exponent is nobody's class
 
 
@@ -47,13 +54,13 @@ def label_texts(rows: Sequence[tuple[str, Row]], column: str) -> list[str | None
 
 def _text(value: Any, column: str) -> str | None:
     if isinstance(value, float):
-        if math.isinf(value):
-            raise ValueError(f"{column} is not finite; expected the name or number of a class")
         # As a CSV file would have it, so that the rule above is the same for all.
         value = None if math.isnan(value) else repr(value)
     text = text_of({column: value}, column)
     if text is None:
         return None
+    if text.casefold().lstrip("+-") in _INFINITE:
+        raise ValueError(f"{column} is not finite; expected the name or number of a class")
     if text.casefold() in _NO_VALUE:
         raise ValueError(
             f"{column} {text!r} is what table libraries write for a missing value; leave it empty if the image has no "

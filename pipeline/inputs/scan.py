@@ -127,7 +127,8 @@ def _say_duplicates(scanned: Sequence[ScannedSample], bad: BadSamples) -> None:
         return
     leaks = sum(duplicate.leaks for duplicate in found)
     text = (
-        f"{len(found)} files are in several classes, {leaks} of them in train and in test, such as {found[0]}; "
+        f"{len(found)} files are in several classes or splits, {leaks} of them in training and in test, such as "
+        f"{found[0]}; "
         "remove all but one of each"
     )
     if bad.tolerance.strict:

@@ -161,6 +161,14 @@ def test_a_saved_configuration_can_be_changed_by_options_and_settings(tmp_path):
     assert (config.teacher.name, config.refine.steps, config.refine.rank) == ("flux-dev", 7, 4)
 
 
+def test_a_path_in_a_saved_configuration_may_begin_with_a_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved = '{"data": {"name": "folder", "root": "~/birds"}, "teacher": {"name": "demo"}, "conditions": "~/kept"}'
+    (tmp_path / "run.json").write_text(saved)
+    config = SETTINGS.load(tmp_path / "run.json")
+    assert (config.data.root, config.conditions) == (tmp_path / "birds", tmp_path / "kept")
+
+
 def test_print_config_prints_what_config_reads(tmp_path):
     said = CliRunner().invoke(app, ["run", "--dataset", "cub", "--set", "build.pool=2", "--probe", "--print-config"])
     (tmp_path / "run.json").write_text(said.output)

@@ -135,7 +135,7 @@ def test_files_that_are_in_train_and_in_test_are_named(tmp_path: Path) -> None:
         "splits": ["test", "train"],
     }
     text = describe_text(tmp_path / "cache")
-    assert "the same file in several classes, or in train and test  1" in text
+    assert "the same file in several classes, or in training and test  1" in text
     assert f"{rows[0]['id']} = {rows[-2]['id']}  in test and train, class {' and '.join(found['classes'])}" in text
 
 

@@ -1,10 +1,11 @@
 """Folders as people, cameras and file servers leave them: split words, thumbnails, suffixes, names that look alike."""
 
+import re
 import unicodedata
 
 import pytest
 from cache_building import many_examples
-from dataset_layouts import save_image, write_cars, write_lines
+from dataset_layouts import save_image, write_cars, write_cars_in_one_file, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -230,8 +231,25 @@ def test_archives_unpacked_too_deep_and_files_renamed_by_a_download_are_recognis
     with pytest.raises(DataError, match=r"'cars_meta \(2\)\.mat' beside it: rename it to cars_meta\.mat"):
         open_dataset("cars", cars)
     (cars / "devkit/cars_meta (2).mat").rename(cars / "devkit/cars_meta.mat")
+    for path, name in [("devkit", "devkit (1)"), ("cars_test", "cars_test-2"), ("cars_train", "cars_train - Copy (3)")]:
+        (cars / path).rename(cars / name)
+        with pytest.raises(DataError, match=rf"{re.escape(repr(name))} beside it: rename it to {path};"):
+            open_dataset("cars", cars)
+        (cars / name).rename(cars / path)
     (cars / "cars_train").rename(cars / "inner")
     (cars / "cars_train").mkdir()
     (cars / "inner").rename(cars / "cars_train/cars_train")
     with pytest.raises(DataError, match=r"cars_train/cars_train lies one folder too deep"):
         open_dataset("cars", cars)
+    one = write_cars_in_one_file(tmp_path / "one")
+    (one / "cars_annos.mat").rename(one / "cars_annos (1).mat")
+    with pytest.raises(DataError, match=r"'cars_annos \(1\)\.mat' beside it: rename it to cars_annos\.mat"):
+        open_dataset("cars", one)
+
+
+def test_a_folder_of_other_files_is_told_what_was_passed_over(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.heic").write_bytes(b"?")
+    with pytest.raises(DataError, match=r"holds no image .*; passed over 2 files .*: 2 \.heic; convert"):
+        open_dataset("folder", tmp_path)

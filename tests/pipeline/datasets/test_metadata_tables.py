@@ -78,6 +78,9 @@ def test_a_label_column_gives_the_same_classes_in_every_format_or_is_refused_in_
         (["wren", "nan"], r" line 3: label 'nan' is what table libraries write for a missing value"),
         (["NaN", "1"], r" line 2: label 'NaN' is what"),
         (["<NA>", "1"], r" line 2: label '<NA>' is what"),
+        (["wren", "NA"], r" line 3: label 'NA' is what"),
+        (["1", "None"], r" line 3: label 'None' is what"),
+        (["1", "-inf"], r" line 3: label is not finite"),
     ],
 )
 def test_labels_that_are_not_unique_or_no_value_are_refused_by_line(tmp_path, values, complaint):
