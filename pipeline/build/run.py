@@ -33,8 +33,8 @@ from pipeline.inputs.decoded import DecodedImages
 from pipeline.inputs.feature_source import FeatureSource
 from pipeline.inputs.scan import ScannedSample, scan
 from pipeline.inputs.tolerance import BadSamples, Tolerance
-from pipeline.teachers.base import AnyTeacher
-from pipeline.teachers.passes import Passes
+from pipeline.teachers.base import AnyTeacher, is_image_encoder
+from pipeline.teachers.passes import SMALLER_ENCODER, SMALLER_TRANSFORMER, Passes
 
 DEFAULT_TOLERANCE = Tolerance()
 
@@ -92,7 +92,13 @@ def build(
     if missing or writer.missing_image_shards() or writer.needs_calibration():
         bad = BadSamples(tolerance, len(scanned), log)
         sigmas = manifest.curriculum.sigmas
-        passes = Passes(config.batch_images, len(sigmas), adaptive=config.batch == "auto", log=log)
+        passes = Passes(
+            config.batch_images,
+            len(sigmas),
+            adaptive=config.batch == "auto",
+            advice=SMALLER_ENCODER if is_image_encoder(teacher) else SMALLER_TRANSFORMER,
+            log=log,
+        )
         source = source_for(teacher, dataset, config, sigmas, conditions or default_store(output), passes)
         _fill(writer, source, dataset, config, scanned, bad, part)
         if not part.waits and not _is_whole(writer, part, log):

@@ -45,6 +45,10 @@ from pipeline.teachers.weights import file_digest
 # number of processes counts, which stands apart.
 _FREE = {"steps", "accumulate"} | {name for name, field in fields_of(RefineConfig).items() if field.setting.resumable}
 
+_NO_ROOM = (
+    "its weights do not fit: use --quantize int8 or fp8, --dtype bfloat16 or a larger device; Stage I does not "
+    "offload, because gradients go through all of them"
+)
 _OUT_OF_MEMORY = (
     "use --gradient-checkpointing, a smaller --batch with a larger --accumulate, or --quantize int8; what was trained "
     "up to the last checkpoint is kept"
@@ -122,7 +126,10 @@ class _Run:
         config = self.config
         self._prepare()
         recompute = self.recomputes()
-        add_lora(self.teacher.transformer, config.rank, config.seed, config.lora_targets)
+        # Not by the first step: where the weights do not fit, nothing that a step could do with less would help.
+        with memory_errors("while loading the diffusion transformer", _NO_ROOM):
+            self.teacher.load("transformer")
+            add_lora(self.teacher.transformer, config.rank, config.seed, config.lora_targets)
         if recompute:
             self.teacher.transformer.enable_gradient_checkpointing()
         self.parameters = {n: p for n, p in self.teacher.transformer.named_parameters() if p.requires_grad}
@@ -253,7 +260,8 @@ class _Run:
             raise self._gradient_not_finite(step)
         if config.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
-        self.optimiser.step()
+        with memory_errors(f"in step {step + 1}", _OUT_OF_MEMORY):
+            self.optimiser.step()
         return total.item()
 
     def _gradient_not_finite(self, step: int) -> DitDistillError:
@@ -295,7 +303,8 @@ class _Run:
     def _validate(self, validation: Sequence[HeldOut]) -> float:
         if not self.accelerator.is_main_process:
             return math.nan
-        loss = validation_loss(self.teacher, validation)
+        with memory_errors("while measuring held-out images", _OUT_OF_MEMORY):
+            loss = validation_loss(self.teacher, validation)
         self.progress.validation.append({"step": self.progress.step, "validation_loss": loss})
         return loss
 

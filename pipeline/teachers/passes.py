@@ -20,6 +20,10 @@ _OTHER_WORDS = (
 
 Forward = Callable[[slice, slice], dict[str, Tensor]]
 
+# Where one image at one timestep is too much: of a diffusion transformer, and of an image encoder.
+SMALLER_TRANSFORMER = "use --quantize int8, --offload, a smaller --resolution or a larger device"
+SMALLER_ENCODER = "use --dtype bfloat16, a smaller --resolution or a larger device"
+
 
 class OutOfMemory(DitDistillError):  # noqa: N818 - as the errors of cache_schema
     """The device or the machine has no memory left for what was asked; the message says what to ask instead."""
@@ -48,11 +52,20 @@ class Passes:
     """Cuts batches of images × timesteps into forward passes: all timesteps of an image together where memory allows.
 
     batch: images per pass. adaptive: halve the pass when memory runs out, down to one image at one timestep, and stay
-    with what fitted; otherwise running out of memory is an error. Nothing is left out either way.
+    with what fitted; otherwise running out of memory is an error. Nothing is left out either way. advice: for where
+    even that is too much.
     """
 
-    def __init__(self, batch: int, timesteps: int, *, adaptive: bool = False, log: Callable[[str], None] = print):
-        self._timesteps, self._adaptive, self._log = timesteps, adaptive, log
+    def __init__(
+        self,
+        batch: int,
+        timesteps: int,
+        *,
+        adaptive: bool = False,
+        advice: str = SMALLER_TRANSFORMER,
+        log: Callable[[str], None] = print,
+    ):
+        self._timesteps, self._adaptive, self._advice, self._log = timesteps, adaptive, advice, log
         self._rows = batch * timesteps
 
     def run(self, images: int, forward: Forward) -> dict[str, Tensor]:
@@ -96,10 +109,7 @@ class Passes:
     def _shrink(self, images: int, timesteps: int, error: Exception) -> None:
         tried = f"{_count(images, 'image')} at {_count(timesteps, 'timestep')}"
         if images * timesteps == 1:
-            raise OutOfMemory(
-                f"out of memory in a forward pass of {tried}; use --quantize int8, --offload, a smaller --resolution "
-                "or a larger device"
-            ) from error
+            raise OutOfMemory(f"out of memory in a forward pass of {tried}; {self._advice}") from error
         if not self._adaptive:
             raise OutOfMemory(
                 f"out of memory in a forward pass of {tried}; use --batch auto, which halves it until it fits, "

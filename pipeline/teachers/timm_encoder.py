@@ -15,7 +15,10 @@ from torch import Tensor
 
 from pipeline.teachers.architecture import Architecture
 from pipeline.teachers.base import ContextMode, EncoderInput, Quantization, TapShape, TeacherError
+from pipeline.teachers.passes import memory_errors
 from pipeline.teachers.timm_networks import load_network, own_resolution, parse_spec, size_refused, takes_size
+
+_NO_ROOM = "its weights do not fit: use --dtype bfloat16, a smaller network or a larger device (it does not offload)"
 
 
 class TimmEncoder:
@@ -47,11 +50,13 @@ class TimmEncoder:
         self.source, self.input = spec, input
         self.resolution = resolution = resolution or own_resolution(parsed.name, spec)
         self.dtype, self.device = dtype, torch.device(device)
-        network = load_network(parsed, resolution, spec)
-        self._digest = _digest(parsed.name, network)
-        mean, std = (torch.tensor(network.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-        self._mean, self._std = mean.to(self.device), std.to(self.device)
-        self._network = network.eval().requires_grad_(False).to(self.device, dtype)
+        # Here and not by the first pass, which no smaller one could mend.
+        with memory_errors(f"while loading teacher {spec}", _NO_ROOM):
+            network = load_network(parsed, resolution, spec)
+            self._digest = _digest(parsed.name, network)
+            mean, std = (torch.tensor(network.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+            self._mean, self._std = mean.to(self.device), std.to(self.device)
+            self._network = network.eval().requires_grad_(False).to(self.device, dtype)
         self._shapes = {shape.name: shape for shape in _measure(self._network, self.resolution, spec)}
 
     def digests(self) -> dict[str, str]:
