@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trainer.commands.opening import open_for
 from trainer.runs import SplitName
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from cache_schema import Cache
+    from trainer.evaluation.embed import Scored
 
 _CLASSES: dict[SplitName, str] = {
     "test": "classes never trained on",
@@ -22,6 +29,9 @@ def eval_run(
     runs: Annotated[list[Path], typer.Argument(help="Runs' directories, student.safetensors files, or exports.")],
     cache: Annotated[
         str | None, typer.Option(help="Cache to evaluate on (folder or URL); default the first run's.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Instead of a cache: a folder of images, with a folder for each class.")
     ] = None,
     split: Annotated[
         SplitName, typer.Option(help="test, or validation: the training classes that the run held out.")
@@ -42,13 +52,16 @@ def eval_run(
     from trainer.device import choose_device, use_device
     from trainer.errors import TrainError
     from trainer.evaluation import details, evaluate, tables
-    from trainer.methods.trained import load_trained
     from trainer.runs import cache_of_run, is_finished
     from trainer.training.run_folder import save_scores
 
     if save_embeddings is not None and len(runs) > 1:
         raise TrainError("--save-embeddings is for one run; give one")
-    opened = open_for(cache or cache_of_run(runs[0]), allow_partial, local_cache=local_cache)
+    if data is not None and (cache is not None or split != "test"):
+        raise TrainError("--data names the images to score; give no --cache and no --split with it")
+    opened = None
+    if data is None:
+        opened = open_for(cache or cache_of_run(runs[0]), allow_partial, local_cache=local_cache)
     where = choose_device(device)
     named = use_device(where)
     if not as_json:
@@ -56,7 +69,7 @@ def eval_run(
     found: list[dict[str, Any]] = []
     first = None
     for run in runs:
-        scores, embeddings, test = evaluate.evaluate_run(run, opened, where, load_trained, split)
+        scores, embeddings, test = _evaluate(run, opened, data, where, split)
         queries = details.score_each_query(embeddings["student"], test, where)
         scores = {**scores, **details.describe_queries(queries, details.class_names(test))}
         if first is not None:
@@ -64,10 +77,11 @@ def eval_run(
         first = first or queries
         found.append(scores)
         if not as_json:
-            typer.echo(f"{run}: {scores['queries']} queries of {scores['classes']} {_CLASSES[split]}, percent")
+            classes = f"classes of {data}" if data is not None else _CLASSES[split]
+            typer.echo(f"{run}: {scores['queries']} queries of {scores['classes']} {classes}, percent")
             typer.echo(tables.format_scores(scores))
             typer.echo(tables.format_details(scores, per_class))
-        saved = save_scores(run, split, scores) if is_finished(run) else None
+        saved = save_scores(run, split, scores) if opened is not None and is_finished(run) else None
         if saved is not None and not as_json:
             command = shlex.join(["dit-train", "report", str(run), "--output", str(run)])
             typer.echo(f"the scores are in {saved}; next: {command}")
@@ -76,3 +90,21 @@ def eval_run(
         typer.echo(json.dumps(found[0] if len(runs) == 1 else by_run, indent=2))
     if save_embeddings is not None:
         evaluate.save_embeddings(save_embeddings, embeddings, test)
+
+
+def _evaluate(
+    run: Path, cache: Cache | None, data: Path | None, device: torch.device, split: SplitName
+) -> tuple[dict[str, Any], dict[str, Tensor], Scored]:
+    """Scores, embeddings and what was scored: a split of a cache, or a folder's images, of a student alone."""
+    from trainer.evaluation.evaluate import evaluate_folder, evaluate_run
+    from trainer.evaluation.folder import open_folder_split
+    from trainer.methods.trained import load_trained
+    from trainer.retrieval.model import open_model
+
+    if cache is not None:
+        return evaluate_run(run, cache, device, load_trained, split)
+    assert data is not None
+    model = open_model(run, str(device))
+    test = open_folder_split(data, model.prepare)
+    scores, embeddings = evaluate_folder(model.student, test, device)
+    return {"data": str(data), **scores}, embeddings, test

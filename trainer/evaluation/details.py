@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import TrainError
-from trainer.evaluation.embed import TestSplit
+from trainer.evaluation.embed import Scored
 from trainer.evaluation.intervals import class_bootstrap, paired_class_bootstrap, query_bootstrap
 from trainer.evaluation.metrics import DETAILED, score_queries
 
@@ -28,12 +28,11 @@ class QueryScores:
     nearest: np.ndarray  # (N,) class of the nearest other image
 
 
-def score_each_query(embeddings: Tensor, test: TestSplit, device: torch.device) -> QueryScores:
+def score_each_query(embeddings: Tensor, test: Scored, device: torch.device) -> QueryScores:
     """Score the queries of a split one by one, on `device`; raises TrainError for embeddings that are not finite."""
     values, nearest = score_queries(embeddings.to(device), test.labels.to(device))
-    ids = test.cache.samples["id"].take(test.split.rows).to_pylist()
     arrays = {name: value.cpu().numpy() for name, value in values.items()}
-    return QueryScores(ids, test.split.labels, arrays, test.split.labels[nearest.cpu().numpy()])
+    return QueryScores(test.ids, test.split.labels, arrays, test.split.labels[nearest.cpu().numpy()])
 
 
 def describe_queries(queries: QueryScores, names: list[str]) -> dict[str, Any]:
@@ -51,10 +50,9 @@ def describe_queries(queries: QueryScores, names: list[str]) -> dict[str, Any]:
     }
 
 
-def class_names(test: TestSplit) -> list[str]:
+def class_names(test: Scored) -> list[str]:
     """The name of each class of a split by its label; its number where the data set gives none."""
-    names = test.cache.samples["class_name"].take(test.split.rows).to_pylist()
-    found = dict(zip(test.split.labels.tolist(), names, strict=True))
+    found = dict(zip(test.split.labels.tolist(), test.class_names, strict=True))
     return [found[label] or str(label) for label in range(test.split.classes)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -43,6 +43,37 @@ class Auxiliary(Protocol):
         """Switch off what is random."""
 
 
+class Pictures(Protocol):
+    """The pixels of the images to be scored."""
+
+    def load(self, rows: Sequence[int] | np.ndarray) -> Tensor:
+        """The images of rows at the student's size: (B, 3, S, S) uint8."""
+
+
+class Scored(Protocol):
+    """Images to be scored, wherever they come from."""
+
+    @property
+    def split(self) -> Split:
+        """Their rows and labels."""
+
+    @property
+    def images(self) -> Pictures:
+        """Their pixels, by row."""
+
+    @property
+    def labels(self) -> Tensor:
+        """The labels of `split`."""
+
+    @property
+    def ids(self) -> list[str]:
+        """What each is called."""
+
+    @property
+    def class_names(self) -> list[str]:
+        """The name of each one's class, "" where it has none."""
+
+
 @dataclass(frozen=True)
 class TestSplit:
     """What an evaluation needs, kept between the evaluations of one run: rows, labels, decoded images."""
@@ -56,6 +87,14 @@ class TestSplit:
     @property
     def labels(self) -> Tensor:
         return torch.from_numpy(self.split.labels)
+
+    @property
+    def ids(self) -> list[str]:
+        return self.cache.samples["id"].take(self.split.rows).to_pylist()
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.cache.samples["class_name"].take(self.split.rows).to_pylist()
 
 
 def open_test_split(
@@ -86,7 +125,7 @@ def open_rows(
 
 
 @torch.inference_mode()
-def embed_students(student: Student, test: TestSplit, device: torch.device) -> Tensor:
+def embed_students(student: Student, test: Scored, device: torch.device) -> Tensor:
     """E_R of every test image: (N, C) float32 on the CPU."""
     student.eval()
     found = []

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trainer.evaluation.embed import (
     Auxiliary,
+    Scored,
     TestSplit,
     embed_auxiliary,
     embed_students,
@@ -97,9 +98,16 @@ def evaluate_run(
     return {**about, **scores}, embeddings, test
 
 
-def save_embeddings(file: Path, embeddings: dict[str, Tensor], test: TestSplit) -> None:
-    """Write embeddings, cache rows, sample ids and labels of the test split as .npz arrays (no pickle)."""
-    rows = test.split.rows
-    ids = np.array(test.cache.samples["id"].take(rows).to_pylist())
+def evaluate_folder(student: Student, test: Scored, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The same of a student alone on images of a folder: what there would be in `eval.json`, and the embeddings."""
+    embeddings = {"student": embed_students(student, test, device)}
+    scores = retrieval_scores(embeddings["student"].to(device), test.labels.to(device))
+    about = {"queries": len(test.split.rows), "classes": test.split.classes}
+    return {**about, "student": scores, "auxiliary": None}, embeddings
+
+
+def save_embeddings(file: Path, embeddings: dict[str, Tensor], test: Scored) -> None:
+    """Write embeddings, rows, ids and labels of the images that were scored as .npz arrays (no pickle)."""
+    rows, ids = test.split.rows, np.array(test.ids)
     arrays = {name: value.numpy() for name, value in embeddings.items()}
     np.savez(file, allow_pickle=False, rows=rows, ids=ids, labels=test.split.labels, **arrays)
