@@ -204,6 +204,9 @@ class TrainConfig(Frozen):
     checkpoint_every: Annotated[
         int, Setting("Epochs between checkpoints; 0: only when interrupted.", resumable=True)
     ] = Field(default=1, ge=0)
+    keep_checkpoints: Annotated[
+        int, Setting("How many checkpoints of an unfinished run stay, the newest ones.", resumable=True)
+    ] = Field(default=2, ge=1)
     student: StudentConfig = StudentConfig()
     optim: OptimConfig = OptimConfig()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +37,12 @@ def eval_run(
     split: Annotated[
         SplitName, typer.Option(help="test, or validation: the training classes that the run held out.")
     ] = "test",
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the runs: best on validation classes, last, or a checkpoint's folder; default: the student."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     save_embeddings: Annotated[Path | None, typer.Option(help="Also write the embeddings (.npz); of one run.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -53,6 +60,7 @@ def eval_run(
     from trainer.errors import TrainError
     from trainer.evaluation import details, evaluate, tables
     from trainer.runs import cache_of_run, is_finished
+    from trainer.training.chosen import run_at
     from trainer.training.run_folder import save_scores
 
     if save_embeddings is not None and len(runs) > 1:
@@ -69,22 +77,27 @@ def eval_run(
     found: list[dict[str, Any]] = []
     first = None
     for run in runs:
-        scores, embeddings, test = _evaluate(run, opened, data, where, split)
+        with nullcontext(run) if checkpoint is None else run_at(run, checkpoint, opened) as scored:
+            scores, embeddings, test = _evaluate(scored, opened, data, where, split)
+            kept = opened is not None and is_finished(scored) and run in (scored, scored.parent)  # not one laid out
         queries = details.score_each_query(embeddings["student"], test, where)
         scores = {**scores, **details.describe_queries(queries, details.class_names(test))}
+        if checkpoint is not None:
+            scores["checkpoint"] = checkpoint
         if first is not None:
             scores["against"] = {"run": str(runs[0]), "difference": details.compare(queries, first)}
         first = first or queries
         found.append(scores)
         if not as_json:
+            which = "" if checkpoint is None else f", {Path(checkpoint).name}"
             classes = f"classes of {data}" if data is not None else _CLASSES[split]
-            typer.echo(f"{run}: {scores['queries']} queries of {scores['classes']} {classes}, percent")
+            typer.echo(f"{run}{which}: {scores['queries']} queries of {scores['classes']} {classes}, percent")
             typer.echo(tables.format_scores(scores))
             typer.echo(tables.format_details(scores, per_class))
-        saved = save_scores(run, split, scores) if opened is not None and is_finished(run) else None
+        saved = save_scores(scored, split, scores) if kept else None
         if saved is not None and not as_json:
             command = shlex.join(["dit-train", "report", str(run), "--output", str(run)])
-            typer.echo(f"the scores are in {saved}; next: {command}")
+            typer.echo(f"the scores are in {saved}" + (f"; next: {command}" if scored == run else ""))
     if as_json:
         by_run = {str(run): scores for run, scores in zip(runs, found, strict=True)}
         typer.echo(json.dumps(found[0] if len(runs) == 1 else by_run, indent=2))

@@ -18,16 +18,9 @@ from trainer.models.weights import load_weights, save_weights
 from trainer.training.pace import Timing
 
 FOLDER = "checkpoints"
+WEIGHTS, AVERAGE, PROGRESS = "weights.safetensors", "average.safetensors", "progress.json"
 # What reading files raises that are not whole, or are of another run.
 DAMAGE = (RuntimeError, ValueError, TypeError, LookupError, OSError, EOFError, UnpicklingError, TrainError)
-
-
-@dataclass(frozen=True)
-class Best:
-    """The highest recall on validation classes that a run was measured at, and after how many updates."""
-
-    recall_at_1: float
-    update: int
 
 
 @dataclass(frozen=True)
@@ -39,13 +32,13 @@ class Progress:
     cache_id: str
     other_caches: dict[str, str] = field(default_factory=dict)  # ids of further caches, by what is read from them
     timed: Timing = field(default_factory=Timing)  # of its updates
-    best: Best | None = None  # so far
+    classes: int = 0  # that are trained on; 0: a checkpoint that does not say
+    images: int = 0  # seen so far
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Progress:
-        """Undo `dataclasses.asdict`; also of checkpoints that say nothing of times and scores."""
-        timed, best = values.pop("timed", {}), values.pop("best", None)
-        return cls(**values, timed=Timing(**timed), best=Best(**best) if best else None)
+        """Undo `dataclasses.asdict`; also of checkpoints that say nothing of times and classes."""
+        return cls(**{**values, "timed": Timing(**values.get("timed", {}))})
 
 
 def save_checkpoint(
@@ -54,28 +47,29 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     average: nn.Module | None = None,
+    keep: int = 1,
 ) -> Path:
-    """Write a checkpoint into `run` and remove the older ones; a crash leaves the last complete one.
+    """Write a checkpoint into `run`, of which the newest `keep` stay; a crash leaves the last complete one.
 
     `average` holds the moving average of the modules' weights, where there is one.
     """
     folder = run / FOLDER / f"update-{progress.update:08d}"
     aside = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
     aside.mkdir(parents=True, exist_ok=True)
-    save_weights(modules.state_dict(), aside / "weights.safetensors")
+    save_weights(modules.state_dict(), aside / WEIGHTS)
     if average is not None:
-        save_weights(average.state_dict(), aside / "average.safetensors")
+        save_weights(average.state_dict(), aside / AVERAGE)
     torch.save(optimizer.state_dict(), aside / "optimizer.pt")
-    (aside / "progress.json").write_text(json.dumps(asdict(progress)) + "\n")
+    (aside / PROGRESS).write_text(json.dumps(asdict(progress)) + "\n")
     for file in aside.iterdir():
         _sync(file)
     if folder.exists():  # an interrupt right after a scheduled checkpoint
         shutil.rmtree(folder)
     aside.rename(folder)
     _sync(folder.parent)
-    for other in folder.parent.iterdir():
-        if other != folder:
-            shutil.rmtree(other)
+    older = sorted(other for other in folder.parent.glob("update-*") if other < folder)
+    for other in set(folder.parent.iterdir()) - {folder, *older[len(older) + 1 - keep :]}:
+        shutil.rmtree(other)
     return folder
 
 
@@ -97,14 +91,41 @@ def load_checkpoint(
     Raises TrainError when the files do not fit the run.
     """
     try:
-        modules.load_state_dict(load_weights(folder / "weights.safetensors", str(device)))
+        modules.load_state_dict(load_weights(folder / WEIGHTS, str(device)))
         if average is not None:
-            average.load_state_dict(load_weights(folder / "average.safetensors", str(device)))
+            average.load_state_dict(load_weights(folder / AVERAGE, str(device)))
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
-        return Progress.from_json(json.loads((folder / "progress.json").read_text()))
+        return Progress.from_json(json.loads((folder / PROGRESS).read_text()))
     except DAMAGE as error:
-        reason = (str(error).splitlines() or ["a file of it is damaged"])[0]
-        raise TrainError(f"cannot resume from {folder}: {reason}; start anew with --overwrite") from error
+        older = [other for other in sorted(folder.parent.glob("update-*")) if other < folder]
+        advice = f"remove it to go on from {older[-1].name}, or " if older else ""
+        raise TrainError(
+            f"cannot resume from {folder}: {_reason(error)}; {advice}start anew with --overwrite"
+        ) from error
+
+
+def read_progress(folder: Path) -> Progress:
+    """Where a run stood at a checkpoint; raises TrainError when that is damaged."""
+    try:
+        return Progress.from_json(json.loads((folder / PROGRESS).read_text()))
+    except DAMAGE as error:
+        raise TrainError(f"{folder / PROGRESS} is damaged: {_reason(error)}") from error
+
+
+def load_state(folder: Path, modules: nn.Module) -> None:
+    """Give modules the weights of a checkpoint, the averaged ones where it has them; raises TrainError."""
+    try:
+        if (folder / AVERAGE).is_file():
+            averaged = load_weights(folder / AVERAGE)
+            modules.load_state_dict({name.removeprefix("module."): value for name, value in averaged.items()})
+        else:
+            modules.load_state_dict(load_weights(folder / WEIGHTS))
+    except DAMAGE as error:
+        raise TrainError(f"checkpoint {folder} does not fit its run and this cache: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or ["a file of it is damaged"])[0]
 
 
 def remove_checkpoints(run: Path) -> None:

@@ -16,7 +16,7 @@ from trainer.methods.method import Method
 from trainer.methods.registry import find_method
 from trainer.methods.settings import differing_fields, load_config
 from trainer.models.student import save_student
-from trainer.runs import BOARD, CONFIG, DIVERGED, LOG, RESULT, SCORES, SplitName, is_finished, scores_file
+from trainer.runs import BEST, BOARD, CONFIG, DIVERGED, LOG, RESULT, SCORES, SplitName, is_finished, scores_file
 from trainer.training.checkpoint import remove_checkpoints
 
 # Of any method; result.json first, so that what is left of a removed run is never taken for a finished one.
@@ -45,7 +45,8 @@ def prepare_run(run: Path, config: TrainConfig, resume: bool = False, overwrite:
     if overwrite:
         for name in (*FILES, *_files_of_method(run), CONFIG):
             (run / name).unlink(missing_ok=True)
-        shutil.rmtree(run / BOARD, ignore_errors=True)
+        for folder in (BOARD, BEST):
+            shutil.rmtree(run / folder, ignore_errors=True)
         remove_checkpoints(run)
     run.mkdir(parents=True, exist_ok=True)
     save_config(config, run / CONFIG)

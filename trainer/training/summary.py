@@ -14,12 +14,14 @@ from trainer.training.logs import mean_losses
 from trainer.training.pace import Timing
 
 
-def describe(parts: Parts, run: Path, seconds: float, timing: Timing, scores: Mapping[str, Any]) -> dict[str, Any]:
-    """What `result.json` holds of a run that took so many seconds, `timing` of them in its updates.
+def describe(
+    parts: Parts, run: Path, done: int, seconds: float, timing: Timing, scores: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `result.json` holds after `done` updates of a run, for so many seconds, `timing` of them in its updates.
 
-    `scores`: "validation", what its last weights score there, and "best", where classes were held out.
+    `scores`: "validation", what its weights score there, and "best", where classes were held out.
     """
-    batches, total = parts.batches, parts.updates
+    batches = parts.batches
     return {
         **scores,
         "validation_classes": batches.validation.classes,
@@ -32,12 +34,12 @@ def describe(parts: Parts, run: Path, seconds: float, timing: Timing, scores: Ma
         **timing.rates(batches.batch_rows),
         "peak_memory_gb": round(peak_memory(parts.device) / 1e9, 3),
         "device": str(parts.device),
-        "student_updates": total,
-        "epochs": total / batches.per_epoch,
-        "images_seen": total * batches.batch_rows,
+        "student_updates": done,
+        "epochs": done / batches.per_epoch,
+        "images_seen": done * batches.batch_rows,
         "train_images": len(batches.label_of),
         "train_classes": batches.classes,
-        "final_losses": mean_losses(read_metrics(run / LOG), after=total - batches.per_epoch),
+        "final_losses": mean_losses(read_metrics(run / LOG), after=done - batches.per_epoch),
     }
 
 

@@ -1,6 +1,8 @@
 """What a run writes while it goes and when it is done: losses, rates and scores, for scripts and for people."""
 
 import json
+import shutil
+import tempfile
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trainer.methods.settings import make_config
 from trainer.runs import load_result, read_metrics
 from trainer.training import loop, pace
-from trainer.training.checkpoint import Best, Progress
+from trainer.training.checkpoint import Progress
 from trainer.training.logs import MetricsLog
 from trainer.training.loop import train
 from trainer.training.pace import Pace, Timing
@@ -19,17 +21,20 @@ from trainer.training.summary import summary
 
 def scalars(run):
     """{name: [(update, value), …]} of a run's TensorBoard events."""
-    board = EventAccumulator(str(run / "tensorboard"))
-    board.Reload()
+    with tempfile.TemporaryDirectory() as folder:
+        # Two processes never begin in one second; here their files' names may, and would be read in any order.
+        files = sorted((run / "tensorboard").iterdir(), key=lambda file: file.stat().st_mtime_ns)
+        for number, file in enumerate(files):
+            shutil.copy(file, f"{folder}/events.out.tfevents.{number:010d}")
+        board = EventAccumulator(folder)
+        board.Reload()
     return {name: [(e.step, e.value) for e in board.Scalars(name)] for name in board.Tags()["scalars"]}
 
 
 @pytest.fixture(scope="module")
-def followed(tmp_path_factory, wide_cache):
+def followed(tmp_path_factory, tiny_baseline_settings, wide_cache):
     """A run that measures recall on the way, interrupted after its fourth update and resumed."""
-    settings = ["student.name=vit_tiny_patch16_224", "student.img_size=24", "student.patch_size=12", "student.depth=1",
-                "student.embed_dim=32", "student.num_heads=2", "batch_size=6", "epochs=3", "threads=1", "device=cpu",
-                "log_every=1", "validation_classes=0.4", "eval_every=1"]  # fmt: skip
+    settings = [*tiny_baseline_settings[1::2], "validation_classes=0.4", "eval_every=1"]
     config = make_config("paper", settings, cache=str(wide_cache.root), method="baseline")
     run = tmp_path_factory.mktemp("followed") / "run"
     step, saved = loop.train_step, pytest.MonkeyPatch()
@@ -120,6 +125,6 @@ def test_the_clock_of_a_run_stands_still_before_it_begins_and_while_it_is_scored
 
 
 def test_progress_survives_its_json_and_that_of_older_checkpoints_is_read():
-    progress = Progress(7, 1.5, "id", {"teacher": "other"}, Timing(7, 1.0, 0.1), Best(0.5, 4))
+    progress = Progress(7, 1.5, "id", {"teacher": "other"}, Timing(7, 1.0, 0.1), 3, 42)
     assert Progress.from_json(json.loads(json.dumps(asdict(progress)))) == progress
     assert Progress.from_json({"update": 1, "seconds": 2.0, "cache_id": "id"}) == Progress(1, 2.0, "id")
