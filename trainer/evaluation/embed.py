@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.data.features import FeatureSource, Needs, open_sources
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from cache_schema import Cache, EncodedBatch
 
 BATCH = 64  # images
+_FEWEST = 4  # embeddings that can be called all the same
+_SAME = 1e-6  # more than rounding moves equal embeddings apart, which are computed in float32
 
 
 class Auxiliary(Protocol):
@@ -132,7 +135,9 @@ def embed_students(student: Student, test: Scored, device: torch.device) -> Tens
     for rows in _chunks(test.split.rows):
         with full_precision(device):
             found.append(student(test.images.load(rows).to(device)).float().cpu())
-    return torch.cat(found)
+    embeddings = torch.cat(found)
+    _check_telling(embeddings, "the student")
+    return embeddings
 
 
 @torch.inference_mode()
@@ -153,7 +158,36 @@ def embed_auxiliary(auxiliary: Auxiliary, student: Tensor, test: TestSplit, devi
             embedded = auxiliary.auxiliary(student[at].to(device), features)
         for name, parts in found.items():
             parts.append(embedded[name].float().cpu())
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    embeddings = {name: torch.cat(parts) for name, parts in found.items()}
+    for name, part in embeddings.items():
+        _check_telling(part, auxiliary.auxiliary_names[name])
+    return embeddings
+
+
+def _check_telling(embeddings: Tensor, whose: str) -> None:
+    """Raise TrainError for embeddings (N, …, C) that are not finite, or more than half of which are one and the same.
+
+    Neighbours among equals are those that come first in the cache, class by class: their score would look good.
+    """
+    N = len(embeddings)
+    broken = int((~embeddings.isfinite().flatten(1).all(1)).sum())
+    if broken:
+        raise TrainError(
+            f"{broken} of {N} embeddings of {whose} are not finite, so they cannot be scored; their values overflow: "
+            "train again with a lower --lr"
+        )
+    if N < _FEWEST:
+        return
+    unit = F.normalize(embeddings.double(), dim=-1).flatten(1)
+    # Equal embeddings are equally far along any direction, and others hardly ever.
+    direction = torch.randn(unit.shape[1], dtype=unit.dtype, generator=torch.Generator().manual_seed(0))
+    along = (unit @ direction).sort().values
+    half = N // 2
+    if bool((along[half:] - along[: N - half] < _SAME).any()):
+        raise TrainError(
+            f"more than half of the {N} embeddings of {whose} are the same, so they cannot be scored: it tells no image "
+            "from another; train again with a lower --lr, or look at its weights"
+        )
 
 
 def _sources(auxiliary: Auxiliary, test: TestSplit) -> dict[str, FeatureSource] | None:

@@ -19,10 +19,17 @@ def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
 
 
 def load_weights(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Read tensors by name; raises TrainError that names a file which is missing or not whole."""
+    """Read tensors by name; raises TrainError that names a file which is missing, not whole, or holds no numbers."""
     try:
-        return load_file(path, device=device)
+        tensors = load_file(path, device=device)
     except FileNotFoundError:
         raise TrainError(f"{path} is missing") from None
     except SafetensorError as error:
         raise TrainError(f"{path} is damaged or not a safetensors file ({error}); copy or make it again") from None
+    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if broken:
+        raise TrainError(
+            f"{path}: {len(broken)} of {len(tensors)} tensors are not finite, for example {broken[0]}; nothing can be "
+            "computed with them, copy or train it again"
+        )
+    return tensors
