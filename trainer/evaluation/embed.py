@@ -136,7 +136,7 @@ def embed_students(student: Student, test: Scored, device: torch.device) -> Tens
         with full_precision(device):
             found.append(student(test.images.load(rows).to(device)).float().cpu())
     embeddings = torch.cat(found)
-    _check_telling(embeddings, "the student")
+    refuse_untelling(embeddings, "the student")
     return embeddings
 
 
@@ -160,11 +160,11 @@ def embed_auxiliary(auxiliary: Auxiliary, student: Tensor, test: TestSplit, devi
             parts.append(embedded[name].float().cpu())
     embeddings = {name: torch.cat(parts) for name, parts in found.items()}
     for name, part in embeddings.items():
-        _check_telling(part, auxiliary.auxiliary_names[name])
+        refuse_untelling(part, auxiliary.auxiliary_names[name])
     return embeddings
 
 
-def _check_telling(embeddings: Tensor, whose: str) -> None:
+def refuse_untelling(embeddings: Tensor, whose: str) -> None:
     """Raise TrainError for embeddings (N, …, C) that are not finite, or more than half of which are one and the same.
 
     Neighbours among equals are those that come first in the cache, class by class: their score would look good.

@@ -1,9 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from trainer.errors import TrainError
-from trainer.evaluation.embed import open_test_split
+from trainer.evaluation.embed import open_test_split, refuse_untelling
 from trainer.evaluation.evaluate import average_timesteps, evaluate_run
 from trainer.evaluation.metrics import retrieval_scores
 from trainer.evaluation.tables import format_scores
@@ -46,6 +47,35 @@ def test_without_test_features_only_the_student_is_scored(make_cache, tiny_confi
 def test_a_run_of_other_features_is_not_scored_with_them(run, make_cache):
     with pytest.raises(TrainError, match="does not fit tap hidden of this cache"):
         evaluate_run(run, make_cache(tokens=9), CPU, load_trained)
+
+
+@pytest.mark.parametrize("file", ["student", "gim"])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_weights_that_are_not_finite_are_named_by_file_and_tensor_and_give_no_score(run, cache, file, value):
+    weights = load_file(run / f"{file}.safetensors")
+    name = max(weights)
+    weights[name].view(-1)[0] = value
+    save_file(weights, run / f"{file}.safetensors")
+    with pytest.raises(TrainError, match=rf"{file}\.safetensors: 1 of \d+ tensors are not finite, .* {name};"):
+        evaluate_run(run, cache, CPU, load_trained)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e38])
+def test_a_student_that_tells_no_image_from_another_has_no_score(run, cache, factor):
+    weights = load_file(run / "student.safetensors")
+    save_file({name: value * factor for name, value in weights.items()}, run / "student.safetensors")
+    complaint = "embeddings of the student are " + ("the same" if not factor else "not finite")
+    with pytest.raises(TrainError, match=complaint):
+        evaluate_run(run, cache, CPU, load_trained)
+
+
+def test_a_few_equal_images_are_scored():
+    embeddings = torch.randn(10, 2, 4, generator=torch.Generator().manual_seed(0))
+    embeddings[:5] = embeddings[0]
+    refuse_untelling(embeddings, "E")
+    embeddings[5] = 3 * embeddings[0]
+    with pytest.raises(TrainError, match="more than half of the 10 embeddings of E are the same"):
+        refuse_untelling(embeddings, "E")
 
 
 def test_a_split_that_is_not_there_is_named(cache):
