@@ -150,6 +150,8 @@ class Settings(Generic[C]):
             return self._adapter.validate_json(json.dumps(plain, default=_plain), strict=True)
         except ValidationError as error:
             first = error.errors()[0]
+            if not first["loc"]:  # of the whole: fields that do not go together, which its message names
+                raise self.error(str(first["msg"]).removeprefix("Value error, ")) from None
             raise self.error(f"{self._name_of(first['loc'])}: {first['msg']} (got {first['input']!r})") from None
 
     def plain(self, config: C) -> Values:

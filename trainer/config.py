@@ -153,6 +153,14 @@ class TrainConfig(Frozen):
     epochs: Annotated[int, Setting("Passes over the labelled images.")] = Field(default=30, ge=1)
     updates: Annotated[int | None, Setting("Student updates, instead of epochs.")] = Field(default=None, ge=1)
     batch_size: Annotated[int, Setting("Labelled images per update.")] = Field(default=32, ge=1)
+    sampler: Annotated[
+        Literal["shuffled", "balanced"],
+        Setting("balanced: each batch has images-per-class images of classes-per-batch classes."),
+    ] = "shuffled"
+    classes_per_batch: Annotated[
+        int | None, Setting("Of sampler balanced, instead of batch-size; by default batch-size / images-per-class.")
+    ] = Field(default=None, ge=1)
+    images_per_class: Annotated[int | None, Setting("Of sampler balanced; 4 by default.")] = Field(default=None, ge=1)
     validation_classes: Annotated[
         float, Setting("Share of the training classes held out to follow recall on; never test classes, e.g. 0.2.")
     ] = Field(default=0.0, ge=0, lt=1)
@@ -209,6 +217,24 @@ class TrainConfig(Frozen):
     ] = Field(default=2, ge=1)
     student: StudentConfig = StudentConfig()
     optim: OptimConfig = OptimConfig()
+
+    @model_validator(mode="after")
+    def _one_sampler(self) -> TrainConfig:
+        if self.sampler == "shuffled" and (self.classes_per_batch or self.images_per_class):
+            raise ValueError("classes_per_batch and images_per_class are of sampler balanced: add --sampler balanced")
+        each = self.balanced[1]
+        if self.sampler == "balanced" and self.classes_per_batch is None and self.batch_size % each:
+            raise ValueError(
+                f"sampler balanced: batch_size {self.batch_size} is no multiple of {each} images per class; "
+                "change one, or set --classes-per-batch"
+            )
+        return self
+
+    @property
+    def balanced(self) -> tuple[int, int]:
+        """Classes in a batch and images of each, of sampler balanced."""
+        each = self.images_per_class or 4
+        return self.classes_per_batch or self.batch_size // each, each
 
 
 # Small enough for two CPU cores. The choices here and in the methods were made by measurement: see

@@ -14,7 +14,7 @@ import numpy as np
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 # Streams of random numbers that must not repeat each other.
-LABELLED, UNLABELLED, VIEWS, AUGMENT, TIMESTEPS = range(5)
+LABELLED, UNLABELLED, VIEWS, AUGMENT, TIMESTEPS, CLASSES, MEMBERS = range(7)
 
 
 def generator(seed: int, stream: int, index: int) -> np.random.Generator:
@@ -29,16 +29,58 @@ class EpochSampler:
     still make one smaller batch. With `seed` None every epoch has the rows in the order given.
     """
 
-    def __init__(self, rows: Sequence[int] | Rows, batch_size: int, seed: int | None, *, drop_last: bool = True):
+    def __init__(
+        self,
+        rows: Sequence[int] | Rows,
+        batch_size: int,
+        seed: int | None,
+        *,
+        drop_last: bool = True,
+        stream: int = LABELLED,
+    ):
         self.rows, self.seed, self.drop_last = np.asarray(rows, dtype=np.int64), seed, drop_last
         self.batch_size = min(batch_size, len(rows))
         self.batches_per_epoch = len(rows) // self.batch_size if drop_last else -(-len(rows) // self.batch_size)
-        self._orders = _Permutations(self.rows, seed, LABELLED)
+        self._orders = _Permutations(self.rows, seed, stream)
 
     def batch(self, update: int) -> Rows:
         """Rows of the batch of 0-based `update`."""
         epoch, place = divmod(update, self.batches_per_epoch)
         return self._orders[epoch][place * self.batch_size : (place + 1) * self.batch_size]
+
+
+class BalancedSampler:
+    """Batches of `classes` classes with `each` rows of every one of them, drawn by `labels` (n,) of `rows` (n,).
+
+    Classes come in rounds, each a fresh permutation cut into batches, of which the classes that do not fill a last one
+    sit out. The rows of a class come in passes of their own, cut alike: none is shown again before a pass is through,
+    and a class with fewer than `each` rows repeats them within the batch. An epoch is as many batches as the rows
+    would fill. Raises ValueError where there are fewer classes. Source: batches of P classes × K images as in Hermans
+    et al., "In Defense of the Triplet Loss for Person Re-Identification", 2017.
+    """
+
+    def __init__(
+        self, rows: Sequence[int] | Rows, labels: Sequence[int] | Rows, classes: int, each: int, seed: int
+    ) -> None:
+        self.rows, self.seed, self.classes, self.each = np.asarray(rows, dtype=np.int64), seed, classes, each
+        names, of = np.unique(np.asarray(labels), return_inverse=True)
+        if len(names) < classes:
+            raise ValueError(f"{classes} classes a batch are more than the {len(names)} that there are")
+        self._members = [self.rows[of == number] for number in range(len(names))]
+        self._rounds = EpochSampler(np.arange(len(names)), classes, seed, stream=CLASSES)
+        self.batch_size = classes * each
+        self.batches_per_epoch = max(1, len(self.rows) // self.batch_size)
+
+    def batch(self, update: int) -> Rows:
+        """Rows of the batch of 0-based `update`: those of its first class, then those of the next."""
+        round_ = update // self._rounds.batches_per_epoch
+        return np.concatenate([self._some(number, round_) for number in self._rounds.batch(update).tolist()])
+
+    def _some(self, number: int, round_: int) -> Rows:
+        members = self._members[number]
+        pass_, part = divmod(round_, max(1, len(members) // self.each))
+        order = np.random.default_rng((self.seed, MEMBERS, number, pass_)).permutation(members)
+        return np.resize(order[part * self.each : (part + 1) * self.each], self.each)
 
 
 class StreamSampler:

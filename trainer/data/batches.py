@@ -14,7 +14,7 @@ from torch import Tensor
 from cache_schema.errors import LoaderError
 from cache_schema.loading.dataset import CacheDataset, FeatureBatch
 from cache_schema.loading.pool import PooledTensors, TensorPool
-from cache_schema.loading.sampler import AUGMENT, VIEWS, EpochSampler, StreamSampler, generator
+from cache_schema.loading.sampler import AUGMENT, VIEWS, BalancedSampler, EpochSampler, StreamSampler, generator
 from cache_schema.read_ahead import PREFETCH, ReadAhead
 from cache_schema.reading.batch import TORCH_DTYPES, EncodedBatch
 from cache_schema.storage.places import is_remote
@@ -24,7 +24,7 @@ from trainer.data.features import FeatureSource, Needs, open_sources, shared_vie
 from trainer.data.images import Fit, ImageStore
 from trainer.data.memory import spare_memory
 from trainer.data.regions import Regions
-from trainer.data.splits import hold_out_classes, select_split
+from trainer.data.splits import Split, hold_out_classes, select_split
 from trainer.data.timesteps import TimestepDraw
 from trainer.device import choose_workers
 from trainer.errors import TrainError
@@ -135,7 +135,7 @@ class TrainingBatches:
         split, self.validation = hold_out_classes(whole, config.validation_classes)
         self.classes = split.classes
         self.label_of = dict(zip(split.rows.tolist(), split.labels.tolist(), strict=True))
-        self.labelled = EpochSampler(split.rows, config.batch_size, config.seed)
+        self.labelled = _labelled(split, config)
         rows = split.rows
         self.fit_on = needs.fit_on
         self.unlabelled: StreamSampler | None = None
@@ -344,6 +344,19 @@ def iterate(batches: TrainingBatches, start: int, stop: int, workers: int) -> Ge
 def read_ahead_depth(workers: int) -> int:
     """How many batches are made ahead: each may be as large as half a gigabyte, and page-locked."""
     return workers + PREFETCH if workers else PREFETCH
+
+
+def _labelled(split: Split, config: TrainConfig) -> EpochSampler | BalancedSampler:
+    """Which labelled rows make up each batch; raises TrainError where there are too few classes to balance."""
+    if config.sampler == "shuffled":
+        return EpochSampler(split.rows, config.batch_size, config.seed)
+    classes, each = config.balanced
+    if classes > split.classes:
+        raise TrainError(
+            f"sampler balanced: {classes} classes per batch are more than the {split.classes} that are trained on; "
+            "lower --classes-per-batch, or raise --images-per-class"
+        )
+    return BalancedSampler(split.rows, split.labels, classes, each, config.seed)
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -3,10 +3,11 @@
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_schema.loading.sampler import EpochSampler, StreamSampler
+from cache_schema.loading.sampler import BalancedSampler, EpochSampler, StreamSampler
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 5))
@@ -52,3 +53,61 @@ def test_batches_may_be_asked_for_in_any_order() -> None:
     forward = [(sampler.batch(update).tolist(), stream.batch(update).tolist()) for update in range(30)]
     backward = [(sampler.batch(update).tolist(), stream.batch(update).tolist()) for update in reversed(range(30))]
     assert forward == backward[::-1]
+
+
+@st.composite
+def balanced(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, int, int]:
+    """Rows with labels in any order, classes per batch, rows of each, a seed."""
+    sizes = draw(st.lists(st.integers(1, 9), min_size=1, max_size=7))
+    labels = np.array(draw(st.permutations([10 * label for label, size in enumerate(sizes) for _ in range(size)])))
+    rows = 100 + np.arange(len(labels))
+    return rows, labels, draw(st.integers(1, len(sizes))), draw(st.integers(1, 5)), draw(st.integers(0, 5))
+
+
+@given(balanced(), st.integers(0, 10_000))
+def test_a_balanced_batch_has_so_many_rows_of_so_many_classes_and_follows_from_its_number_alone(
+    given: tuple[np.ndarray, np.ndarray, int, int, int], update: int
+) -> None:
+    rows, labels, classes, each, seed = given
+    batch = BalancedSampler(rows, labels, classes, each, seed).batch(update)
+    label_of = dict(zip(rows.tolist(), labels.tolist(), strict=True))
+    of = [label_of[row] for row in batch.tolist()]
+    assert set(Counter(of).values()) == {each}
+    assert len(set(of)) == classes
+    for label in set(of):
+        shown = [row for row in batch.tolist() if label_of[row] == label]
+        assert len(set(shown)) == min(each, int((labels == label).sum()))
+    later = BalancedSampler(rows, labels, classes, each, seed)
+    later.batch(update + 1)
+    assert later.batch(update).tolist() == batch.tolist()
+
+
+@given(balanced())
+def test_a_class_shows_all_the_rows_that_fill_a_pass_before_it_repeats_one(
+    given: tuple[np.ndarray, np.ndarray, int, int, int],
+) -> None:
+    rows, labels, classes, each, seed = given
+    sampler = BalancedSampler(rows, labels, classes, each, seed)
+    assert sampler.batches_per_epoch == max(1, len(rows) // (classes * each))
+    for number, label in enumerate(np.unique(labels)):
+        size = int((labels == label).sum())
+        parts = max(1, size // each)
+        for first in (0, parts):
+            shown = np.concatenate([sampler._some(number, first + part) for part in range(parts)])
+            assert set(shown) <= set(rows[labels == label])
+            assert len(set(shown.tolist())) == min(size, parts * each)
+
+
+def test_every_class_has_its_turn_in_each_round_that_the_batches_fill() -> None:
+    labels = np.repeat(np.arange(6), 4)
+    sampler = BalancedSampler(np.arange(24), labels, classes=2, each=3, seed=0)
+    for round_ in range(4):
+        shown = np.concatenate([labels[sampler.batch(3 * round_ + place)] for place in range(3)])
+        assert Counter(shown.tolist()) == dict.fromkeys(range(6), 3)
+    other = BalancedSampler(np.arange(24), labels, classes=2, each=3, seed=1)
+    assert other.batch(0).tolist() != sampler.batch(0).tolist()
+
+
+def test_more_classes_than_there_are_cannot_fill_a_batch() -> None:
+    with pytest.raises(ValueError, match="3 classes a batch are more than the 2 that there are"):
+        BalancedSampler([0, 1], [5, 6], 3, 1, 0)
