@@ -94,11 +94,11 @@ def test_every_benchmark_can_be_named_and_no_other():
 
 def test_without_a_gpu_its_checks_run_at_the_demo_teachers_size():
     """Those that are quick; `make gpu-check` runs all of them."""
-    quick = "device,attention,compiled,second view,card,kept,loader,training,DRC,NCCL"
+    quick = "device,attention,compiled,second view,card,kept,loader,training,fed from,DRC,NCCL"
     said = run("benchmarks.gpu_check", "--device", "cpu", "--only", quick, timeout=280)
     lines = [re.split(r"\s{2,}", line) for line in said.splitlines() if line.startswith(("PASS", "none", "FAIL"))]
     words = {line[1]: line[0] for line in lines}
-    assert len(words) == 11
+    assert len(words) == 12
     assert {name for name, word in words.items() if word == "none"} == {"DiT compiled", "a card of 24 GB"}
     assert set(words.values()) == {"PASS", "none"}, said
     assert "no GPU is used" in said.splitlines()[0]

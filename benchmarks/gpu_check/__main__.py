@@ -17,7 +17,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch  # noqa: E402
 
-from benchmarks.gpu_check import environment, features, idle, loading, memory, processes, stage_one, training  # noqa: E402
+from benchmarks.gpu_check import environment, features, feeding, idle, loading, memory, processes, stage_one, training  # noqa: E402
 from benchmarks.gpu_check.scene import Failed, NotHere, Scene, open_scene  # noqa: E402
 from pipeline.teachers import quiet_libraries  # noqa: E402
 
@@ -39,6 +39,7 @@ CHECKS: tuple[tuple[str, Callable[[Scene], str]], ...] = (
     ("Stage I goes on from a checkpoint", stage_one.resumed),
     ("page-locked loader with workers", loading.pinned),
     ("training step", training.step),
+    ("a run fed from a cache", feeding.fed),
     ("DRC under autocast", training.drc),
     ("one process of NCCL", processes.collective),
 )

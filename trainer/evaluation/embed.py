@@ -185,8 +185,8 @@ def refuse_untelling(embeddings: Tensor, whose: str) -> None:
     half = N // 2
     if bool((along[half:] - along[: N - half] < _SAME).any()):
         raise TrainError(
-            f"more than half of the {N} embeddings of {whose} are the same, so they cannot be scored: it tells no image "
-            "from another; train again with a lower --lr, or look at its weights"
+            f"more than half of the {N} embeddings of {whose} are the same, so they cannot be scored: it tells no "
+            "image from another; train again with a lower --lr, or look at its weights"
         )
 
 
