@@ -38,6 +38,19 @@ def load_result(run: Path) -> dict[str, Any]:
     return result
 
 
+def refuse_without_teacher(path: Path, what: str) -> None:
+    """Raise TrainError where `what` would take a run's student for what the run was scored by: it needs the teacher.
+
+    `path`: a run's folder or its `student.safetensors`; others say nothing of it.
+    """
+    result = (path if path.is_dir() else path.parent) / RESULT
+    if result.is_file() and read_json(result).get("scored", "student") != "student":
+        raise TrainError(
+            f"{path} is scored with the teacher's features of each image, and its student alone was not trained to do "
+            f"without: {what} needs a run of another mode, distill say"
+        )
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The plain values of a `config.json`; raises TrainError when there is none or it is damaged."""
     if not path.is_file():

@@ -54,6 +54,7 @@ def ablate(
         typer.echo("\n".join(cell.name for cell in cells))
         return
 
+    from trainer.evaluation.tables import headline
     from trainer.reports.ablation_run import run_cells
     from trainer.reports.ablation_table import as_markdown, tabulate, write_tables
 
@@ -61,7 +62,7 @@ def ablate(
     try:
         for scored in run_cells(cells, output, split, jobs):
             done.append(scored)
-            recall = 100 * scored.scores["student"]["recall_at_1"]
+            recall = 100 * headline(scored.scores)["recall_at_1"]
             typer.echo(f"{len(done)} of {len(cells)}: {scored.cell.name}: R@1 {recall:.1f} %")
             files = write_tables(tabulate(done, chosen), output)  # what there is so far, too
     except KeyboardInterrupt:

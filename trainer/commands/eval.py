@@ -80,7 +80,7 @@ def eval_run(
         with nullcontext(run) if checkpoint is None else run_at(run, checkpoint, opened) as scored:
             scores, embeddings, test = _evaluate(scored, opened, data, where, split)
             kept = opened is not None and is_finished(scored) and run in (scored, scored.parent)  # not one laid out
-        queries = details.score_each_query(embeddings["student"], test, where)
+        queries = details.score_each_query(evaluate.scored_embedding(scores, embeddings), test, where)
         scores = {**scores, **details.describe_queries(queries, details.class_names(test))}
         if checkpoint is not None:
             scores["checkpoint"] = checkpoint

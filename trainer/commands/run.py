@@ -46,7 +46,7 @@ def run(
         Path | None, typer.Option(help="Directory of the run; default: beside the cache (runs/NAME for one at a URL).")
     ] = None,
     method: Annotated[str | None, typer.Option(help=f"{', '.join(METHODS)}; default {DEFAULT} (DiT-Distill).")] = None,
-    mode: Annotated[str | None, typer.Option(help="The same: distill (gcd) or baseline.")] = None,
+    mode: Annotated[str | None, typer.Option(help="The same: distill (gcd), baseline, auxiliary, …")] = None,
     preset: Annotated[
         str | None,
         typer.Option(help=f"{', '.join(PRESETS)} (untuned); default: demo for the demo data set, else recommended."),

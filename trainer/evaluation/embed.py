@@ -39,6 +39,10 @@ class Auxiliary(Protocol):
     def auxiliary_timesteps(self) -> tuple[int, ...]:
         """The timesteps along axis P of embeddings (N, P, C)."""
 
+    @property
+    def scored(self) -> str:
+        """The embedding that a run is scored by: "student", or one of `auxiliary_names`."""
+
     def auxiliary(self, student: Tensor, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """E_R (n, C) and features (n, P, L, C_t) by name → embeddings (n, P, C) or (n, C) by name."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.errors import TrainError
 from trainer.evaluation.embed import (
     Auxiliary,
     Scored,
@@ -42,20 +43,34 @@ def evaluate_modules(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Scores and embeddings of a student and, where the test rows have features, of the auxiliary embeddings.
 
-    Scores: {"student": …, "auxiliary": {name: {"mean"|"<timestep>": …}} or None}; embeddings by the names "student"
-    and those of `auxiliary.auxiliary_names`.
+    Scores: {"student": …, "auxiliary": {name: {"mean"|"<timestep>": …}} or None, "scored": the name of what the method
+    is compared by}; embeddings by the names "student" and those of `auxiliary.auxiliary_names`. Raises TrainError
+    where a method that is scored by an auxiliary embedding has no features to make it of.
     """
+    name = "student" if auxiliary is None else auxiliary.scored
     embeddings = {"student": embed_students(student, test, device)}
     scores: dict[str, Any] = {
         "student": retrieval_scores(embeddings["student"].to(device), test.labels.to(device)),
         "auxiliary": None,
+        "scored": name,
     }
     found = {} if auxiliary is None else embed_auxiliary(auxiliary, embeddings["student"], test, device)
+    if name != "student" and name not in found:
+        raise TrainError(
+            "this run reads the teacher's features at test time, and the cache has none of all images to be scored: "
+            "build it with --features train,test (and unlabeled, where there are such images)"
+        )
     if auxiliary is not None and found:
         timesteps, names = auxiliary.auxiliary_timesteps, auxiliary.auxiliary_names
         scores["auxiliary"] = {name: _score_auxiliary(part, test.labels, timesteps) for name, part in found.items()}
         scores["auxiliary_names"] = {name: names[name] for name in found}
     return scores, {**embeddings, **found}
+
+
+def scored_embedding(scores: Mapping[str, Any], embeddings: Mapping[str, Tensor]) -> Tensor:
+    """What a run is compared by, of the embeddings that `evaluate_modules` gives: (N, C)."""
+    found = embeddings[str(scores.get("scored", "student"))]
+    return found if found.dim() == 2 else average_timesteps(found)
 
 
 def _score_auxiliary(embeddings: Tensor, labels: Tensor, timesteps: tuple[int, ...]) -> dict[str, Any]:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from trainer.evaluation.metrics import COLUMNS, DETAILED
 
 SHOWN = 3  # confusions
+
+
+def headline(scores: Mapping[str, Any]) -> dict[str, float]:
+    """The scores that a run is compared by: its student's, or those of the embedding it says it is scored by."""
+    name = scores.get("scored", "student")
+    return scores["student"] if name == "student" else scores["auxiliary"][name]["mean"]
+
+
+def reads_teacher(scores: Mapping[str, Any]) -> bool:
+    """Whether what a run is compared by needs the teacher's features of every image at test time."""
+    return bool(scores.get("scored", "student") != "student")
 
 
 def format_scores(scores: dict[str, Any]) -> str:
@@ -17,7 +29,11 @@ def format_scores(scores: dict[str, Any]) -> str:
         for timestep, values in by_timestep.items():
             where = "mean over timesteps" if timestep == "mean" else f"timestep {timestep}"
             lines[f"auxiliary ({about})" + (f", {where}" if len(by_timestep) > 1 else "")] = values
-    return format_table(lines)
+    table = format_table(lines)
+    if not reads_teacher(scores):
+        return table
+    about = auxiliary_about(scores, scores["scored"])
+    return f"{table}\nscored by {about}: below are its intervals, not those of the student alone"
 
 
 def auxiliary_about(scores: dict[str, Any], name: str) -> str:

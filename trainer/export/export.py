@@ -14,7 +14,7 @@ from trainer.export.timm_folder import write_timm_folder
 from trainer.models.opening import ABOUT, CONFIG, WEIGHTS
 from trainer.models.student import Student, load_student
 from trainer.runs import CONFIG as RUN_CONFIG
-from trainer.runs import SplitName, load_result, read_config, read_json, scores_file
+from trainer.runs import SplitName, load_result, read_config, read_json, refuse_without_teacher, scores_file
 
 if TYPE_CHECKING:
     from cache_schema import Cache
@@ -29,6 +29,7 @@ def export_run(run: Path, folder: Path, cache: Cache | None, onnx: bool = True, 
     TrainError where the run is not finished, the folder is taken, or the network cannot be written.
     """
     result = load_result(run)
+    refuse_without_teacher(run, "an export")
     if cache is not None and cache.manifest.cache_id != result["cache_id"]:
         raise TrainError(
             f"{run} was trained on cache {result['cache_id'][:8]}, not on {cache.manifest.label}; its card would tell "

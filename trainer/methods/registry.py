@@ -30,6 +30,9 @@ METHODS: dict[str, Entry] = {
         "trainer.methods.relational.config:RelationalConfig", "trainer.methods.relational.method:Relational"
     ),
     "gcd": Entry("trainer.methods.gcd.config:GcdConfig", "trainer.methods.gcd.method:Gcd"),
+    "auxiliary": Entry(
+        "trainer.methods.auxiliary.config:AuxiliaryConfig", "trainer.methods.auxiliary.method:Auxiliary"
+    ),
 }
 DEFAULT = "gcd"
 # What `--mode` calls a method, and results and summaries with it.

@@ -16,7 +16,7 @@ from cache_schema import open_cache
 from cache_schema.storage.files import write_file
 from trainer.device import choose_device
 from trainer.evaluation.details import score_each_query
-from trainer.evaluation.evaluate import evaluate_run
+from trainer.evaluation.evaluate import evaluate_run, scored_embedding
 from trainer.methods.settings import load_config, settings_of
 from trainer.methods.trained import load_trained
 from trainer.reports.ablation_plan import Cell
@@ -32,7 +32,7 @@ class Scored:
     cell: Cell
     result: dict[str, Any]
     scores: dict[str, Any]
-    hits: dict[str, float]  # sample id → 0 or 1, of the student
+    hits: dict[str, float]  # sample id → 0 or 1, of what the run is scored by
     labels: dict[str, int]
 
 
@@ -81,7 +81,7 @@ def run_cell(config_text: str, folder: Path, split: SplitName) -> None:
         train(config, cache, folder, resume=True)
     device = choose_device(config.device)
     scores, embeddings, test = evaluate_run(folder, cache, device, load_trained, split)
-    found = score_each_query(embeddings["student"], test, device)
+    found = score_each_query(scored_embedding(scores, embeddings), test, device)
     write_json(folder / f"eval-{split}-ablation.json", scores)
     queries = {"ids": found.ids, "hits": found.values["recall_at_1"].tolist(), "labels": found.classes.tolist()}
     write_file(_queries_file(folder, split), json.dumps(queries).encode())  # last: the sign that a cell is finished

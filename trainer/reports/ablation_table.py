@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from cache_schema.storage.files import write_file
 from trainer.evaluation.intervals import Difference, Interval, class_bootstrap, paired_class_bootstrap
 from trainer.evaluation.metrics import COLUMNS
+from trainer.evaluation.tables import headline
 from trainer.reports.ablation_plan import BASELINE, Variant
 from trainer.reports.ablation_run import Scored, paired
 
@@ -32,7 +33,7 @@ class Row:
 
     def column(self, name: str) -> list[float]:
         """A score of each seed."""
-        return [run.scores["student"][name] for run in self.runs]
+        return [headline(run.scores)[name] for run in self.runs]
 
     def auxiliary(self, name: str) -> list[float]:
         """R@1 of an auxiliary embedding, averaged over timesteps, of each seed that has one."""
@@ -95,7 +96,7 @@ def as_csv(rows: Sequence[Row]) -> str:
             config = run.cell.config
             writer.writerow([
                 row.variant.name, config.method, config.seed, run.cell.name,
-                *(run.scores["student"][name] for name in COLUMNS), *found,
+                *(headline(run.scores)[name] for name in COLUMNS), *found,
                 row.recall.low, row.recall.high, *gain, *(run.result[name] for name in fields),
             ])  # fmt: skip
     return out.getvalue()

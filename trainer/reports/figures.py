@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from trainer.evaluation.metrics import COLUMNS
+from trainer.evaluation.tables import headline
 
 LINES = ("-", "--", ":", "-.")  # the losses of one panel
 COLOURS = ("#7a8794", "#1f6feb", "#d97706", "#0f9d6c", "#a855f7", "#dc2626")
@@ -87,7 +88,7 @@ def _plot_recall(axes: Axes, measured: dict[str, list[dict[str, Any]]]) -> None:
     axes.set_title("R@1 on unseen classes, percent")
     for i, (name, records) in enumerate(measured.items()):
         updates = [record["update"] for record in records]
-        recalls = [100 * record["eval"]["student"]["recall_at_1"] for record in records]
+        recalls = [100 * headline(record["eval"])["recall_at_1"] for record in records]
         axes.plot(updates, recalls, "o-", color=_colour(i), markersize=3, label=name)
     axes.set_ylim(bottom=0)
 

@@ -8,9 +8,10 @@ from html import escape
 from typing import Any
 
 from trainer.evaluation.metrics import COLUMNS
-from trainer.evaluation.tables import auxiliary_about
+from trainer.evaluation.tables import auxiliary_about, headline, reads_teacher
 from trainer.reports.gallery import Group
 
+TEACHER = ", with the teacher at test time"  # of runs that are no student alone
 STYLE = """
 :root { --ink: #1d2329; --soft: #5c6670; --line: #e3e7eb; --hit: #16a34a; --miss: #dc2626; --accent: #1f6feb; }
 * { box-sizing: border-box; }
@@ -86,19 +87,20 @@ def render_page(page: Page) -> str:
 
 
 def _scores_table(runs: Sequence[RunView]) -> str:
-    best = {metric: max(run.scores["student"][metric] for run in runs) for metric in COLUMNS}
+    best = {metric: max(headline(run.scores)[metric] for run in runs) for metric in COLUMNS}
     head = "".join(f"<th>{name}</th>" for name in (*COLUMNS.values(), "updates", "images seen", "training"))
     rows = []
     for run in runs:
-        student = run.scores["student"]
+        student, teacher = headline(run.scores), reads_teacher(run.scores)
         cells = "".join(
             f"<td{_mark(len(runs) > 1 and student[metric] == best[metric])}>{_percent(student[metric])}</td>"
             for metric in COLUMNS
         )
-        result = run.result
+        result, name = run.result, run.name + TEACHER * teacher
         cells += f"<td>{result['student_updates']:,}</td><td>{result['images_seen']:,}</td>"
-        rows.append(f"<tr><td>{escape(run.name)}</td>{cells}<td>{result['seconds']:,.0f} s</td></tr>")
-        for kind, by_timestep in (run.scores["auxiliary"] or {}).items():
+        rows.append(f"<tr><td>{escape(name)}</td>{cells}<td>{result['seconds']:,.0f} s</td></tr>")
+        others = {} if teacher else run.scores["auxiliary"] or {}
+        for kind, by_timestep in others.items():
             cells = "".join(f"<td>{_percent(by_timestep['mean'][metric])}</td>" for metric in COLUMNS)
             name = escape(f"teacher as auxiliary at test time ({auxiliary_about(run.scores, kind)})")
             rows.append(f'<tr class="auxiliary"><td>{name}</td>{cells}<td></td><td></td><td></td></tr>')

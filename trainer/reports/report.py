@@ -16,16 +16,16 @@ from cache_schema.storage.files import write_file
 from trainer.config import TrainConfig
 from trainer.errors import TrainError
 from trainer.evaluation.embed import embed_students, open_test_split
-from trainer.evaluation.evaluate import evaluate_run
+from trainer.evaluation.evaluate import evaluate_run, scored_embedding
 from trainer.evaluation.metrics import COLUMNS
-from trainer.evaluation.tables import auxiliary_condition, format_table
+from trainer.evaluation.tables import auxiliary_condition, format_table, headline, reads_teacher
 from trainer.methods.registry import find_method
 from trainer.methods.settings import load_config
 from trainer.methods.trained import load_trained
 from trainer.models.student import load_student
 from trainer.reports.figures import loss_figure, recall_figure
 from trainer.reports.gallery import make_gallery, thumbnails
-from trainer.reports.page import Page, RunView, render_page
+from trainer.reports.page import TEACHER, Page, RunView, render_page
 from trainer.runs import CONFIG, LOG, SCORES, load_result, read_json, read_metrics
 from trainer.training.run_folder import save_scores, write_json
 
@@ -82,13 +82,13 @@ def summarise(runs: Sequence[FinishedRun], cache_id: str, seconds: float) -> dic
     for mode in dict.fromkeys(run.result["mode"] for run in runs):
         same = [run for run in runs if run.result["mode"] == mode]
         summary[mode] = {
-            **{metric: fmean(run.scores["student"][metric] for run in same) for metric in COLUMNS},
+            **{metric: fmean(headline(run.scores)[metric] for run in same) for metric in COLUMNS},
             "student_updates": same[0].result["student_updates"],
             "seeds": [run.result["seed"] for run in same],
             "seconds": round(fmean(run.result["seconds"] for run in same), 1),
         }
         if len(same) > 1:
-            spread = {metric: stdev(run.scores["student"][metric] for run in same) for metric in COLUMNS}
+            spread = {metric: stdev(headline(run.scores)[metric] for run in same) for metric in COLUMNS}
             summary[mode]["standard_deviation"] = spread
         auxiliary = [run.scores["auxiliary"] for run in same if run.scores["auxiliary"]]
         if auxiliary:
@@ -103,15 +103,27 @@ def format_runs(runs: Sequence[FinishedRun]) -> str:
     """The table a person reads: a line per run, percent, and the auxiliary embeddings' where they were measured."""
     lines = {}
     for run in runs:
-        lines[run.name] = run.scores["student"]
+        lines[_with_teacher(run)] = headline(run.scores)
+        if reads_teacher(run.scores):
+            lines["  its student alone"] = run.scores["student"]
+            continue
         for name, by_timestep in (run.scores["auxiliary"] or {}).items():
             lines[f"  with the teacher at test time, {auxiliary_condition(run.scores, name)}"] = by_timestep["mean"]
     return format_table(lines)
 
 
+def _with_teacher(run: FinishedRun) -> str:
+    """A run's name, and where it is no student alone, that it is not."""
+    return run.name + TEACHER * reads_teacher(run.scores)
+
+
 def _make_page(runs: Sequence[FinishedRun], cache: Cache, device: torch.device) -> Page:
     embeddings = {}
     for run in runs:
+        if reads_teacher(run.scores):
+            scores, found, test = evaluate_run(run.path, cache, device, load_trained)
+            embeddings[run.name] = scored_embedding(scores, found)
+            continue
         student = load_student(run.path).to(device)
         test = open_test_split(cache, student.input_size, run.config.image_memory_gb)
         embeddings[run.name] = embed_students(student, test, device)
@@ -127,7 +139,7 @@ def _make_page(runs: Sequence[FinishedRun], cache: Cache, device: torch.device) 
             f"cache {cache.manifest.cache_id[:12]}, {len(cache):,} rows of teacher features"
         ),
         runs=[RunView(run.name, run.result, run.scores, flatten(run.config.model_dump())) for run in runs],
-        recall_figure=recall_figure({run.name: run.scores["student"] for run in runs}),
+        recall_figure=recall_figure({_with_teacher(run): headline(run.scores) for run in runs}),
         loss_figure=loss_figure({run.name: _log(run) for run in runs}, _loss_panels(runs)),
         gallery=gallery,
         images=thumbnails(cache, shown),

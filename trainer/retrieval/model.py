@@ -20,7 +20,7 @@ from trainer.errors import TrainError
 from trainer.export.export import stored_squashed
 from trainer.models.opening import is_export, open_student, shows_squashed
 from trainer.models.student import Student
-from trainer.runs import CONFIG, cache_of_run, read_config
+from trainer.runs import CONFIG, cache_of_run, read_config, refuse_without_teacher
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def open_model(path: Path, device: str = "auto") -> Model:
     """The student of a run, of an export, or a lone `student.safetensors`; raises TrainError where that cannot be."""
     where = choose_device(device)
     use_device(where)
+    refuse_without_teacher(path, "embedding images of a folder")
     student = open_student(path).eval()
     squashed = _saw_squashed(path, student)
     return Model(path, student.to(where), squashed, where, _digest(student, squashed))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.evaluation.evaluate import evaluate_modules
+from trainer.evaluation.tables import headline
 from trainer.training.assembly import Parts
 from trainer.training.best import Best, best_so_far, keep_best
 from trainer.training.checkpoint import Progress, save_checkpoint
@@ -94,7 +95,7 @@ class Course:
 
     def _note(self, scores: dict[str, Any]) -> None:
         """Remember a score if it is the best; where recall is followed on the way, with the weights that had it."""
-        recall = scores["student"]["recall_at_1"]
+        recall = headline(scores)["recall_at_1"]
         if self.best is None or recall > self.best.recall_at_1:
             self.best = Best(recall, self.done)
             if self.parts.config.eval_every:

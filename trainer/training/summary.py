@@ -28,6 +28,7 @@ def describe(
         "method": parts.config.method,
         "mode": mode_name(parts.config.method),
         "seed": parts.config.seed,
+        "scored": parts.method.scored,
         "precision": decide_precision(parts.config.precision, parts.device, parts.method.student),
         "cache_id": parts.cache.manifest.cache_id,
         "seconds": round(seconds, 3),

@@ -146,7 +146,9 @@ def test_a_methods_settings_are_its_own(toy_config, tiny_config):
         toy_config("gim.queries=3")
     with pytest.raises(TrainError, match="no such field: projector_lr_scale"):
         tiny_config("projector_lr_scale=3")
-    with pytest.raises(TrainError, match=r"no method 'tory'; there are baseline, regression, relational, gcd, toy"):
+    with pytest.raises(
+        TrainError, match=r"no method 'tory'; there are baseline, regression, relational, gcd, auxiliary, toy"
+    ):
         make_config("paper", method="tory")
 
 

@@ -6,6 +6,7 @@ Shapes: B images, P curriculum timesteps, L teacher tokens of C_t channels, k qu
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from trainer.errors import TrainError
 from trainer.methods.gcd.config import GimConfig
 from trainer.models.components import PrincipalComponents, by_kind, of_kinds
+from trainer.models.weights import load_weights
+
+GIM_FILE = "gim.safetensors"  # of a run's folder
 
 
 class Attention(nn.Module):
@@ -335,6 +339,16 @@ class GenerativeInjectionModule(nn.Module):
         if masked is None:
             masked = self.draw_mask(tokens) if self.training else False
         return self.infuse(student, self.bridge(tokens), masked, self.shortcut_of(tokens))
+
+
+def load_gim(gim: GenerativeInjectionModule, run: Path, tap: str) -> None:
+    """Read what a run kept of its GIM; raises TrainError when it does not fit the features of `tap` at hand."""
+    weights = load_weights(run / GIM_FILE)
+    try:
+        gim.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise TrainError(f"the GIM of {run} does not fit tap {tap} of this cache: {reason}") from error
 
 
 def _default_heads(dim: int) -> int:

@@ -16,17 +16,16 @@ from trainer.errors import TrainError
 from trainer.methods.gcd.alignment import Alignment, gradient_alpha
 from trainer.methods.gcd.cal import cal_ramp
 from trainer.methods.gcd.config import GcdConfig
-from trainer.methods.gcd.gim import GenerativeInjectionModule
+from trainer.methods.gcd.gim import GIM_FILE, GenerativeInjectionModule, load_gim
 from trainer.methods.method import END, Method, Moment, ParameterGroup
 from trainer.models.components import PrincipalComponents
 from trainer.models.heads import ProxyClassifier
 from trainer.models.regression import FeatureRegression
 from trainer.models.student import Student
-from trainer.models.weights import load_weights, save_weights
+from trainer.models.weights import save_weights
 
 TEACHER = "teacher"  # the name of the features it reads
 OTHER_VIEW = "other_view"  # and of the same in the other view of an image
-GIM_FILE = "gim.safetensors"
 
 
 class Gcd(Method):
@@ -199,13 +198,7 @@ class Gcd(Method):
         save_weights(self.gim.state_dict(), run / GIM_FILE)
 
     def load(self, run: Path) -> None:
-        weights = load_weights(run / GIM_FILE)
-        try:
-            self.gim.load_state_dict(weights)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            tap = self.shapes[TEACHER].tap
-            raise TrainError(f"the GIM of {run} does not fit tap {tap} of this cache: {reason}") from error
+        load_gim(self.gim, run, self.shapes[TEACHER].tap)
 
 
 class _Features:

@@ -1,0 +1,43 @@
+"""Settings of the teacher as an auxiliary at test time."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from cache_schema.fields import Setting
+from trainer.config import TrainConfig
+from trainer.methods.baseline.config import BaselineLossConfig, BaselineOptimConfig
+from trainer.methods.gcd.config import GimConfig
+
+
+class AuxiliaryOptimConfig(BaselineOptimConfig):
+    """The learning rate of the GIM is a multiple of the student's too."""
+
+    gim_lr_scale: float = Field(default=1.0, gt=0)
+
+
+class AuxiliaryConfig(TrainConfig):
+    """A run whose embedding is E_D: student and GIM learn to read the features together, and are used together."""
+
+    presets: ClassVar = {
+        "recommended": {
+            "gim": {"width": 192, "queries": 8, "bridge_layers": 1, "residual": "pca"},
+            "optim": {"gim_lr_scale": 10.0, "proxy_lr_scale": 100.0},
+        }
+    }
+
+    method: Literal["auxiliary"] = "auxiliary"
+    tap: str | None = None  # None: hidden where the cache has it, otherwise its first
+    timesteps: tuple[int, ...] | None = None  # None: all that the cache has
+    timesteps_per_step: Annotated[
+        int | None,
+        Setting("Timesteps drawn anew for each image at each update, of those above; all by default."),
+    ] = Field(default=None, ge=1)
+    shuffle_features: Annotated[
+        bool, Setting("A control: every image is given the features of another one of its split.")
+    ] = False
+    gim: GimConfig = GimConfig()
+    loss: BaselineLossConfig = BaselineLossConfig()
+    optim: AuxiliaryOptimConfig = AuxiliaryOptimConfig()
