@@ -62,7 +62,10 @@ def evaluate_modules(
         )
     if auxiliary is not None and found:
         timesteps, names = auxiliary.auxiliary_timesteps, auxiliary.auxiliary_names
-        scores["auxiliary"] = {name: _score_auxiliary(part, test.labels, timesteps) for name, part in found.items()}
+        labels = test.labels.to(device)
+        scores["auxiliary"] = {
+            name: _score_auxiliary(part.to(device), labels, timesteps) for name, part in found.items()
+        }
         scores["auxiliary_names"] = {name: names[name] for name in found}
     return scores, {**embeddings, **found}
 

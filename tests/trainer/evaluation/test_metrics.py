@@ -1,10 +1,14 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trainer.errors import TrainError
+from trainer.evaluation import metrics
 from trainer.evaluation.metrics import (
     map_at_r,
     mean_score,
@@ -64,6 +68,72 @@ def test_metrics_equal_their_brute_force_definitions_whatever_the_chunk(problem)
     for k, value in recalls.items():
         assert value == pytest.approx(brute_force_recall(ranking, labels, k))
     assert map_at_r(embeddings, torch.tensor(labels), chunk) == pytest.approx(brute_force_map_at_r(ranking, labels))
+
+
+@pytest.fixture
+def proposing(monkeypatch):
+    """However few images there are, float32 proposes candidates, hardly more than are wanted."""
+    monkeypatch.setattr(metrics, "WORTH", 1)
+    monkeypatch.setattr(metrics, "SPARE", 1)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(problems, st.integers(1, 6), st.sampled_from([0.0, 1e-9, 1e-7, 1e-5, 1e-3]))
+def test_what_float32_proposes_and_float64_orders_is_the_ranking_of_float64(proposing, problem, depth, apart):
+    points, _, chunk = problem
+    points = torch.tensor(points, dtype=torch.float32)
+    noise = torch.randn(points.shape, generator=torch.Generator().manual_seed(depth)) * apart
+    embeddings = (points + noise) * 10 ** (3 * depth - 9)  # near ties, and any scale
+    found = torch.cat([at for _, at in ranked_neighbours(embeddings, depth, chunk)])
+    assert found.tolist() == [order[:depth] for order in brute_force_ranking(embeddings)]
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-6, 0.0])
+def test_among_many_images_the_ranking_is_that_of_all_similarities_in_float64(monkeypatch, spread):
+    monkeypatch.setattr(metrics, "WORTH", 16)
+    random = torch.Generator().manual_seed(1)
+    embeddings = 1 + spread * torch.randn(1500, 48, generator=random)  # of collapsed networks, as well
+    embeddings[700:800] = embeddings[:100]  # and exact ties
+    expected = metrics._Exact(embeddings).nearest(torch.arange(1500), 20)
+    assert (20 + metrics.SPARE) * metrics.WORTH <= 1500
+    found = torch.cat([at for _, at in ranked_neighbours(embeddings, 20)])
+    assert torch.equal(found, expected)
+
+
+def test_lower_precisions_around_it_change_no_ranking(proposing):
+    random = torch.Generator().manual_seed(1)
+    embeddings = 1 + 1e-3 * torch.randn(200, 32, generator=random)
+    expected = torch.cat([at for _, at in ranked_neighbours(embeddings, 5)])
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = torch.cat([at for _, at in ranked_neighbours(embeddings, 5)])
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(found, expected)
+
+
+# In a process of its own: what the tests before it freed would hide what it takes.
+LIMITED = """
+import resource, sys, torch
+from pathlib import Path
+from trainer.evaluation import metrics
+torch.set_num_threads(1)
+embeddings = torch.randn(8000, 32, generator=torch.Generator().manual_seed(0))
+labels = torch.arange(8000) // 40
+metrics.score_queries(embeddings[:200], labels[:200])
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 220 * 2**20,) * 2)
+for metrics.WORTH in (16, 1000):
+    scores, _ = metrics.score_queries(embeddings, labels)
+    assert all(value.isfinite().all() for value in scores.values())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_similarities_are_never_in_memory_together():
+    """All of them would be 256 MB in float32, 512 MB in float64."""
+    subprocess.run([sys.executable, "-c", LIMITED], check=True)
 
 
 def test_a_hand_made_ranking_gives_the_numbers_worked_out_by_hand():
