@@ -69,12 +69,15 @@ class Batch:
         assert labels is not None
         return Batch(images, labels, encoded, unlabelled=self.unlabelled, boxes=boxes, timesteps=timesteps)
 
-    def decoded(self, dtype: torch.dtype = torch.float32) -> Batch:
-        """With features as `dtype`, where the batch is; float32 where the cache keeps more than `dtype` could."""
+    def decoded(self, dtype: torch.dtype = torch.float32, *, fused: bool = False) -> Batch:
+        """With features as `dtype`, where the batch is; float32 where the cache keeps more than `dtype` could.
+
+        `fused`: on a GPU by a kernel that is compiled first, as is worth it for many batches.
+        """
         features = {}
         for name, part in self.encoded.items():
             wanted = dtype if part.coarse else torch.float32
-            features[name] = part.decode(part.payload.device, wanted, fused=wanted != torch.float32)
+            features[name] = part.decode(part.payload.device, wanted, fused=fused)
         return Batch(self.images, self.labels, {}, features, self.unlabelled, self.boxes, self.timesteps)
 
     @property
@@ -137,7 +140,7 @@ class TrainingBatches:
         self.label_of = dict(zip(split.rows.tolist(), split.labels.tolist(), strict=True))
         self.labelled = _labelled(split, config)
         rows = split.rows
-        self.fit_on = needs.fit_on
+        self.fit_on, self.exact = needs.fit_on, needs.exact
         self.unlabelled: StreamSampler | None = None
         if needs.unlabelled:
             extra = _unlabelled_rows(cache)

@@ -39,6 +39,8 @@ class Needs:
     unlabelled: int = 0
     places: bool = False  # features are compared with what the student sees at the same place of the picture
     timesteps_per_step: int | None = None  # drawn for each image at each update, of all features alike; None: all
+    # Means are taken off the features, of which little may be left: rounded to bfloat16 before, it would be noise.
+    exact: bool = False
     fit_on: Literal["few", "all"] = "few"  # what `fit` is to measure: a few batches, or the features of every row
 
 

@@ -66,7 +66,7 @@ class Feed:
             self._wait.end(counts=not first)
             _use_on(compute, batch)
             queued, first = upcoming, False
-            ready = [batch.decoded(self._dtype)]
+            ready = [batch.decoded(self._dtype, fused=True)]
             del batch, upcoming
             yield ready.pop()
 

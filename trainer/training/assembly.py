@@ -54,7 +54,9 @@ class Parts:
 
     @property
     def feature_dtype(self) -> torch.dtype:
-        """What features are decoded to for training: what the forward pass reads them in."""
+        """What features are decoded to for training: what the forward pass reads them in, if that is exact enough."""
+        if self.batches.exact:
+            return torch.float32
         return feature_dtype(self.config.precision, self.device, self.method.student)
 
     @property

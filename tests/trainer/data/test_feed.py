@@ -25,6 +25,7 @@ from trainer.data.batches import Batch, TrainingBatches, iterate
 from trainer.data.feed import Feed
 from trainer.methods.gcd.method import TEACHER
 from trainer.methods.registry import find_method
+from trainer.training.assembly import assemble
 
 CPU = torch.device("cpu")
 
@@ -253,3 +254,21 @@ def test_a_worker_that_is_started_anew_is_given_the_same_memory(batches):
     copied = pickle.loads(pickle.dumps(batches.images._known))
     copied.array[:] = 0
     assert batches.images._is_known(unseen)
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "exact"),
+    [
+        ([], {}, False),
+        (["gim.token_norm=standardize"], {}, True),
+        (["gim.token_norm=whiten"], {}, True),
+        (["gim.residual=pca"], {}, True),
+        (["loss.align_target=pooled"], {}, True),
+        (["regression.weight=1"], {}, True),
+        ([], {"method": "regression"}, True),
+        ([], {"method": "relational"}, True),
+    ],
+)
+def test_features_that_means_are_taken_off_stay_float32_under_autocast(cache, tiny_config, settings, flags, exact):
+    parts = assemble(tiny_config(*settings, "precision=bfloat16", **flags), cache)
+    assert parts.feature_dtype == (torch.float32 if exact else torch.bfloat16)

@@ -50,6 +50,7 @@ class Auxiliary(Method):
         return Needs(
             {TEACHER: FeatureNeed(config.tap, config.timesteps, shuffled=shuffled)},
             fit_on="all" if whole else "few",
+            exact=whole or config.gim.token_norm == "standardize",
             timesteps_per_step=config.timesteps_per_step,
         )
 

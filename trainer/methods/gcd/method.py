@@ -84,6 +84,7 @@ class Gcd(Method):
             unlabelled=config.unlabeled_per_batch,
             fit_on="all" if whole else "few",
             places=config.regression.wanted,
+            exact=whole or gim.token_norm == "standardize" or config.regression.wanted,
             timesteps_per_step=config.timesteps_per_step,
         )
 

@@ -43,6 +43,7 @@ class Regression(Method):
             features,
             unlabelled=config.unlabeled_per_batch,
             places=True,
+            exact=True,
             timesteps_per_step=config.timesteps_per_step,
         )
 
