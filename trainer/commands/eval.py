@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cache_schema import Cache
+    from trainer.evaluation.details import QueryScores
     from trainer.evaluation.embed import Scored
 
 _CLASSES: dict[SplitName, str] = {
@@ -78,9 +79,8 @@ def eval_run(
     first = None
     for run in runs:
         with nullcontext(run) if checkpoint is None else run_at(run, checkpoint, opened) as scored:
-            scores, embeddings, test = _evaluate(scored, opened, data, where, split)
+            scores, embeddings, test, queries = _evaluate(scored, opened, data, where, split)
             kept = opened is not None and is_finished(scored) and run in (scored, scored.parent)  # not one laid out
-        queries = details.score_each_query(evaluate.scored_embedding(scores, embeddings), test, where)
         scores = {**scores, **details.describe_queries(queries, details.class_names(test))}
         if checkpoint is not None:
             scores["checkpoint"] = checkpoint
@@ -107,17 +107,17 @@ def eval_run(
 
 def _evaluate(
     run: Path, cache: Cache | None, data: Path | None, device: torch.device, split: SplitName
-) -> tuple[dict[str, Any], dict[str, Tensor], Scored]:
-    """Scores, embeddings and what was scored: a split of a cache, or a folder's images, of a student alone."""
-    from trainer.evaluation.evaluate import evaluate_folder, evaluate_run
+) -> tuple[dict[str, Any], dict[str, Tensor], Scored, QueryScores]:
+    """Scores, embeddings, what was scored and each query's scores: of a split of a cache, or of a folder's images."""
+    from trainer.evaluation.evaluate import evaluate_folder, evaluate_queries
     from trainer.evaluation.folder import open_folder_split
     from trainer.methods.trained import load_trained
     from trainer.retrieval.model import open_model
 
     if cache is not None:
-        return evaluate_run(run, cache, device, load_trained, split)
+        return evaluate_queries(run, cache, device, load_trained, split)
     assert data is not None
     model = open_model(run, str(device))
     test = open_folder_split(data, model.prepare)
-    scores, embeddings = evaluate_folder(model.student, test, device)
-    return {"data": str(data), **scores}, embeddings, test
+    scores, embeddings, queries = evaluate_folder(model.student, test, device)
+    return {"data": str(data), **scores}, embeddings, test, queries

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,7 +31,11 @@ class QueryScores:
 
 def score_each_query(embeddings: Tensor, test: Scored, device: torch.device) -> QueryScores:
     """Score the queries of a split one by one, on `device`; raises TrainError for embeddings that are not finite."""
-    values, nearest = score_queries(embeddings.to(device), test.labels.to(device))
+    return of_images(*score_queries(embeddings.to(device), test.labels.to(device)), test)
+
+
+def of_images(values: Mapping[str, Tensor], nearest: Tensor, test: Scored) -> QueryScores:
+    """What `score_queries` found of the images that were scored, with their ids."""
     arrays = {name: value.cpu().numpy() for name, value in values.items()}
     return QueryScores(test.ids, test.split.labels, arrays, test.split.labels[nearest.cpu().numpy()])
 

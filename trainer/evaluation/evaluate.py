@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.errors import TrainError
+from trainer.evaluation.details import QueryScores, of_images, score_each_query
 from trainer.evaluation.embed import (
     Auxiliary,
     Scored,
@@ -21,7 +22,7 @@ from trainer.evaluation.embed import (
     open_test_split,
     open_validation_split,
 )
-from trainer.evaluation.metrics import retrieval_scores
+from trainer.evaluation.metrics import mean_scores, retrieval_scores, score_queries
 from trainer.models.opening import is_export, open_student
 from trainer.models.student import Student
 from trainer.runs import SplitName, load_result, validation_share
@@ -47,13 +48,16 @@ def evaluate_modules(
     is compared by}; embeddings by the names "student" and those of `auxiliary.auxiliary_names`. Raises TrainError
     where a method that is scored by an auxiliary embedding has no features to make it of.
     """
+    return _evaluate(student, test, device, auxiliary)[:2]
+
+
+def _evaluate(
+    student: Student, test: TestSplit, device: torch.device, auxiliary: Auxiliary | None
+) -> tuple[dict[str, Any], dict[str, Tensor], QueryScores]:
     name = "student" if auxiliary is None else auxiliary.scored
     embeddings = {"student": embed_students(student, test, device)}
-    scores: dict[str, Any] = {
-        "student": retrieval_scores(embeddings["student"].to(device), test.labels.to(device)),
-        "auxiliary": None,
-        "scored": name,
-    }
+    values, nearest = score_queries(embeddings["student"].to(device), test.labels.to(device))
+    scores: dict[str, Any] = {"student": mean_scores(values), "auxiliary": None, "scored": name}
     found = {} if auxiliary is None else embed_auxiliary(auxiliary, embeddings["student"], test, device)
     if name != "student" and name not in found:
         raise TrainError(
@@ -67,7 +71,10 @@ def evaluate_modules(
             name: _score_auxiliary(part.to(device), labels, timesteps) for name, part in found.items()
         }
         scores["auxiliary_names"] = {name: names[name] for name in found}
-    return scores, {**embeddings, **found}
+    embeddings = {**embeddings, **found}
+    if name == "student":
+        return scores, embeddings, of_images(values, nearest, test)
+    return scores, embeddings, score_each_query(scored_embedding(scores, embeddings), test, device)
 
 
 def scored_embedding(scores: Mapping[str, Any], embeddings: Mapping[str, Tensor]) -> Tensor:
@@ -95,6 +102,17 @@ def evaluate_run(
     With the split "validation", on the training classes that the run held out. Returns what `eval.json` holds, the
     embeddings by name, and the rows that were scored. Raises TrainError when the run does not fit the cache.
     """
+    return evaluate_queries(path, cache, device, load_auxiliary, split)[:3]
+
+
+def evaluate_queries(
+    path: Path,
+    cache: Cache,
+    device: torch.device,
+    load_auxiliary: LoadAuxiliary | None = None,
+    split: SplitName = "test",
+) -> tuple[dict[str, Any], dict[str, Tensor], TestSplit, QueryScores]:
+    """The same, and one by one the scores of the queries of what the run is compared by; E_R is ranked once."""
     is_run = path.is_dir() and not is_export(path)
     if is_run or not path.exists():
         load_result(path)  # says so if the run is not finished
@@ -106,22 +124,24 @@ def evaluate_run(
         test = open_validation_split(cache, validation_share(path), student.input_size, fit=student.fit)
     else:
         test = open_test_split(cache, student.input_size, fit=student.fit)
-    scores, embeddings = evaluate_modules(student, test, device, auxiliary)
+    scores, embeddings, queries = _evaluate(student, test, device, auxiliary)
     about = {
         "cache_id": cache.manifest.cache_id,
         "split": split,
         "queries": len(test.split.rows),
         "classes": test.split.classes,
     }
-    return {**about, **scores}, embeddings, test
+    return {**about, **scores}, embeddings, test, queries
 
 
-def evaluate_folder(student: Student, test: Scored, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The same of a student alone on images of a folder: what there would be in `eval.json`, and the embeddings."""
+def evaluate_folder(
+    student: Student, test: Scored, device: torch.device
+) -> tuple[dict[str, Any], dict[str, Tensor], QueryScores]:
+    """The same of a student alone on images of a folder: what there would be in `eval.json`, embeddings, queries."""
     embeddings = {"student": embed_students(student, test, device)}
-    scores = retrieval_scores(embeddings["student"].to(device), test.labels.to(device))
+    values, nearest = score_queries(embeddings["student"].to(device), test.labels.to(device))
     about = {"queries": len(test.split.rows), "classes": test.split.classes}
-    return {**about, "student": scores, "auxiliary": None}, embeddings
+    return {**about, "student": mean_scores(values), "auxiliary": None}, embeddings, of_images(values, nearest, test)
 
 
 def save_embeddings(file: Path, embeddings: dict[str, Tensor], test: Scored) -> None:

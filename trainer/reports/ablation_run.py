@@ -15,8 +15,7 @@ import numpy as np
 from cache_schema import open_cache
 from cache_schema.storage.files import write_file
 from trainer.device import choose_device
-from trainer.evaluation.details import score_each_query
-from trainer.evaluation.evaluate import evaluate_run, scored_embedding
+from trainer.evaluation.evaluate import evaluate_queries
 from trainer.methods.settings import load_config, settings_of
 from trainer.methods.trained import load_trained
 from trainer.reports.ablation_plan import Cell
@@ -80,8 +79,7 @@ def run_cell(config_text: str, folder: Path, split: SplitName) -> None:
     if not is_finished(folder):
         train(config, cache, folder, resume=True)
     device = choose_device(config.device)
-    scores, embeddings, test = evaluate_run(folder, cache, device, load_trained, split)
-    found = score_each_query(scored_embedding(scores, embeddings), test, device)
+    scores, _, _, found = evaluate_queries(folder, cache, device, load_trained, split)
     write_json(folder / f"eval-{split}-ablation.json", scores)
     queries = {"ids": found.ids, "hits": found.values["recall_at_1"].tolist(), "labels": found.classes.tolist()}
     write_file(_queries_file(folder, split), json.dumps(queries).encode())  # last: the sign that a cell is finished

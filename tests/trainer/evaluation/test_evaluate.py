@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from trainer.errors import TrainError
+from trainer.evaluation import metrics
 from trainer.evaluation.embed import open_test_split, refuse_untelling
-from trainer.evaluation.evaluate import average_timesteps, evaluate_run
+from trainer.evaluation.evaluate import average_timesteps, evaluate_queries, evaluate_run
 from trainer.evaluation.metrics import retrieval_scores
 from trainer.evaluation.tables import format_scores
 from trainer.methods.trained import load_trained
@@ -29,6 +30,23 @@ def test_the_auxiliary_scores_are_those_of_the_gim_on_the_test_rows_features(run
         expected = gim(embeddings["student"], tokens, masked)
         torch.testing.assert_close(embeddings[name], expected)
         assert scores["auxiliary"][name]["22"] == retrieval_scores(embeddings[name][:, 1], test.labels)
+
+
+def test_the_students_queries_are_ranked_once_and_its_scores_are_their_means(run, cache, monkeypatch):
+    ranked = []
+    original = metrics.ranked_neighbours
+
+    def counted(embeddings, *given):
+        ranked.append(embeddings)
+        return original(embeddings, *given)
+
+    monkeypatch.setattr(metrics, "ranked_neighbours", counted)
+    scores, embeddings, test, queries = evaluate_queries(run, cache, CPU, load_trained)
+    assert sum(torch.equal(one, embeddings["student"]) for one in ranked) == 1
+    assert scores["student"] == retrieval_scores(embeddings["student"], test.labels)
+    for name, value in scores["student"].items():
+        assert value == metrics.mean_score(torch.from_numpy(queries.values[name]))
+    assert scores == evaluate_run(run, cache, CPU, load_trained)[0]
 
 
 def test_timesteps_are_averaged_as_directions():
