@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from pipeline.teachers.base import TeacherError
 
@@ -26,13 +27,15 @@ class LoraTensors:
 
 
 def read_lora_tensors(file: Path) -> LoraTensors:
-    """Look at the names of the tensors in a safetensors file; no weights are read.
+    """Look through the tensors in a safetensors file.
 
-    Raises TeacherError naming a tensor that is damaged, without its other half, or that would be left out.
+    Raises TeacherError naming a tensor that is damaged or not finite, without its other half, or that would be left
+    out.
     """
     try:
         with safe_open(file, framework="pt") as stored:
             names = sorted(stored.keys())
+            broken = [name for name in names if not _is_finite(stored.get_tensor(name))]
     except (SafetensorError, OSError) as error:
         raise TeacherError(
             f"LoRA {file} does not fit this teacher: it is damaged ({str(error).splitlines()[0]})"
@@ -41,6 +44,11 @@ def read_lora_tensors(file: Path) -> LoraTensors:
         raise TeacherError(f"LoRA {file}: holds no weights for the transformer")
     if foreign := [name for name in names if not name.startswith(PREFIX)]:
         raise _left_out(file, foreign, "are not the transformer's")
+    if broken:
+        raise TeacherError(
+            f"LoRA {file}: {len(broken)} of its {len(names)} tensors are not finite floating-point numbers, such as "
+            f"{broken[0]}; refine again, or copy the file again"
+        )
     names = [name.removeprefix(PREFIX) for name in names]
     if any(".lokr_" in name for name in names):  # Kronecker products, which have halves of another kind
         return LoraTensors(frozenset(), False)
@@ -56,6 +64,10 @@ def read_lora_tensors(file: Path) -> LoraTensors:
                 "again"
             )
     return LoraTensors(frozenset(layer for layer, _ in present), all(h in ("lora_A", "lora_B") for _, h in present))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.isfinite().all())
 
 
 def check_layers(file: Path, tensors: LoraTensors, layers: Container[str]) -> None:

@@ -177,6 +177,11 @@ def wrong_shape(tensors):
         (lambda t: t | {"text_encoder.q.lora_A.weight": torch.ones(1, 2)}, r"1 of its tensors are not the transformer"),
         (lambda t: t | {"transformer.proj_out.alpha": torch.ones(1)}, r"no halves of a LoRA .* proj_out\.alpha"),
         (lambda t: {f"lora_unet_{k}": v for k, v in t.items()}, "holds no weights for the transformer"),
+        (
+            lambda t: t | {min(t): t[min(t)] / 0},
+            r"1 of its \d+ tensors are not finite floating-point numbers, such as tr",
+        ),
+        (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, "are not finite floating-point numbers"),
     ],
 )
 def test_a_lora_of_which_a_part_would_be_left_out_is_refused_by_name(load_teacher, tmp_path, change, complaint):
