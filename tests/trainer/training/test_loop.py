@@ -141,7 +141,7 @@ def test_evaluating_during_training_changes_nothing_but_the_log(wide_cache, tiny
     assert weights(plain) == weights(watched)
     measured = [record for record in read_metrics(watched / "metrics.jsonl") if "eval" in record]
     assert [record["epoch"] for record in measured] == [1, 2]
-    assert set(measured[0]["eval"]) == {"student", "auxiliary", "auxiliary_names"}
+    assert set(measured[0]["eval"]) == {"student", "auxiliary", "auxiliary_names", "scored"}
 
 
 def test_worker_processes_do_not_change_the_result(run_of, tiny_config):
