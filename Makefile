@@ -16,6 +16,9 @@ TEACHER ?=
 PRESET ?= $(if $(filter demo,$(DATASET)),demo,recommended)
 RUN ?= runs/$(DATASET)
 
+# The image of an unseen class with whose neighbours the demo ends.
+DEMO_QUERY := test-000-000
+
 data_option = $(if $(DATA),--data "$(DATA)")
 teacher_option = $(if $(TEACHER),--teacher "$(TEACHER)")
 set_options = $(foreach setting,$(SET),--set "$(setting)")
@@ -38,7 +41,7 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-demo: $(READY) ## The whole path on the embedded data: refine, cache, train baseline and distilled student, report
+demo: $(READY) ## The whole path on the embedded data: refine, cache, train baseline and distilled student, report, search
 	@started=$$(date +%s); rm -rf runs/demo; mkdir -p runs/demo; \
 	$(BIN)/dit-cache refine --dataset demo --output runs/demo/lora; \
 	$(BIN)/dit-cache build --dataset demo --lora runs/demo/lora --output runs/demo/cache; \
@@ -46,7 +49,12 @@ demo: $(READY) ## The whole path on the embedded data: refine, cache, train base
 	  $(BIN)/dit-train run --cache runs/demo/cache --preset demo --mode $$mode --output runs/demo/$$mode; \
 	  $(BIN)/dit-train eval runs/demo/$$mode; \
 	done; \
-	$(BIN)/dit-train report runs/demo/baseline runs/demo/distill --output runs/demo --started $$started
+	for mode in baseline distill; do \
+	  $(BIN)/dit-train embed runs/demo/cache --split test --model runs/demo/$$mode --output runs/demo/$$mode.parquet >/dev/null; \
+	  $(BIN)/dit-train index runs/demo/$$mode.parquet --output runs/demo/$$mode.index >/dev/null; \
+	done; \
+	$(BIN)/dit-train report runs/demo/baseline runs/demo/distill --output runs/demo --started $$started; \
+	$(BIN)/dit-train search --item $(DEMO_QUERY) --index runs/demo/baseline.index --index runs/demo/distill.index --png runs/demo/search.png --json >/dev/null
 
 cache: $(READY) ## Annotate, refine, build and verify: make cache DATASET=cars DATA=/path TEACHER=flux-kontext [DRY_RUN=1]
 	$(BIN)/dit-cache run --dataset $(DATASET) $(data_option) $(teacher_option) --output $(RUN) $(cache_options)

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 BIN = Path(sys.executable).parent
@@ -61,6 +63,14 @@ def test_refine_build_train_eval_and_report_end_in_a_summary_of_both_students(tr
 def test_the_teacher_is_evaluated_as_an_auxiliary_where_test_features_are_cached(trained):
     scores = json.loads((trained / "runs/demo/distill/eval.json").read_text())
     assert "auxiliary" in scores
+
+
+def test_the_demos_last_search_is_for_an_image_of_an_unseen_class(work):
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text(encoding="utf-8")
+    named = re.search(r"^DEMO_QUERY := (\S+)$", makefile, flags=re.M)
+    assert named
+    samples = pq.read_table(work / "runs/demo/cache/samples.parquet", columns=["id", "split"]).to_pylist()
+    assert {"id": named[1], "split": "test"} in samples
 
 
 def test_the_cache_says_what_it_is_and_verifies(work):
