@@ -11,6 +11,7 @@ from trainer.commands.opening import open_for
 
 if TYPE_CHECKING:
     from cache_schema import Cache
+    from trainer.export.reduced import Bits
 
 
 def export(
@@ -22,12 +23,18 @@ def export(
     onnx: Annotated[
         bool, typer.Option("--onnx/--no-onnx", help="Also write model.onnx, checked in onnxruntime.")
     ] = True,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Also model.fp16.onnx, with its scores on the card.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Also model.int8.onnx, with ranges from training images, and its scores.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
 ) -> None:
     """The student alone, as timm, the hub and onnxruntime load it, with a model card; loads no teacher."""
     from trainer.export.export import export_run
 
-    names = export_run(run, output, _cache_at_hand(run, cache), onnx, overwrite)
+    chosen: dict[Bits, bool] = {"fp16": fp16, "int8": int8}
+    bits = [each for each, wanted in chosen.items() if wanted]
+    names = export_run(run, output, _cache_at_hand(run, cache), onnx, overwrite, bits)
     typer.echo(f"wrote {', '.join(names)} to {output}")
     typer.echo(f'next: timm.create_model("local-dir:{output}", pretrained=True)')
 

@@ -35,6 +35,7 @@ def describe(config: dict[str, Any], result: dict[str, Any], scores: dict[str, A
         "data": None,
         "teacher": None,
         "scores": None,
+        "onnx": None,
     }
     if cache is not None:
         data, teacher = cache.manifest.dataset, cache.manifest.teacher
@@ -54,7 +55,7 @@ def render_card(student: Student, about: dict[str, Any], onnx_difference: float 
         "alone: no teacher, no GIM, no class proxies are in this folder or needed.",
         "## Made from\n\n" + "\n".join(f"- {name}: {value}" for name, value in _origins(about).items()),
         "## Scores\n\n" + _scores(about),
-        "## Use\n\n" + _use(student, onnx_difference, squashed),
+        "## Use\n\n" + _use(student, onnx_difference, squashed) + _reduced(about["onnx"]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -113,6 +114,17 @@ embedding = normalize(network(transform(image)[None]), dim=-1)
         f"{text}\n\n`model.onnx`: `pixels` (batch, 3, {size}, {size}) uint8, RGB from 0 to 255, so prepared but not "
         f"normalised, to `embedding` (batch, {student.dim}) float32 of length 1; normalisation of the pixels is "
         f"inside. In onnxruntime it differed from PyTorch by at most {onnx_difference:.1e}."
+    )
+
+
+def _reduced(forms: list[dict[str, Any]] | None) -> str:
+    """What the ONNX files in fewer bits score beside the whole one; nothing where there are none."""
+    if not forms:
+        return ""
+    table = format_table({f"{form['name']}, {form['megabytes']:.1f} MB": form["scores"] for form in forms})
+    return (
+        "\n\nThe other ONNX files take and give the same in fewer bits. What they score in onnxruntime on the test "
+        f"images, percent:\n\n```\n{table}\n```"
     )
 
 

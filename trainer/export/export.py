@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import TrainError
 from trainer.export.card import describe, render_card
 from trainer.export.onnx_file import require_onnx, write_onnx
+from trainer.export.reduced import BITS, Bits, file_of, write_reduced
 from trainer.export.timm_folder import write_timm_folder
 from trainer.models.opening import ABOUT, CONFIG, WEIGHTS
 from trainer.models.student import Student, load_student
@@ -20,13 +23,17 @@ if TYPE_CHECKING:
     from cache_schema import Cache
 
 ONNX, CARD = "model.onnx", "README.md"
+FORMS = (ONNX, *(file_of(bits) for bits in BITS))
 
 
-def export_run(run: Path, folder: Path, cache: Cache | None, onnx: bool = True, overwrite: bool = False) -> list[str]:
+def export_run(
+    run: Path, folder: Path, cache: Cache | None, onnx: bool = True, overwrite: bool = False, bits: Sequence[Bits] = ()
+) -> list[str]:
     """Write the student of a finished run to `folder` as timm loads it, with a card and, if wanted, as ONNX.
 
-    `cache` is the run's, for what the card tells of data and teacher. Returns the names of the files. Raises
-    TrainError where the run is not finished, the folder is taken, or the network cannot be written.
+    `cache` is the run's, for what the card tells of data and teacher. `bits`: forms of the ONNX file in fewer bits,
+    which are scored on the cache. Returns the names of the files. Raises TrainError where the run is not finished, the
+    folder is taken, or the network cannot be written.
     """
     result = load_result(run)
     refuse_without_teacher(run, "an export")
@@ -38,6 +45,10 @@ def export_run(run: Path, folder: Path, cache: Cache | None, onnx: bool = True, 
     _check_folder(folder, overwrite)
     if onnx:
         require_onnx()
+    if bits and not onnx:
+        raise TrainError(f"--{bits[0]} is a form of the ONNX file; leave out --no-onnx")
+    if bits and cache is None:
+        raise TrainError(f"--{bits[0]} is kept with its scores, and the run's cache is not at hand; give --cache")
     student = load_student(run).eval()
     config = read_config(run / RUN_CONFIG)
     squashed = stored_squashed(run, config, student, cache)
@@ -46,12 +57,14 @@ def export_run(run: Path, folder: Path, cache: Cache | None, onnx: bool = True, 
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as made:
             aside = Path(made)
-            write_timm_folder(student, aside, about, squashed)
             difference = write_onnx(student, aside / ONNX) if onnx else None
+            if bits and cache is not None:
+                about["onnx"] = [asdict(each) for each in write_reduced(student, cache, aside / ONNX, aside, bits)]
+            write_timm_folder(student, aside, about, squashed)
             (aside / CARD).write_text(render_card(student, about, difference, squashed), encoding="utf-8")
-            for name in (CONFIG, ONNX):  # of an export before this one; without its config it is not loaded
+            for name in (CONFIG, *FORMS):  # of an export before this one; without its config it is not loaded
                 (folder / name).unlink(missing_ok=True)
-            names = [name for name in (WEIGHTS, ONNX, CARD, CONFIG) if (aside / name).is_file()]
+            names = [name for name in (WEIGHTS, *FORMS, CARD, CONFIG) if (aside / name).is_file()]
             for name in names:
                 shutil.move(aside / name, folder / name)
     except OSError as error:

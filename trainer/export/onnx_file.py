@@ -17,7 +17,7 @@ from trainer.errors import TrainError
 from trainer.models.student import Student
 
 TOLERANCE = 1e-4  # largest difference of a component of a unit embedding
-_TALKATIVE = ("torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir")  # loggers
+_TALKATIVE = ("torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir", "onnxruntime")  # loggers
 _MISSING = "--onnx needs packages that are not installed ({}): pip install 'dit-distill[export]', or give --no-onnx"
 
 
@@ -52,7 +52,7 @@ def write_onnx(student: Student, file: Path) -> float:
     # A batch of two, for torch.export takes a dimension of one for a constant.
     shapes = {"pixels": {0: torch.export.Dim("batch", min=1)}}
     try:
-        with _quietly(), torch.inference_mode(False):
+        with quietly(), torch.inference_mode(False):
             program = torch.onnx.export(
                 module, (example,), dynamo=True, dynamic_shapes=shapes, input_names=["pixels"],
                 output_names=["embedding"], verbose=False,
@@ -73,7 +73,7 @@ def write_onnx(student: Student, file: Path) -> float:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep what the exporter logs and warns of its own passes, thousands of lines, from whoever exports or tests."""
     loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]

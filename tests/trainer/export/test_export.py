@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,13 @@ from cache_schema import open_cache
 from trainer.data.images import fit_picture
 from trainer.errors import TrainError
 from trainer.evaluation.evaluate import evaluate_run
+from trainer.export.card import describe, render_card
 from trainer.export.export import export_run
+from trainer.export.reduced import BITS, write_reduced
 from trainer.export.timm_folder import timm_config, write_timm_folder
 from trainer.methods.settings import make_config
 from trainer.models.student import Student, build_student, load_student
+from trainer.runs import load_result
 from trainer.training.loop import train
 from trainer.training.run_folder import save_scores
 
@@ -38,7 +42,7 @@ def run(tmp_path_factory, cache_path, tiny_settings):
 
 @pytest.fixture(scope="module")
 def exported(run, cache_path):
-    """All that an export may hold; made once, for ONNX takes seconds."""
+    """All that an export may hold, but for fewer bits; made once, for ONNX takes seconds."""
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package)
     lines = []
@@ -260,3 +264,53 @@ def test_an_export_is_not_written_over_something_else(run, tmp_path):
 def test_without_its_cache_an_export_says_what_it_does_not_know(run, tmp_path):
     assert "model.onnx" not in export_run(run, tmp_path / "out", None, onnx=False)
     assert "its cache was not at hand" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def reduced(run, exported, cache_path):
+    """The exported ONNX file in fewer bits, and what each scores."""
+    folder = run.parent / "reduced"
+    folder.mkdir()
+    student = load_student(run).eval()
+    forms = write_reduced(student, open_cache(cache_path), exported / "model.onnx", folder, BITS)
+    return folder, {form.name: form for form in forms}
+
+
+def test_fewer_bits_are_a_smaller_file_that_takes_and_gives_the_same(run, reduced, exported):
+    import onnxruntime
+
+    folder, _ = reduced
+    whole = (exported / "model.onnx").stat().st_size
+    student = load_student(run).eval()
+    images = torch.randint(0, 256, (3, 3, 24, 24), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = torch.nn.functional.normalize(student(images), dim=-1).numpy()
+    for name, difference in (("model.fp16.onnx", 2e-3), ("model.int8.onnx", 0.1)):
+        session = onnxruntime.InferenceSession(str(folder / name), providers=["CPUExecutionProvider"])
+        (found,) = session.run(["embedding"], {"pixels": images.numpy()})
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, atol=difference)
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-3)
+    assert (folder / "model.fp16.onnx").stat().st_size < 0.8 * whole
+
+
+def test_what_each_file_scores_is_measured_on_the_test_images(run, reduced):
+    _, forms = reduced
+    scores = json.loads((run / "eval.json").read_text())
+    assert list(forms) == ["model.onnx", "model.fp16.onnx", "model.int8.onnx"]
+    assert forms["model.onnx"].scores == pytest.approx(
+        {name: scores["student"][name] for name in forms["model.onnx"].scores}
+    )
+    card = render_card(load_student(run), {**describe({}, load_result(run), None, None),
+                                           "onnx": [asdict(form) for form in forms.values()]}, 0.0)  # fmt: skip
+    for form in forms.values():
+        line = next(line for line in card.splitlines() if line.startswith(f"{form.name}, "))
+        assert f"{100 * form.scores['recall_at_1']:.1f}" in line
+
+
+def test_fewer_bits_need_the_cache_to_be_scored_on_and_the_whole_file(run, cache, tmp_path):
+    with pytest.raises(TrainError, match="--int8 is kept with its scores, and the run's cache is not at hand"):
+        export_run(run, tmp_path / "out", None, bits=["int8"])
+    with pytest.raises(TrainError, match="--fp16 is a form of the ONNX file; leave out --no-onnx"):
+        export_run(run, tmp_path / "out", cache, onnx=False, bits=["fp16"])
+    assert not (tmp_path / "out").exists()
