@@ -78,6 +78,7 @@ def build_cache(
     classes: Mapping[str, tuple[int, ...]] = CLASSES,
     picture: tuple[int, int] = (SIZE, SIZE),
     shape: tuple[Literal["square", "aspect"], int] = ("square", SIZE),
+    about: Callable[[str, int, int], dict[str, Any]] = lambda split, label, index: {},
 ) -> Cache:
     rows = []
     for split, labels in classes.items():
@@ -94,6 +95,7 @@ def build_cache(
                         "sha256": hashlib.sha256(f"{content}{name}".encode()).hexdigest(),
                         "width": picture[0],
                         "height": picture[1],
+                        **about(split, label, index),
                     }
                 )
     samples, feature_rows = make_samples(rows, feature_splits)

@@ -19,10 +19,16 @@ def ablate(
     ] = "",
     sweep: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIELD=VALUE/VALUE", help="A setting of gcd, e.g. gim.queries=4/16/32; repeatable."),
+        typer.Option(
+            metavar="FIELD=VALUE/VALUE",
+            help="A setting of gcd, e.g. gim.queries=4/16/32, or k, n, stages, tap, alpha; repeatable.",
+        ),
     ] = None,
     random_teacher: Annotated[
         str | None, typer.Option(help="Cache of the same images by a teacher of random weights, as a control.")
+    ] = None,
+    unrefined_teacher: Annotated[
+        str | None, typer.Option(help="Cache of the same images by the teacher before Stage I: row ② of the paper.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, … of every variant.")] = 3,
     jobs: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
@@ -42,12 +48,17 @@ def ablate(
     The same command goes on where an interrupted one stopped; finished runs are not made again.
     """
     from trainer.errors import TrainError
-    from trainer.reports.ablation_plan import choose_variants, make_cells
+    from trainer.reports.ablation_plan import choose_variants, left_out, make_cells, target_folders
 
     cache, random_teacher = _absolute(cache), random_teacher and _absolute(random_teacher)
     names = [name for name in variants.split(",") if name]
-    chosen = choose_variants(open_for(cache, allow_partial), names, sweep or [], random_teacher)
-    cells = make_cells(cache, chosen, seeds, preset, settings or [])
+    unrefined_teacher = unrefined_teacher and _absolute(unrefined_teacher)
+    opened = open_for(cache, allow_partial)
+    chosen = choose_variants(opened, names, sweep or [], random_teacher, unrefined_teacher, split)
+    targets = target_folders(opened, chosen, output)
+    cells = make_cells(cache, chosen, seeds, preset, settings or [], targets)
+    for reason in left_out(opened, split) if not names else ():
+        typer.echo(f"note: left out: {reason}", err=True)
     if split == "validation" and not cells[0].config.validation_classes:
         raise TrainError("--split validation: no classes are held out; add --set validation_classes=0.2")
     if plan:
@@ -57,6 +68,10 @@ def ablate(
     from trainer.evaluation.tables import headline
     from trainer.reports.ablation_run import run_cells
     from trainer.reports.ablation_table import as_markdown, tabulate, write_tables
+    from trainer.reports.control_targets import make_target
+
+    for kind, folder in targets.items():
+        make_target(opened, kind, folder)
 
     done = []
     try:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.config import TrainConfig
 from trainer.errors import TrainError
 from trainer.methods.registry import METHODS
 from trainer.methods.settings import make_config, settings_of
+from trainer.reports.control_targets import PIXELS, TIMESTEP, WORDS, check_target, target_folder
+from trainer.runs import SplitName
 
 if TYPE_CHECKING:
     from cache_schema import Cache
 
-BASELINE, FULL = "baseline", "gcd"
+BASELINE, AUXILIARY, FULL = "baseline", "auxiliary", "gcd"
 UNLABELLED = 32  # rows per update of the control without a teacher, where gcd's own preset says nothing
 
 
@@ -29,6 +32,7 @@ class Variant:
     method: str
     settings: tuple[str, ...] = ()
     cache: str | None = None  # another one than the ablation's
+    target: str | None = None  # what is regressed in the features' place, of `control_targets`
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Cell:
         kept = {name: value for name, value in known.flat(self.config).items() if name not in known.resumable()}
         # Where the cache lies does not change a run; that another one is read does.
         kept["cache"] = self.config.cache if self.variant.cache else ""
+        if self.variant.target:
+            kept["features"] = ""  # made from the cache, and where it was put
         digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
         return f"{self.variant.name.replace('/', '-')}-seed{self.config.seed}-{digest}"
 
@@ -58,8 +64,12 @@ VARIANTS = {
     variant.name: variant
     for variant in (
         Variant(BASELINE, "row ①: the student alone, DRC", "baseline"),
+        Variant(AUXILIARY, "row ③: the teacher's features at test time too", "auxiliary"),
         Variant(FULL, "row ④: distilled through the GIM", "gcd"),
         Variant("regression", "control: the same features, plain regression", "regression"),
+        Variant("crop-pixels", "control: no teacher, regression of the object's pixels", "regression", target=PIXELS),
+        Variant("caption-words", "control: no teacher, regression of the caption's words", "regression",
+                ("regression.tokens=0", "regression.pooled=1"), target=WORDS),
         Variant("relational", "control: the same features, similarities alone", "relational"),
         Variant("shuffled", "control: features of other images", "gcd", ("shuffle_features=true",)),
         Variant("pseudo-labels", "control: no teacher, the unlabelled images by pseudo-labels", "baseline",
@@ -74,44 +84,121 @@ VARIANTS = {
     )
 }  # fmt: skip
 NEED_UNLABELLED = ("pseudo-labels", "consistency", "no-unlabelled")
-BY_DEFAULT = (BASELINE, FULL, "regression", "relational", "shuffled", "pseudo-labels", "consistency", "no-unlabelled")
+BY_DEFAULT = (
+    BASELINE, AUXILIARY, FULL, "regression", "crop-pixels", "caption-words", "relational", "shuffled", "pseudo-labels",
+    "consistency", "no-unlabelled",
+)  # fmt: skip
+# Sweeps of the paper's tables by the letter it uses; those of `stages` and `tap` depend on the cache.
+SWEEPS = {
+    "k": "gim.queries=4/16/32/64",
+    "n": "gim.bridge_layers=0/1/3/6",
+    "alpha": "loss.alpha=0.1/0.3/1/3/10",
+    "stages": "timesteps",
+    "tap": "tap",
+}
 
 
 def choose_variants(
-    cache: Cache, names: Sequence[str], sweeps: Iterable[str], random_teacher: str | None
+    cache: Cache,
+    names: Sequence[str],
+    sweeps: Iterable[str],
+    random_teacher: str | None,
+    unrefined_teacher: str | None = None,
+    split: SplitName = "test",
 ) -> list[Variant]:
     """The variants asked for (by default all controls that the cache allows), and one for each value of each sweep.
 
-    The baseline is always among them. Raises TrainError for names and sweeps that do not exist.
+    The baseline is always among them. Raises TrainError for names and sweeps that do not exist, and for variants asked
+    for that the cache does not allow.
     """
     unknown = [name for name in names if name not in VARIANTS]
     if unknown:
         raise TrainError(f"variants: there is no {unknown[0]!r}; there are {', '.join(VARIANTS)}")
-    unlabelled = "unlabeled" in set(cache.samples["split"].to_pylist())
-    lacking = [name for name in names if name in NEED_UNLABELLED and not unlabelled]
-    if lacking:
-        raise TrainError(f"variants: {lacking[0]} needs unlabelled images, and the cache has none")
-    chosen = list(names) or [name for name in BY_DEFAULT if unlabelled or name not in NEED_UNLABELLED]
-    variants = [VARIANTS[name] for name in dict.fromkeys([BASELINE, *chosen])]
+    reasons = {name: _reason_against(cache, VARIANTS[name], split) for name in names or BY_DEFAULT}
+    refused = [reason for name, reason in reasons.items() if name in names and reason]
+    if refused:
+        raise TrainError(f"variants: {refused[0]}")
+    variants = [
+        VARIANTS[name] for name in dict.fromkeys([BASELINE, *(n for n, reason in reasons.items() if not reason)])
+    ]
+    variants = [_named_by_teacher(variant, cache) for variant in variants]
+    if unrefined_teacher is not None:
+        about = "row ②: a teacher that was not refined, at test time too"
+        variants.insert(1, Variant("auxiliary-unrefined", about, "auxiliary", cache=unrefined_teacher))
     if random_teacher is not None:
         variants.append(Variant("random-teacher", "control: a teacher of random weights", "gcd", cache=random_teacher))
-    return [*variants, *(variant for sweep in sweeps for variant in read_sweep(sweep))]
+    return [*variants, *(variant for sweep in sweeps for variant in read_sweep(sweep, cache))]
 
 
-def read_sweep(text: str) -> list[Variant]:
-    """`gim.queries=4/16/32`, `timesteps=22/22,28`: one variant of gcd for each value between slashes."""
+def left_out(cache: Cache, split: SplitName = "test") -> list[str]:
+    """Why controls that are made by default are not made on this cache, a line each."""
+    reasons = (_reason_against(cache, VARIANTS[name], split) for name in BY_DEFAULT)
+    return [reason for reason in reasons if reason]
+
+
+def _reason_against(cache: Cache, variant: Variant, split: SplitName) -> str | None:
+    """Why a cache does not allow a variant, if it does not."""
+    if variant.name in NEED_UNLABELLED and "unlabeled" not in set(cache.samples["split"].to_pylist()):
+        return f"{variant.name} needs unlabelled images, and the cache has none"
+    if variant.method == AUXILIARY and split == "test" and "test" not in cache.manifest.dataset.feature_splits:
+        return (
+            f"{variant.name} reads the features of test images, and the cache has none: build it with --features "
+            "train,test (and unlabeled, where there are such images)"
+        )
+    if variant.target is not None:
+        try:
+            check_target(cache, variant.target)
+        except TrainError as error:
+            return str(error)
+    return None
+
+
+def _named_by_teacher(variant: Variant, cache: Cache) -> Variant:
+    """Which row of the paper the auxiliary is, ② or ③, depends on whether Stage I refined the cache's teacher."""
+    if variant.name != AUXILIARY or cache.manifest.teacher.lora_digest is not None:
+        return variant
+    return replace(variant, about="row ②: the teacher's features at test time too (it was not refined)")
+
+
+def read_sweep(text: str, cache: Cache | None = None) -> list[Variant]:
+    """`gim.queries=4/16/32`, `timesteps=22/22,28`: one variant of gcd for each value between slashes.
+
+    Or the name of one of `SWEEPS`, which go by what the cache has where they depend on it.
+    """
+    if text in SWEEPS and cache is not None:
+        text = _sweep_of(text, cache)
     field, equals, values = text.partition("=")
     settings_of(FULL).field(field.strip())
     if not equals or not all(values.split("/")):
-        raise TrainError(f"sweep: write FIELD=VALUE/VALUE, e.g. gim.queries=4/16/32 (got {text!r})")
+        raise TrainError(
+            f"sweep: write FIELD=VALUE/VALUE, e.g. gim.queries=4/16/32, or one of {', '.join(SWEEPS)} (got {text!r})"
+        )
     settings = [f"{field.strip()}={value.strip()}" for value in values.split("/")]
     return [Variant(setting, "row ④ with this setting", FULL, (setting,)) for setting in settings]
 
 
-def make_cells(cache: str, variants: Iterable[Variant], seeds: int, preset: str, settings: Sequence[str]) -> list[Cell]:
+def _sweep_of(name: str, cache: Cache) -> str:
+    if name == "tap":
+        return f"tap={'/'.join(tap.name for tap in cache.manifest.taps)}"
+    if name == "stages":  # the clearest alone, then with the next noisier one, to all of them
+        steps = sorted(cache.manifest.curriculum.timesteps)
+        stages = [",".join(map(str, steps[first:])) for first in reversed(range(len(steps)))]
+        return f"timesteps={'/'.join(stages)}"
+    return SWEEPS[name]
+
+
+def make_cells(
+    cache: str,
+    variants: Iterable[Variant],
+    seeds: int,
+    preset: str,
+    settings: Sequence[str],
+    targets: Mapping[str, Path] | None = None,
+) -> list[Cell]:
     """Every variant with every seed, seed by seed; raises TrainError for what is no config.
 
-    `settings` are for all runs whose method has the field, and lie below a variant's own.
+    `settings` are for all runs whose method has the field, and lie below a variant's own. `targets`: where the targets
+    of controls are, by kind, as `target_folders` says.
     """
     shared = {method: [setting for setting in settings if _has(method, setting)] for method in METHODS}
     nobodys = [s for s in settings if not any(s in known for known in shared.values())]
@@ -120,11 +207,25 @@ def make_cells(cache: str, variants: Iterable[Variant], seeds: int, preset: str,
     cells = []
     for seed in range(seeds):
         for variant in variants:
-            given = [*shared[variant.method], *variant.settings]
+            given = [*shared[variant.method], *variant.settings, *_of_target(variant, targets or {})]
             where = variant.cache or cache
             config = make_config(preset, given, method=variant.method, seed=seed, cache=where)
             cells.append(Cell(variant, config))
     return cells
+
+
+def target_folders(cache: Cache, variants: Iterable[Variant], output: Path) -> dict[str, Path]:
+    """Where the targets that variants regress are to be, by kind."""
+    kinds = dict.fromkeys(variant.target for variant in variants if variant.target)
+    return {kind: target_folder(output, cache, kind) for kind in kinds}
+
+
+def _of_target(variant: Variant, targets: Mapping[str, Path]) -> list[str]:
+    """What makes a run regress another target; whatever all runs are told of taps and timesteps is not of this one."""
+    if variant.target is None:
+        return []
+    told = f"features={targets[variant.target]}", f"tap={variant.target}"
+    return [*told, f"timesteps={TIMESTEP}", "timesteps_per_step=1"]
 
 
 def _has(method: str, setting: str) -> bool:

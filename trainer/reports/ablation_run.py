@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -55,7 +58,7 @@ def _made(cells: Sequence[Cell], work: Path, split: SplitName, jobs: int) -> Ite
             yield cell
         return
     # Spawned: a process that has computed in several threads cannot be forked.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
         given = {
             pool.submit(run_cell, text, work / cell.name, split): cell for cell, text in zip(cells, texts, strict=True)
         }
@@ -66,6 +69,18 @@ def _made(cells: Sequence[Cell], work: Path, split: SplitName, jobs: int) -> Ite
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _end_with_parent() -> None:
+    """Have this process end as soon as its parent is gone, killed say: the next ablation goes on with the same runs."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def run_cell(config_text: str, folder: Path, split: SplitName) -> None:

@@ -68,7 +68,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
     """A table in percent: mean ± deviation over seeds, in brackets 95 % intervals by bootstrap over classes."""
     others = [title for name, title in COLUMNS.items() if name != "recall_at_1"]
     about = ["variant", "what it is", "seeds", "R@1 [95 %]", "R@1 − baseline [95 %]"]
-    titles = [*about, *others, "rows ②, ③: E_D R@1", "the same, E_R masked", "s"]
+    titles = [*about, *others, "with the teacher: E_D R@1", "the same, E_R masked", "s"]
     lines = [f"| {' | '.join(titles)} |", f"| --- | --- |{' ---: |' * (len(titles) - 2)}"]
     for row in rows:
         scores = [_spread(row.column(name)) for name in COLUMNS if name != "recall_at_1"]

@@ -1,4 +1,6 @@
 import csv
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -87,3 +89,35 @@ def test_the_command_makes_runs_and_tables(cache_path, tiny_settings, tmp_path):
     folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
     assert folders == set(planned.output.split())
     assert all((tmp_path / f"ablation.{kind}").stat().st_size for kind in ("csv", "md", "png"))
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from trainer.reports.ablation_plan import VARIANTS, make_cells
+from trainer.reports.ablation_run import run_cells
+
+if __name__ == "__main__":
+    cells = make_cells(sys.argv[1], [VARIANTS["baseline"], VARIANTS["gcd"]], 1, "small", sys.argv[3:])
+    for scored in run_cells(cells, Path(sys.argv[2]), "test", 2):
+        print("made", scored.cell.name, flush=True)
+"""
+
+
+def test_two_jobs_make_the_numbers_of_one_and_end_with_a_killed_ablation_that_goes_on(
+    cells, cache_path, tiny_settings, tmp_path
+):
+    cells = [cell for cell in cells[0] if cell.config.seed == 0]
+    script = tmp_path / "ablation.py"
+    script.write_text(KILLED)
+    command = [sys.executable, script, cache_path, tmp_path / "two", *tiny_settings[1::2], *TINY]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as process:
+        first = next(line.split()[1] for line in process.stdout if line.startswith("made "))
+        process.kill()
+        process.stdout.read()  # to its end: the workers, who hold it open too, have ended
+    made = [cell for cell in cells if (tmp_path / "two" / cell.name / "queries-test.json").is_file()]
+    assert first in [cell.name for cell in made]
+    together = {run.cell.name: run for run in run_cells(cells, tmp_path / "two", "test", 1)}
+    for run in run_cells(cells, tmp_path / "one", "test", 1):
+        assert together[run.cell.name].scores == run.scores
+        assert together[run.cell.name].result["final_losses"] == run.result["final_losses"]

@@ -32,6 +32,9 @@ class RegressionRunConfig(TrainConfig):
 
     method: Literal["regression"] = "regression"
     unlabeled_per_batch: int = Field(default=0, ge=0)  # extra rows per batch that are regressed alone
+    features: Annotated[
+        str | None, Setting("Another cache to read them from, of the same images: a folder or a URL.")
+    ] = None
     tap: str | None = None  # None: hidden where the cache has it, otherwise its first
     timesteps: tuple[int, ...] | None = None  # None: all that the cache has
     timesteps_per_step: Annotated[
