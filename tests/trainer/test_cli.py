@@ -307,3 +307,23 @@ def test_a_run_whose_cache_is_gone_is_timed_alone_with_a_note(here, runs, tmp_pa
     assert code == 0
     assert "student + GIM" not in output
     assert "note: nothing is said of GIM and teacher (no cache at" in said
+
+
+def test_a_run_that_reads_the_teacher_at_test_time_is_not_passed_off_as_its_student(here, runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "baseline", run)
+    config = json.loads((run / "config.json").read_text())
+    printed = here("run", "--cache", config["cache"], "--method", "auxiliary", "--print-config")[1]
+    (run / "config.json").write_text(printed)
+    for command in (
+        ("embed", tmp_path, "--model", run, "--output", tmp_path / "e.parquet"),
+        ("export", run, "--output", tmp_path / "out", "--no-onnx"),
+        ("eval", run, "--data", tmp_path),
+    ):
+        code, _, errors = here(*command)
+        assert code == 1
+        assert errors.endswith(
+            "reads the teacher's features at test time (method auxiliary): its student alone is not what was trained "
+            "and scored; use a run of gcd, regression or baseline\n"
+        )
+        assert not (tmp_path / "out").exists()

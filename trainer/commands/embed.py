@@ -10,7 +10,7 @@ import typer
 
 from cache_schema.options import with_options
 from cache_schema.settings import Values
-from trainer.commands.opening import open_for
+from trainer.commands.opening import open_for, require_student_alone
 from trainer.retrieval.config import EMBED, EmbedConfig
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def embed(
     from trainer.retrieval.embed import embed_images
     from trainer.retrieval.model import open_model
 
+    require_student_alone(model)
     opened = open_model(model, config.device)
     done = embed_images(_images(source, config), opened, output, overwrite, strict)
     for name, reason in list(done.failed.items())[:_NAMED]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainer.commands.opening import open_for
+from trainer.commands.opening import open_for, require_student_alone
 from trainer.runs import SplitName
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def _evaluate(
     if cache is not None:
         return evaluate_queries(run, cache, device, load_trained, split)
     assert data is not None
+    require_student_alone(run)
     model = open_model(run, str(device))
     test = open_folder_split(data, model.prepare)
     scores, embeddings, queries = evaluate_folder(model.student, test, device)

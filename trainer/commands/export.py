@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer.commands.opening import open_for
+from trainer.commands.opening import open_for, require_student_alone
 
 if TYPE_CHECKING:
     from cache_schema import Cache
@@ -32,6 +32,7 @@ def export(
     """The student alone, as timm, the hub and onnxruntime load it, with a model card; loads no teacher."""
     from trainer.export.export import export_run
 
+    require_student_alone(run)
     chosen: dict[Bits, bool] = {"fp16": fp16, "int8": int8}
     bits = [each for each, wanted in chosen.items() if wanted]
     names = export_run(run, output, _cache_at_hand(run, cache), onnx, overwrite, bits)

@@ -1,7 +1,8 @@
-"""Opening the cache that a command names."""
+"""Opening what a command names: a cache, a run whose student stands for it."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -22,3 +23,20 @@ def open_for(path: str, allow_partial: bool, verify: bool = True, local_cache: s
         note = f"note: cache {path} {what or f'is not sealed: {missing} of {total} samples have no features yet'}"
         typer.echo(note, err=True)
     return cache
+
+
+def require_student_alone(run: Path) -> None:
+    """Raise TrainError for a run whose method is scored by more than its student, which alone is another thing."""
+    from trainer.errors import TrainError
+    from trainer.methods.registry import find_method
+    from trainer.methods.settings import load_config
+    from trainer.runs import CONFIG, is_finished
+
+    if not is_finished(run):
+        return  # an export, a student's file, or a folder that is refused for what it is
+    method = load_config(run / CONFIG).method
+    if find_method(method).scored != "student":
+        raise TrainError(
+            f"{run} reads the teacher's features at test time (method {method}): its student alone is not what was "
+            "trained and scored; use a run of gcd, regression or baseline"
+        )
