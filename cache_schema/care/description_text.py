@@ -95,6 +95,8 @@ def _provenance(manifest: Manifest) -> list[Fact]:
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(source.versions.items())),
         "command": source.command,
         "converted": source.converted,
+        "a part": source.pulled,
+        "owner": source.owner,
     }
     return [(name, text) for name, text in facts.items() if text]
 

@@ -229,7 +229,7 @@ class Provenance(FrozenModel):
     """Everything about one build that another build of the same cache would not repeat.
 
     `converted` says of a copy in another store what it was copied from, `pulled` of a part of a cache what of it there
-    is; the rest is that of the original build.
+    is, `owner` whom who pushed it wants to be asked about it; the rest is that of the original build.
     """
 
     created: str | None = None
@@ -239,6 +239,7 @@ class Provenance(FrozenModel):
     command: str | None = None
     converted: str | None = None
     pulled: str | None = None
+    owner: Annotated[str, Field(min_length=1, max_length=100)] | None = None
     # Covers the whole manifest, this part included; it is here because it changes whenever this part does.
     checksum: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")] | None = None
 

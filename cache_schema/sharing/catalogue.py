@@ -17,7 +17,20 @@ from cache_schema.storage.places import folder_at
 
 VARIABLE = "DIT_CACHE_REMOTE"
 _READERS = 16
-COLUMNS = ("name", "data set", "teacher", "LoRA", "curriculum", "taps", "encoding", "size", "built", "state", "id")
+COLUMNS = (
+    "name",
+    "data set",
+    "teacher",
+    "LoRA",
+    "curriculum",
+    "taps",
+    "encoding",
+    "size",
+    "owner",
+    "built",
+    "state",
+    "id",
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,7 @@ class Entry:
             "taps": ",".join(tap.name for tap in manifest.taps),
             "encoding": format_encoding(manifest.encoding).replace(", compression none", ""),
             "size": format_bytes(size) if manifest.sealed else "",
+            "owner": manifest.provenance.owner or "",
             "built": (manifest.provenance.created or "")[:10],
             "state": ("sealed" if manifest.sealed else "incomplete") + part,
             "id": manifest.cache_id[:12],
@@ -129,15 +143,23 @@ def find_built(cache_id: str, label: str) -> str | None:
     return url if found.cache_id == cache_id and found.sealed else None
 
 
-def remove(url: str) -> int:
-    """Remove the cache at a URL and return how many files that were; it stops being a cache first.
+def removable(url: str) -> list[str]:
+    """Return the files of the cache at a URL, as `files_of`.
 
     Raises CacheNotFound where there is none, so that nothing else is removed by mistake.
     """
     folder = folder_at(url)
     if not folder.exists(MANIFEST_NAME) and not folder.exists("push.json"):
         raise CacheNotFound(f"no cache at {url}: nothing is removed")
-    names = files_of(folder)
+    return files_of(folder)
+
+
+def remove(url: str) -> int:
+    """Remove the cache at a URL and return how many files that were; it stops being a cache first.
+
+    Raises as `removable` does.
+    """
+    folder, names = folder_at(url), removable(url)
     for name in names:
         folder.delete(name)
     return len(names)

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cache_schema.care.verify import Piece, pieces_of
-from cache_schema.errors import CacheCorrupt, CacheMismatch, CacheNotFound, CacheUnsealed
+from cache_schema.errors import CacheCorrupt, CacheMismatch, CacheNotFound, CacheRequestError, CacheUnsealed
 from cache_schema.format import layout
 from cache_schema.format.journal import (
     MAX_RECORD_BYTES,
@@ -15,6 +15,7 @@ from cache_schema.format.journal import (
     read_record,
     record_name,
     render_record,
+    write_record,
 )
 from cache_schema.format.manifest import Manifest
 from cache_schema.format.manifest_file import (
@@ -25,6 +26,7 @@ from cache_schema.format.manifest_file import (
     render_manifest,
 )
 from cache_schema.format.samples import MAX_SAMPLES_BYTES, check_against_manifest, load_samples
+from cache_schema.sharing.cutting import cut_calibration, cut_shard
 from cache_schema.sharing.parts import EVERYTHING, Selection, manifest_of, shards_of
 from cache_schema.sharing.rewriting import rewrite
 from cache_schema.sharing.signing import signed_files
@@ -33,6 +35,7 @@ from cache_schema.storage.folder import Folder
 from cache_schema.storage.local import LocalFolder, local_folder
 from cache_schema.storage.names import is_inside
 from cache_schema.storage.places import folder_at
+from cache_schema.stores.registry import store_of
 
 # Says of what the files are that are here so far; gone once it is a cache.
 CLAIM_NAME = "pull.json"
@@ -45,8 +48,14 @@ class PullPlan:
     source: Folder
     target: LocalFolder
     manifest: Manifest
+    whole: Manifest
     pieces: list[Piece]
     signed: dict[str, str] | None
+
+    @property
+    def cut(self) -> bool:
+        """Whether shards are made of some of the timesteps of those that are there."""
+        return self.manifest.curriculum.timesteps != self.whole.curriculum.timesteps
 
 
 def plan_pull(url: str, target: str, selection: Selection = EVERYTHING, key: Path | None = None) -> PullPlan:
@@ -65,7 +74,12 @@ def plan_pull(url: str, target: str, selection: Selection = EVERYTHING, key: Pat
     manifest = manifest_of(selection, whole, source.location)
     _check_target(here, manifest, whole)
     pieces = _wanted(source, whole, selection)
-    return PullPlan(source, here, manifest, pieces, signed)
+    plan = PullPlan(source, here, manifest, whole, pieces, signed)
+    if plan.cut and key is not None:
+        raise CacheRequestError(
+            "what is signed are whole files, which --timesteps does not fetch; leave one of them out"
+        )
+    return plan
 
 
 def pull(plan: PullPlan, advance: Advance = lambda size: None) -> Manifest:
@@ -92,11 +106,12 @@ def pull(plan: PullPlan, advance: Advance = lambda size: None) -> Manifest:
 
 def bytes_of(plan: PullPlan) -> int:
     """Return about how many bytes a pull is about, for a progress bar: pieces have about the same size."""
-    sizes, store = plan.manifest, plan.manifest.store
+    whole, store = plan.whole, plan.whole.store
     features = sum(piece.kind == "features" for piece in plan.pieces)
     images = sum(piece.kind == "images" for piece in plan.pieces)
-    total = (sizes.bytes_features or 0) * features // max(1, store.feature_shards)
-    return total + (sizes.bytes_images or 0) * images // max(1, store.image_shards)
+    values = [sum(array.row_bytes for array in layout.all_layouts(each)) for each in (plan.manifest, whole)]
+    total = (whole.bytes_features or 0) * values[0] * features // max(1, values[1] * store.feature_shards)
+    return total + (whole.bytes_images or 0) * images // max(1, store.image_shards)
 
 
 def _wanted(source: Folder, whole: Manifest, selection: Selection) -> list[Piece]:
@@ -142,7 +157,12 @@ def _receive(plan: PullPlan, piece: Piece, advance: Advance) -> None:
         advance(sum(plan.target.size(name) or 0 for name in piece.files))
         return
     original, data = _record_there(plan, piece)
-    wanted = rewrite(plan.manifest, original) if plan.manifest.provenance.pulled else None
+    if plan.cut and piece.kind == "features":
+        _cut(plan, piece, original)
+        advance(sum(plan.target.size(name) or 0 for name in store_of(plan.manifest).shard_files(piece.shard)))
+        return
+    made = cut_calibration(plan.source, plan.manifest, plan.whole) if plan.cut and piece.kind == "calibration" else {}
+    wanted = rewrite(plan.manifest, original, made) if plan.manifest.provenance.pulled else None
     record = original if wanted is None else wanted.record
     for name, expected in record.files.items():
         if wanted is not None and name in wanted.made:
@@ -152,6 +172,12 @@ def _receive(plan: PullPlan, piece: Piece, advance: Advance) -> None:
             receive(plan.source, plan.target, name, expected, sha256)
         advance(expected.bytes)
     plan.target.write(record_name(piece.kind, piece.shard), data if wanted is None else render_record(record))
+
+
+def _cut(plan: PullPlan, piece: Piece, original: Record) -> None:
+    record = rewrite(plan.manifest, original).record
+    files = cut_shard(plan.source, plan.target, plan.manifest, plan.whole, original)
+    write_record(plan.target, record.model_copy(update={"files": files, "checksum": None}))
 
 
 def read_record_or_none(folder: LocalFolder, piece: Piece) -> Record | None:
@@ -206,4 +232,4 @@ def _widened(plan: PullPlan) -> PullPlan:
     said = f"{before.partition(' of cache ')[0]}; {now}"
     provenance = plan.manifest.provenance.model_copy(update={"pulled": said, "checksum": None})
     widened = plan.manifest.model_copy(update={"provenance": provenance})
-    return PullPlan(plan.source, plan.target, widened, plan.pieces, plan.signed)
+    return replace(plan, manifest=widened)

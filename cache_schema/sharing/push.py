@@ -11,10 +11,12 @@ from cache_schema.format.journal import Kind, Record, committed, read_record, re
 from cache_schema.format.manifest import Manifest
 from cache_schema.format.manifest_file import (
     MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
     SIGNATURE_NAME,
     load_manifest,
     manifest_checksum,
     render_manifest,
+    revalidate,
 )
 from cache_schema.sharing.rewriting import Rewritten, rewrite
 from cache_schema.sharing.scrubbing import scrub
@@ -44,10 +46,11 @@ class Plan:
     key: Path | None = field(default=None)
 
 
-def plan_push(source: str, url: str, key: Path | None = None) -> Plan:
+def plan_push(source: str, url: str, key: Path | None = None, owner: str | None = None) -> Plan:
     """Plan the push of the sealed cache in the folder `source` to `url`; nothing is written.
 
-    `key` signs the manifest. Raises CacheUnsealed, CacheCorrupt, and CacheError for what looks like a secret.
+    `key` signs the manifest; `owner` is whom the catalogue names, None who was named before. Raises CacheUnsealed,
+    CacheCorrupt, and CacheError for what looks like a secret.
     """
     folder = local_folder(source)
     manifest = load_manifest(folder)
@@ -56,6 +59,9 @@ def plan_push(source: str, url: str, key: Path | None = None) -> Plan:
     target = folder_at(url)
     if not target.writable:
         raise CacheError(f"{url} is only read here; push to s3, gs, az, sftp or a folder")
+    if owner:
+        provenance = manifest.provenance.model_copy(update={"owner": owner, "checksum": None})
+        manifest = revalidate(manifest.model_copy(update={"provenance": provenance}))
     scrubbed = scrub(manifest)
     pieces = []
     for kind, shard in sorted(committed(folder), key=lambda piece: (_ORDER[piece[0]], piece[1])):
@@ -73,7 +79,7 @@ def push(plan: Plan, take_over: bool = False, advance: Advance = lambda size: No
     cache, or another build of this one, is there already; CacheCorrupt for damage at either end; CacheUnreachable.
     """
     data = render_manifest(plan.manifest)
-    ours = manifest_checksum(plan.manifest.document())
+    ours = _checksum_of_build(plan.manifest)
     if not _is_there(plan.target, plan.manifest, ours):
         _claim(plan.target, _build_of(plan, ours), take_over)
         there = sizes_of(plan.target)
@@ -89,6 +95,10 @@ def push(plan: Plan, take_over: bool = False, advance: Advance = lambda size: No
             plan.target.write(SIGNATURE_NAME, sign(_hashes(plan, data), plan.key))
         if not plan.target.write_new(MANIFEST_NAME, data):
             _is_there(plan.target, plan.manifest, ours)
+            if plan.key is not None:
+                # Whoever was faster may have named another owner: what is signed is what is there.
+                others = plan.target.read_bounded(MANIFEST_NAME, MAX_MANIFEST_BYTES)
+                plan.target.write(SIGNATURE_NAME, sign(_hashes(plan, others), plan.key))
     else:
         advance(plan.bytes_total)
     plan.target.delete(CLAIM_NAME)
@@ -113,6 +123,12 @@ def _build_of(plan: Plan, manifest: str) -> str:
     return f"{manifest}-{crc32c(records):08x}"
 
 
+def _checksum_of_build(manifest: Manifest) -> str:
+    """Return the checksum of a manifest but for its owner: two may push the same build, each in their own name."""
+    document = manifest.document()
+    return manifest_checksum({**document, "provenance": {**document["provenance"], "owner": None}})
+
+
 def _size(piece: Rewritten) -> int:
     return sum(file.bytes for file in piece.record.files.values())
 
@@ -131,7 +147,7 @@ def _is_there(target: Folder, manifest: Manifest, ours: str) -> bool:
         return False
     if found.cache_id != manifest.cache_id:
         raise CacheMismatch(f"{target} holds another cache ({found.label}); choose another place")
-    if manifest_checksum(found.document()) != ours:
+    if _checksum_of_build(found) != ours:
         raise CacheMismatch(
             f"{target} holds this cache already, from another build ({found.provenance.created or 'undated'}); "
             "pull or stream that, or choose another place"

@@ -1,6 +1,8 @@
 """Records and documents as another manifest of the same features implies them: of fewer taps, other provenance."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from cache_schema.format import layout
 from cache_schema.format.card import render_card
@@ -18,8 +20,11 @@ class Rewritten:
     made: dict[str, bytes] = field(default_factory=dict)
 
 
-def rewrite(manifest: Manifest, record: Record) -> Rewritten:
-    """Return the record that a cache with this manifest has in place of `record`, of one with at least its arrays."""
+def rewrite(manifest: Manifest, record: Record, calibration: Mapping[str, bytes] = MappingProxyType({})) -> Rewritten:
+    """Return the record that a cache with this manifest has in place of `record`, of one with at least its arrays.
+
+    `calibration` are the contents of those of its files that are not as they were, by name.
+    """
     store = store_of(manifest)
     if record.kind == "layout":
         made = store.documents()
@@ -30,11 +35,12 @@ def rewrite(manifest: Manifest, record: Record) -> Rewritten:
     elif record.kind == "features":
         made, kept = {}, set(store.shard_files(record.shard))
     elif record.kind == "calibration":
-        made, kept = {}, set(map(store.calibration_file, layout.all_calibrations(manifest)))
+        made, kept = dict(calibration), set(map(store.calibration_file, layout.all_calibrations(manifest)))
     else:
         made, kept = {}, set(record.files)
     taps = {tap.name for tap in manifest.taps}
     files = {name: file for name, file in record.files.items() if name in kept}
     files |= {name: file_record(digest(data)) for name, data in made.items()}
-    fidelity = [item for item in record.fidelity if item.tap in taps]
+    steps = manifest.curriculum.timesteps
+    fidelity = [item for item in record.fidelity if item.tap in taps and item.timestep in steps]
     return Rewritten(record.model_copy(update={"files": files, "fidelity": fidelity, "checksum": None}), made)

@@ -17,7 +17,7 @@ from cache_schema.storage.checksum import Bytes
 from cache_schema.storage.extras import required
 from cache_schema.storage.names import check_listed
 from cache_schema.storage.remote import ChangedWhileRead, Stat
-from cache_schema.storage.retrying import Transient
+from cache_schema.storage.retrying import Transient, stall
 
 SCHEMES = ("http", "https")
 _MAX_LISTING = 64 << 20
@@ -164,7 +164,7 @@ class _Answer:
 def _client(process: int) -> Any:
     """Return the client of a process: connections do not survive a fork."""
     httpx = required("httpx", "http")
-    return httpx.Client(timeout=httpx.Timeout(30.0, connect=5.0), limits=httpx.Limits(max_connections=64))
+    return httpx.Client(timeout=httpx.Timeout(stall(), connect=5.0), limits=httpx.Limits(max_connections=64))
 
 
 def _same_host(before: str, after: str) -> str:

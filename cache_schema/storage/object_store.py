@@ -16,13 +16,13 @@ from cache_schema.errors import CacheCorrupt, CacheError, CacheRequestError, Cac
 from cache_schema.storage.checksum import Bytes
 from cache_schema.storage.extras import required
 from cache_schema.storage.remote import ChangedWhileRead, Stat
-from cache_schema.storage.retrying import Transient
+from cache_schema.storage.retrying import Transient, stall
 
 T = TypeVar("T")
 
 SCHEMES = ("s3", "gs", "az")
 # No time limit for a whole request, which may move gigabytes; one for any stall.
-_CLIENT = {"connect_timeout": timedelta(seconds=5), "read_timeout": timedelta(seconds=30), "timeout": timedelta(days=1)}
+_CLIENT = {"connect_timeout": timedelta(seconds=5), "timeout": timedelta(days=1)}
 # The client's own repetitions are few and quick: how long to go on is decided in `cache_schema.storage.retrying`.
 _RETRY = {"max_retries": 2, "retry_timeout": timedelta(seconds=20)}
 _PART = 16 << 20  # of an upload in parts, bytes
@@ -132,12 +132,16 @@ class ObjectStorePlace:
             raise Transient(_reason(error)) from None
 
 
+def _client_options() -> dict[str, Any]:
+    return {**_CLIENT, "read_timeout": timedelta(seconds=stall())}
+
+
 @functools.lru_cache(maxsize=32)
 def _store(url: str, process: int) -> Any:
     """Return the client of a URL in a process."""
     obstore_store = required("obstore.store", url)
     parts = urlsplit(url)
-    options: dict[str, Any] = {"client_options": dict(_CLIENT), "retry_config": dict(_RETRY)}
+    options: dict[str, Any] = {"client_options": _client_options(), "retry_config": dict(_RETRY)}
     try:
         if parts.scheme == "s3":
             return _s3(obstore_store, url, options)

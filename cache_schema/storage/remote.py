@@ -145,6 +145,10 @@ class RemoteFolder:
         """Return the URL of a file."""
         return f"{self.url}/{name}"
 
+    def with_patience(self, retrying: Retrying) -> "RemoteFolder":
+        """Return the same folder, whose requests are repeated as long as that says."""
+        return RemoteFolder(self.url, self.place, retrying)
+
     def _call(self, where: str, ask: Callable[[], T]) -> T:
         # A place that never answered is more likely misspelt than busy.
         patience = self._retrying if self._answered else self._retrying.until_first_answer()

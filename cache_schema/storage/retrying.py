@@ -1,18 +1,24 @@
 """Asking again: what a network loses is asked for again, ever more slowly, until a deadline."""
 
+import math
+import os
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from cache_schema.errors import CacheUnreachable
+from cache_schema.errors import CacheRequestError, CacheUnreachable
 
 T = TypeVar("T")
 
-# Of one request with all its repetitions, in seconds: a server that is started again answers within a minute or two.
-DEADLINE = 180.0
+# Of one request with all its repetitions, in seconds. A command that somebody waits for says soon what is the matter;
+# a run that streams outlives a server that is started again, which answers within a minute or two.
+DEADLINE = 30.0
+STREAMING_DEADLINE = 180.0
+VARIABLE = "DIT_CACHE_TIMEOUT"  # instead of both
 _FIRST_DEADLINE = 15.0
+_LONGEST_STALL = 30.0
 _FIRST_WAIT = 0.1
 _LONGEST_WAIT = 5.0
 
@@ -21,11 +27,33 @@ class Transient(Exception):  # noqa: N818 -- reads as what happened
     """A request failed in a way that may pass: a cut connection, a server that is busy or restarting."""
 
 
+def patience(usual: float = DEADLINE) -> float:
+    """Return for how many seconds a request is repeated here: those of the environment, or else the usual ones.
+
+    Raises CacheRequestError where the environment holds no number of seconds.
+    """
+    text = os.environ.get(VARIABLE)
+    if not text:
+        return usual
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise CacheRequestError(f"{VARIABLE}={text}: give a number of seconds, for example 30")
+    return seconds
+
+
+def stall() -> float:
+    """Return for how many seconds a connection may be silent before it counts as lost."""
+    return min(_LONGEST_STALL, patience())
+
+
 @dataclass(frozen=True)
 class Retrying:
     """How long one request is repeated, in seconds, and how it is waited for in between."""
 
-    deadline: float = DEADLINE
+    deadline: float = field(default_factory=patience)
     sleep: Callable[[float], None] = time.sleep
 
     def until_first_answer(self) -> "Retrying":

@@ -23,10 +23,9 @@ from cache_schema.storage.checksum import Bytes
 from cache_schema.storage.extras import required
 from cache_schema.storage.files import is_aside
 from cache_schema.storage.remote import ChangedWhileRead, Stat
-from cache_schema.storage.retrying import Transient
+from cache_schema.storage.retrying import Transient, stall
 
 SCHEMES = ("sftp",)
-_TIMEOUT = 30.0  # of a stall, in seconds
 _SESSIONS = 6  # at once on one connection; servers allow 10 by default
 _Address = tuple[str, int | None, str | None]  # host, port, user
 
@@ -163,7 +162,7 @@ class _Connection:
                     self._client, self._idle = _connect(self._address), []
                 client = self._client
                 sftp = self._idle.pop() if self._idle else client.open_sftp()
-            sftp.get_channel().settimeout(_TIMEOUT)
+            sftp.get_channel().settimeout(stall())
             try:
                 yield sftp
             finally:
@@ -201,9 +200,9 @@ def _connect(address: _Address) -> Any:
             username=user or settings.get("user"),
             key_filename=settings.get("identityfile"),
             sock=paramiko.ProxyCommand(jump) if jump else None,
-            timeout=_TIMEOUT,
-            banner_timeout=_TIMEOUT,
-            auth_timeout=_TIMEOUT,
+            timeout=stall(),
+            banner_timeout=stall(),
+            auth_timeout=stall(),
         )
     except paramiko.BadHostKeyException:
         raise CacheUnreachable(f"sftp://{host}: the host has another key than ~/.ssh/known_hosts says") from None

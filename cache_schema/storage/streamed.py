@@ -9,6 +9,7 @@ from cache_schema.storage.folder import Folder, Signature
 from cache_schema.storage.local import LocalFolder
 from cache_schema.storage.places import Location, folder_at
 from cache_schema.storage.remote import RemoteFile, RemoteFolder
+from cache_schema.storage.retrying import STREAMING_DEADLINE, Retrying, patience
 
 DEFAULT_BOUND = "10GB"
 _MOST_BLOCKS = 32  # of one request
@@ -132,4 +133,5 @@ def reading_folder(location: Location, local_cache: str | None = None) -> Folder
         return folder
     assert isinstance(folder, RemoteFolder)
     bound = parse_size(local_cache or DEFAULT_BOUND)
+    folder = folder.with_patience(Retrying(patience(STREAMING_DEADLINE)))
     return folder if bound == 0 else StreamedFolder(folder, BlockStore(default_folder(), bound))

@@ -6,6 +6,7 @@ Source: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,9 +37,15 @@ class ShardWriter:
         expected = self.layout.row_shape
         if data.shape != expected:
             raise ValueError(f"row of shape {data.shape}, expected {expected}")
-        for chunk in data.reshape(math.prod(expected[:2]), -1):
-            plain = self.layout.compression == "none"
-            piece: Bytes = chunk.view(np.uint8).data if plain else compress(chunk, self.layout.compression)
+        plain = self.layout.compression == "none"
+        self.add_chunks(
+            chunk.view(np.uint8).data if plain else compress(chunk, self.layout.compression)
+            for chunk in data.reshape(math.prod(expected[:2]), -1)
+        )
+
+    def add_chunks(self, chunks: Iterable[Bytes]) -> None:
+        """Append the chunks of one sample as they are to lie in the file."""
+        for piece in chunks:
             self._places.append((self.file.size, len(piece)))
             checksum = crc32c(piece)
             self.piece_crc32c.append(checksum)

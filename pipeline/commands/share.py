@@ -17,6 +17,9 @@ def push(
     cache: Annotated[str, typer.Argument(help="A sealed cache, in a folder.")],
     url: Annotated[str | None, typer.Argument(help="Where it shall be; default $DIT_CACHE_REMOTE/NAME-ID.")] = None,
     sign: Annotated[Path | None, typer.Option(help="ed25519 private key to sign the cache with.")] = None,
+    owner: Annotated[
+        str | None, typer.Option(envvar="DIT_CACHE_OWNER", help="Whom ls names, to be asked about it.")
+    ] = None,
     take_over: Annotated[
         bool, typer.Option("--take-over", help="Replace another build's push that was given up half way.")
     ] = False,
@@ -37,7 +40,7 @@ def push(
     from cache_schema.storage.local import local_folder
 
     place = url or f"{prefix_of(None)}/{load_manifest(local_folder(cache)).label}"
-    plan = work.plan_push(cache, place, sign)
+    plan = work.plan_push(cache, place, sign, owner)
     for change in plan.changes:
         typer.echo(printable(f"removed from the manifest: {change}"))
     typer.echo(printable(f"teacher's licence: {licence_of(plan.manifest.teacher)}"))
@@ -55,6 +58,9 @@ def pull(
     split: Annotated[str | None, typer.Option(help="Only the samples of this split.")] = None,
     samples: Annotated[str | None, typer.Option(help="Only these rows, e.g. 0:1000.")] = None,
     taps: Annotated[str | None, typer.Option(help="Only these taps, e.g. hidden,single.3 (zarr store).")] = None,
+    timesteps: Annotated[
+        str | None, typer.Option(help="Only these timesteps, e.g. 22,28 (zarr store); less is fetched.")
+    ] = None,
     images_only: Annotated[bool, typer.Option("--images-only", help="Student images without features.")] = False,
     require_signature: Annotated[
         Path | None, typer.Option(help="ed25519 public key: refuse a cache that its owner did not sign.")
@@ -68,11 +74,12 @@ def pull(
     """
     from cache_schema.errors import printable
     from cache_schema.sharing import pull as work
-    from cache_schema.sharing.parts import Selection, parse_samples_range
+    from cache_schema.sharing.parts import Selection, parse_samples_range, parse_timesteps
 
     rows = parse_samples_range(samples) if samples else None
     names = tuple(taps.split(",")) if taps else None
-    plan = work.plan_pull(url, folder, Selection(split, rows, names, images_only), require_signature)
+    steps = parse_timesteps(timesteps) if timesteps else None
+    plan = work.plan_pull(url, folder, Selection(split, rows, names, images_only, steps), require_signature)
     with _bar("pull", work.bytes_of(plan)) as advance:
         manifest = work.pull(plan, advance)
     part = f"; a part: {manifest.provenance.pulled}" if manifest.provenance.pulled else ""
@@ -84,7 +91,7 @@ def ls(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """List the caches at a place: data set, teacher, curriculum, taps, encoding, size, date, id."""
+    """List the caches at a place: data set, teacher, curriculum, taps, encoding, size, owner, date, id."""
     _show(place, [], as_json)
 
 
@@ -104,16 +111,16 @@ def rm(
     debug: DebugOption = False,
 ) -> None:
     """Remove a cache from a place; without --yes it only says what that would be."""
+    from cache_schema.errors import printable
     from cache_schema.sharing import catalogue
-    from cache_schema.storage.places import folder_at
 
-    entries = catalogue.catalogue(url)
     if yes:
         typer.echo(f"removed {url}: {catalogue.remove(url)} files")
         return
-    count = len(catalogue.files_of(folder_at(url)))
-    if entries:
-        typer.echo(catalogue.table(entries))
+    count = len(catalogue.removable(url))
+    if entries := catalogue.catalogue(url):
+        for line in catalogue.table(entries).splitlines():
+            typer.echo(printable(line))
     typer.echo(f"{count} files would be removed; add --yes to remove them")
 
 
@@ -124,6 +131,7 @@ def gc(
     debug: DebugOption = False,
 ) -> None:
     """Show the caches at a place that no run in a folder refers to; with --yes remove them."""
+    from cache_schema.errors import printable
     from cache_schema.sharing import catalogue
 
     if not runs.is_dir():
@@ -132,9 +140,10 @@ def gc(
     if not entries:
         typer.echo(f"every cache is used by a run in {runs}")
         return
-    typer.echo(catalogue.table(entries))
+    for line in catalogue.table(entries).splitlines():
+        typer.echo(printable(line))
     for entry in entries if yes else ():
-        typer.echo(f"removed {entry.url}: {catalogue.remove(entry.url)} files")
+        typer.echo(printable(f"removed {entry.url}: {catalogue.remove(entry.url)} files"))
     if not yes:
         typer.echo(f"no run in {runs} refers to these; other people's runs are not seen. Add --yes to remove them")
 

@@ -10,7 +10,10 @@ import pytest
 
 
 def _load(name: str, file: str) -> None:
-    # Test folders are no packages (several have modules of the same name), so their shared code is loaded by its path.
+    # Test folders are no packages (several have modules of the same name), so their shared code is loaded by its path,
+    # once: servers of one module are not those of another.
+    if name in sys.modules:
+        return
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(file))
     assert spec is not None
     assert spec.loader is not None

@@ -12,22 +12,35 @@ from pathlib import Path
 import cache_servers as servers
 import pytest
 import torch
-from cache_building import build, damage, start, tree
+from cache_building import build, damage, features_of, fill, start, tiny_manifest, tiny_samples, tree
 from cache_proxy import FaultyProxy
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cache_schema import CacheCorrupt, CacheError, CacheMismatch, CacheNotFound, CacheUnsealed, Provenance, open_cache
+from cache_schema import (
+    CacheCorrupt,
+    CacheError,
+    CacheMismatch,
+    CacheNotFound,
+    CacheUnsealed,
+    Curriculum,
+    FeatureLoader,
+    Provenance,
+    TapInfo,
+    create_cache,
+    open_cache,
+)
 from cache_schema.care.verify import verify
 from cache_schema.format.journal import read_record, write_record
 from cache_schema.sharing.catalogue import catalogue, find_built, matching, remove, table, unused
-from cache_schema.sharing.parts import Selection
+from cache_schema.sharing.parts import Selection, parse_timesteps
 from cache_schema.sharing.pull import plan_pull, pull
 from cache_schema.sharing.push import plan_push, push
 from cache_schema.sharing.scrubbing import scrub
 from cache_schema.storage.local import LocalFolder
 from cache_schema.storage.object_store import _store
 from cache_schema.storage.places import folder_at
+from cache_schema.storage.remote import RemoteFile
 
 CacheOf = Callable[..., Path]
 SECRETIVE = Provenance(created="2026-01-02T00:00:00+00:00", command="dit-cache build --data=/home/mia/birds --output x")
@@ -202,6 +215,99 @@ def test_some_taps_alone_are_the_cache_that_was_built_with_them(cache_of: CacheO
     tars = cache_of(store="webdataset")
     with pytest.raises(CacheError, match="all taps of a sample in one tar"):
         fetch(f"file://{tars}", tmp_path / "tars", Selection(taps=("hidden",)))
+
+
+@pytest.mark.parametrize(("kind", "compression"), [("int8", "none"), ("float16", "zstd")])
+def test_some_timesteps_alone_are_byte_for_byte_the_cache_that_was_built_with_them(
+    tmp_path: Path, kind: str, compression: str
+) -> None:
+    """Curriculum 10, 16, 28 of which 10 and 28 are asked for, of a cache on whose row 5 the teacher failed."""
+    whole, few = (tmp_path / name for name in ("whole", "few"))
+    kept = Curriculum(num_steps=28, timesteps=[10, 28], sigmas=[0.9, 0.05], seed=7)
+    for root, changes, steps in ((whole, {}, [0, 1, 2]), (few, {"curriculum": kept}, [0, 2])):
+        samples, rows = tiny_samples()
+        writer = create_cache(
+            root, tiny_manifest(samples, rows, kind=kind, compression=compression, **changes), samples
+        )
+        full = tiny_manifest(samples, rows)
+        features = {shard: features_of(writer.shard_rows(shard), full) for shard in writer.missing_shards()}
+        features = {k: {tap: f[:, :, steps] for tap, f in taps.items()} for k, taps in features.items()}
+        features[1]["hidden"][2, 0, 0, 0, 0] = float("nan")
+        if writer.needs_calibration():
+            writer.calibrate(features[0])
+        for shard in features:
+            failed = {5: "the features are not finite"} if shard == 1 else {}
+            writer.write_shard(shard, features[shard], failed)
+        fill(writer).seal()
+    folder = fetch(f"file://{whole}", tmp_path / "part", Selection(timesteps=(28, 10)))
+    assert verify(folder) == []
+    part, built = open_cache(folder), open_cache(few)
+    assert part.manifest.cache_id == built.manifest.cache_id
+    assert (part.manifest.provenance.pulled or "").startswith("timesteps 28,10 of cache ")
+    assert list(part.feature_rows) == [0, 1, 2, 3, 4, 6]
+    own = {"manifest.json", "README.md", "journal/seal-00000.json"}  # which say that it is a part
+    files, expected = tree(folder), tree(few)
+    assert files.keys() == expected.keys()
+    assert [name for name in files if name not in own and files[name] != expected[name]] == []
+    batches = list(FeatureLoader(part, 2, seed=1))
+    assert all(torch.equal(a.payload, b.payload) for a, b in zip(batches, FeatureLoader(built, 2, seed=1), strict=True))
+
+
+def test_timesteps_combine_with_rows_and_taps_and_grow(secretive: Path, tmp_path: Path) -> None:
+    url, folder = f"file://{secretive}", tmp_path / "part"
+    fetch(url, folder, Selection(timesteps=(16,), taps=("hidden",), samples=(0, 3)))
+    part, whole = open_cache(folder), open_cache(secretive)
+    assert (part.manifest.curriculum.timesteps, list(part.feature_rows)) == ([16], [0, 1, 2])
+    assert torch.equal(part.read([1]).decode(), whole.read([1], timesteps=[16]).decode())
+    fetch(url, folder, Selection(timesteps=(16,), taps=("hidden",), samples=(6, 7)))
+    assert list(open_cache(folder).feature_rows) == [0, 1, 2, 6]
+    assert verify(folder) == []
+    with pytest.raises(CacheMismatch, match="holds another cache"):
+        fetch(url, folder, Selection(timesteps=(28,)))
+
+
+def test_timesteps_of_a_cache_elsewhere_move_their_own_bytes_alone(tmp_path: Path, monkeypatch) -> None:
+    root = build(
+        tmp_path / "wide", taps=[TapInfo(name="hidden", tokens=64, channels=1024, grid=(8, 8))], views=["hflip"]
+    )
+    send(root, "s3://team/push/steps")
+    data = root / "features/hidden/c/0"
+    size = sum(path.stat().st_size for path in data.rglob("*") if path.is_file())
+    read: list[int] = []
+    original = RemoteFile.read
+
+    def counted(file: RemoteFile, offset: int, length: int) -> bytes:
+        if "/features/hidden/c/0/" in file.path:
+            read.append(length)
+        return original(file, offset, length)
+
+    monkeypatch.setattr(RemoteFile, "read", counted)
+    folder = fetch("s3://team/push/steps", tmp_path / "part", Selection(timesteps=(16,)))
+    assert sum(read) < size * 0.34
+    assert torch.equal(open_cache(folder).read([2]).decode(), open_cache(root).read([2], timesteps=[16]).decode())
+
+
+def test_timesteps_that_cannot_come_alone_are_refused_in_one_line(cache_of: CacheOf, tmp_path: Path) -> None:
+    def refusal(of: Path, *steps: int) -> str:
+        with pytest.raises(CacheError) as refused:
+            fetch(f"file://{of}", tmp_path / "part", Selection(timesteps=steps))
+        assert not (tmp_path / "part").exists()
+        return str(refused.value)
+
+    assert "lacks timestep 11 (has 10, 16, 28)" in refusal(cache_of(), 11)
+    assert "all timesteps of a sample in one tar" in refusal(cache_of(store="webdataset"), 10)
+    assert "principal components" in refusal(cache_of(kind="int8", pca=3), 10)
+    with pytest.raises(CacheError, match="no timesteps"):
+        parse_timesteps("ten")
+    assert parse_timesteps("10, 28") == (10, 28)
+
+
+def test_damage_in_a_chunk_that_is_cut_is_named(secretive: Path, tmp_path: Path) -> None:
+    shutil.copytree(secretive, tmp_path / "broken")
+    damage(next(path for path in (tmp_path / "broken/features/hidden/c/1").rglob("*") if path.is_file()), 5)
+    with pytest.raises(CacheCorrupt, match="is damaged: row 3 does not match its checksum"):
+        fetch(f"file://{tmp_path}/broken", tmp_path / "part", Selection(timesteps=(10,)))
+    assert not (tmp_path / "part/manifest.json").exists()
 
 
 def test_a_signed_cache_is_told_from_one_that_another_altered(secretive: Path, tmp_path: Path) -> None:
