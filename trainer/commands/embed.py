@@ -36,7 +36,7 @@ def embed(
 
     require_student_alone(model)
     opened = open_model(model, config.device)
-    done = embed_images(_images(source, config), opened, output, overwrite, strict)
+    done = embed_images(_images(source, config, given), opened, output, overwrite, strict)
     for name, reason in list(done.failed.items())[:_NAMED]:
         typer.echo(f"note: left out {name}: {reason}", err=True)
     if len(done.failed) > _NAMED:
@@ -49,9 +49,16 @@ def embed(
     )
 
 
-def _images(source: str, config: EmbedConfig) -> Images:
+def _images(source: str, config: EmbedConfig, given: Values) -> Images:
+    """What is to be embedded; raises TrainError for an option that would do nothing there."""
+    from trainer.errors import TrainError
     from trainer.retrieval.images import CacheImages, FolderImages, is_cache
 
+    idle = ("threads", "max_megapixels") if is_cache(source) else ("split",)
+    named = next((EMBED.field(name).option for name in idle if name in given), None)
+    if named is not None:
+        kind = "image files, and this is a cache" if is_cache(source) else "a cache, and this is a folder of images"
+        raise TrainError(f"{named} is for {kind}")
     if is_cache(source):
         return CacheImages(source, open_for(source, allow_partial=True), config.split)
     return FolderImages(Path(source), config.max_megapixels, config.threads)

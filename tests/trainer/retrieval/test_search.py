@@ -138,6 +138,8 @@ def test_a_cache_is_embedded_and_its_images_are_shown(here, students, cache_path
     assert code == 0
     with Image.open(io.BytesIO(picture.read_bytes())) as drawn:
         assert drawn.format == "PNG"
+    assert "--threads is for image files" in here("embed", cache_path, "--threads", 2, *options)[2]
+    assert "--split is for a cache" in here("embed", tmp_path, "--split", "test", *options)[2]
     assert "name one of train, test, unlabeled, all" in here("embed", cache_path, "--split", "x", *options)[2]
 
 
