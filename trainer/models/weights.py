@@ -24,6 +24,8 @@ def load_weights(path: Path, device: str = "cpu") -> dict[str, Tensor]:
         tensors = load_file(path, device=device)
     except FileNotFoundError:
         raise TrainError(f"{path} is missing") from None
+    except OSError as error:  # a folder, a disk that fails, no permission
+        raise TrainError(f"{path} cannot be read ({error}); copy or make it again") from None
     except SafetensorError as error:
         raise TrainError(f"{path} is damaged or not a safetensors file ({error}); copy or make it again") from None
     broken = [name for name, value in tensors.items() if not value.isfinite().all()]

@@ -67,7 +67,8 @@ def loss_figure(logs: dict[str, list[dict[str, Any]]], panels: Mapping[str, Mapp
             _plot_recall(every[-1], measured)
         for axes in every:
             axes.set_xlabel("student updates")
-            axes.legend(fontsize=8)
+            if axes.get_legend_handles_labels()[0]:  # none where the log of a run is gone
+                axes.legend(fontsize=8)
         return _data_uri(figure)
 
 

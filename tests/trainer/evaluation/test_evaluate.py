@@ -78,6 +78,13 @@ def test_weights_that_are_not_finite_are_named_by_file_and_tensor_and_give_no_sc
         evaluate_run(run, cache, CPU, load_trained)
 
 
+def test_weights_that_cannot_be_read_are_named(run, cache):
+    (run / "gim.safetensors").unlink()
+    (run / "gim.safetensors").mkdir()
+    with pytest.raises(TrainError, match=r"gim\.safetensors cannot be read"):
+        evaluate_run(run, cache, CPU, load_trained)
+
+
 @pytest.mark.parametrize("factor", [0.0, 1e38])
 def test_a_student_that_tells_no_image_from_another_has_no_score(run, cache, factor):
     weights = load_file(run / "student.safetensors")
