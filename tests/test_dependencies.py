@@ -29,11 +29,14 @@ OPTIONAL_IN_CONTRACT = {
     "webdataset": {"webdataset"},
     "remote": {"botocore", "cryptography", "fsspec", "httpx", "huggingface-hub", "obstore", "paramiko"},
 }
-# Extras of their own of the trainer: forms in which students are exported, approximate search, a page.
-OPTIONAL_IN_TRAINER = {
-    "export": {"onnx", "onnxruntime", "onnxscript"},
-    "search": {"usearch"},
-    "serve": {"starlette", "uvicorn"},
+# Extras of their own: a build on a cluster; forms in which students are exported, approximate search, a page.
+OPTIONAL_IN = {
+    "pipeline": {"ray": {"ray"}},
+    "trainer": {
+        "export": {"onnx", "onnxruntime", "onnxscript"},
+        "search": {"usearch"},
+        "serve": {"starlette", "uvicorn"},
+    },
 }
 
 
@@ -71,15 +74,15 @@ def test_a_base_install_is_what_the_contract_imports() -> None:
 
 @pytest.mark.parametrize("package", ["pipeline", "trainer"])
 def test_an_extra_is_what_its_package_imports_beyond_the_base(package: str) -> None:
-    optional = set().union(*OPTIONAL_IN_TRAINER.values())
-    found = imported(package) - (optional if package == "trainer" else set())
+    found = imported(package) - set().union(*OPTIONAL_IN[package].values())
     assert asked_for(package) == (found - asked_for()) | IMPORTED_BY_OTHERS[package].keys()
 
 
-def test_the_trainers_own_extras_are_imported_where_they_are_needed() -> None:
-    for extra, distributions in OPTIONAL_IN_TRAINER.items():
+@pytest.mark.parametrize("package", ["pipeline", "trainer"])
+def test_a_packages_own_extras_are_imported_where_they_are_needed(package: str) -> None:
+    for extra, distributions in OPTIONAL_IN[package].items():
         assert asked_for(extra) == distributions
-        assert distributions <= imported("trainer")
+        assert distributions <= imported(package)
 
 
 def test_no_two_lists_ask_for_different_versions_of_one_distribution() -> None:

@@ -17,7 +17,7 @@ from cache_schema.writing.claims import Claims
 from cache_schema.writing.writer import CacheWriter
 from pipeline.build.calibration import CalibrationImages
 from pipeline.build.config import BuildConfig
-from pipeline.build.engines.part import WHOLE, Part
+from pipeline.build.part import WHOLE, Part
 from pipeline.datasets.base import Sample
 from pipeline.inputs.feature_source import FeatureSource
 from pipeline.inputs.scan import ScannedSample

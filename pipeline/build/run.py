@@ -22,8 +22,8 @@ from cache_schema.writing.claims import Claims
 from cache_schema.writing.writer import CacheWriter
 from pipeline.build.config import BuildConfig
 from pipeline.build.describe import describe_cache
-from pipeline.build.engines.part import WHOLE, Part, StoppedEarly
 from pipeline.build.features import FeatureBuilder
+from pipeline.build.part import WHOLE, Part, StoppedEarly
 from pipeline.build.provenance import provenance_of
 from pipeline.build.source import source_for
 from pipeline.build.student_images import write_student_images
@@ -79,14 +79,8 @@ def build(
     quarantined = sum(not s.ok for s in scanned)
     if quarantined:
         log(f"{quarantined} of {len(scanned)} images are quarantined; `dit-cache info` names each and why")
-    table = samples_table([s.row() for s in scanned])
-    manifest = describe_cache(teacher, dataset, config, table)
-    _stop_where_built(manifest, output, log)
-    # Another cache is not touched; create_cache refuses it.
-    if repair and load_manifest(LocalFolder(output)).cache_id == manifest.cache_id:
-        for found in mend(output):
-            log(str(found))
-    writer = create_cache(output, manifest, table)
+    writer = begin_cache(teacher, dataset, config, output, scanned, repair, log)
+    manifest = writer.manifest
     missing = len(writer.missing_shards())
     log(f"cache {manifest.cache_id[:12]} at {output}: {missing} feature shards to compute")
     if missing or writer.missing_image_shards() or writer.needs_calibration():
@@ -124,6 +118,26 @@ def _stop_where_built(manifest: Manifest, output: Path, log: Callable[[str], Non
         )
 
 
+def begin_cache(
+    teacher: AnyTeacher,
+    dataset: Dataset,
+    config: BuildConfig,
+    output: Path,
+    scanned: Sequence[ScannedSample],
+    repair: bool = False,
+    log: Callable[[str], None] = tqdm.write,
+) -> CacheWriter:
+    """Begin a cache at `output`, or find the one that was begun; arguments and errors as of `build`."""
+    table = samples_table([s.row() for s in scanned])
+    manifest = describe_cache(teacher, dataset, config, table)
+    _stop_where_built(manifest, output, log)
+    # Another cache is not touched; create_cache refuses it.
+    if repair and load_manifest(LocalFolder(output)).cache_id == manifest.cache_id:
+        for found in mend(output):
+            log(str(found))
+    return create_cache(output, manifest, table)
+
+
 def _fill(
     writer: CacheWriter,
     source: FeatureSource,
@@ -136,7 +150,7 @@ def _fill(
     """Write all that is missing: student images beside the teacher's work, which they would otherwise delay."""
     usable = [s for s in scanned if s.ok]
     quarantined = len(scanned) - len(usable)
-    bad.recount(quarantined + _count_failed(writer))
+    bad.recount(quarantined + count_failed(writer))
     stop = Event()
     with Claims(writer.folder) as claims, ThreadPoolExecutor(1) as pool:
         images = pool.submit(write_student_images, writer, claims, dataset, config, usable, stop=stop, part=part)
@@ -152,7 +166,7 @@ def _fill(
             write_student_images(writer, claims, dataset, config, usable, stop=stop, wait=part.waits, part=part)
         finally:
             stop.set()
-    bad.recount(quarantined + _count_failed(writer))
+    bad.recount(quarantined + count_failed(writer))
     bad.check()
 
 
@@ -176,7 +190,7 @@ def _shards(count: int) -> str:
     return f"{count} shard" if count == 1 else f"{count} shards"
 
 
-def _count_failed(writer: CacheWriter) -> int:
+def count_failed(writer: CacheWriter) -> int:
     """The number of rows that the journal says the teacher failed on."""
     records = (read_record(writer.folder, "features", k) for k in committed_shards(writer.folder, "features"))
     return sum(len(record.failed) for record in records if record)

@@ -11,7 +11,7 @@ from cache_schema.format.manifest import ImagesInfo
 from cache_schema.writing.claims import Claims
 from cache_schema.writing.writer import CacheWriter
 from pipeline.build.config import BuildConfig
-from pipeline.build.engines.part import WHOLE, Part
+from pipeline.build.part import WHOLE, Part
 from pipeline.datasets.base import Dataset
 from pipeline.inputs.decoding import read_image
 from pipeline.inputs.scan import ScannedSample

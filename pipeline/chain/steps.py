@@ -8,6 +8,7 @@ is a command of its own (`alone`) ends with where its result is and what comes n
 
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -19,7 +20,8 @@ from pipeline.opening import open_data, open_teacher
 from pipeline.teachers.base import Teacher, is_image_encoder
 
 if TYPE_CHECKING:
-    from pipeline.build.engines.part import Part
+    from pipeline.build.engines.ray_engine import Cluster
+    from pipeline.build.part import Part
 
 
 def annotate_images(
@@ -94,7 +96,7 @@ def build_cache(
 
     part: which shards are built here and until when; None is all of them.
     """
-    from pipeline.build.engines.part import WHOLE
+    from pipeline.build.part import WHOLE
     from pipeline.build.run import build, scan_for
     from pipeline.inputs.decoded import DecodedImages
 
@@ -109,6 +111,39 @@ def build_cache(
     )  # fmt: skip
     if alone and built.sealed:
         print(next_line("build", config, output))
+
+
+def build_cache_with_ray(
+    config: RunConfig, lora: Path | None, output: Path, cluster: "Cluster", until: float | None = None
+) -> None:
+    """The cache into the folder `output`, its shards computed by workers of Ray, each with a teacher of its own.
+
+    until: seconds since 1970 by which to have stopped.
+    """
+    from pipeline.build.engines.ray_engine import Work, sealed_after, the_library
+    from pipeline.build.run import scan_for
+    from pipeline.inputs.condition_store import default_store
+
+    the_library()
+    # Workers have working directories of their own.
+    data = replace(config.data, root=config.data.root and config.data.root.absolute())
+    scanned = scan_for(open_data(data), config.build, config.tolerance)
+    work = Work(
+        open_teacher=partial(open_teacher, config.teacher, lora and lora.absolute()),
+        open_dataset=partial(open_data, data, _say_nothing),
+        config=config.build,
+        output=output.absolute(),
+        conditions=(config.conditions or default_store(output)).absolute(),
+        tolerance=config.tolerance,
+        scanned=scanned,
+        until=until,
+    )
+    sealed_after(work, cluster)
+    print(next_line("build", config, output))
+
+
+def _say_nothing(_line: str) -> None:
+    """What is said of a data set was said once."""
 
 
 def verify_cache(cache: str | Path) -> None:

@@ -1,7 +1,7 @@
 """`dit-cache build`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,8 +18,11 @@ from pipeline.commands.options import (
     DebugOption,
     configured_by,
 )
-from pipeline.config import configure
+from pipeline.config import RunConfig, configure
 from pipeline.presets import run_folder
+
+if TYPE_CHECKING:
+    from pipeline.build.part import Part
 
 
 @configured_by(
@@ -48,6 +51,17 @@ def build(
         str | None,
         typer.Option(metavar="I/N", help="Build every N-th shard from the I-th on, I from 0: one job of an array."),
     ] = None,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="Compute here, or in workers that Ray starts (extra ray).")
+    ] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="With --engine ray: a running cluster, host:port or auto; default one made here.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="With --engine ray: how many workers; default 1.")] = None,
+    gpus_per_worker: Annotated[
+        float | None,
+        typer.Option(min=0, help="With --engine ray: GPUs of each worker; 0 computes on CPUs; default 1."),
+    ] = None,
     until: Annotated[
         str | None,
         typer.Option(
@@ -60,7 +74,7 @@ def build(
     debug: DebugOption = False,
 ) -> None:
     """Build the cache, or resume it: a shard that is there is not computed again."""
-    from pipeline.build.engines.part import Deadline, Part, read_slice, read_time
+    from pipeline.build.part import Deadline, Part, read_slice, read_time
 
     part = Part(
         None if shard_slice is None else read_slice(shard_slice),
@@ -69,9 +83,31 @@ def build(
     place = output or run_folder(given["data.name"]) / "cache"
     if resume or repair:
         _check_begun(place, "--repair" if repair else "--resume")
+    if engine == "ray":
+        if repair or part.shards is not None:
+            raise typer.BadParameter("leave --repair and --shard-slice to the local engine", param_hint="--engine ray")
+        _with_ray(configure(given), lora, place, part, (workers, gpus_per_worker, address))
+        return
+    if (workers, gpus_per_worker, address) != (None, None, None):
+        raise typer.BadParameter("are of --engine ray", param_hint="--workers, --gpus-per-worker, --address")
     from pipeline.chain.steps import build_cache
 
     build_cache(configure(given), lora, place, repair=repair, part=part)
+
+
+def _with_ray(
+    config: RunConfig,
+    lora: Path | None,
+    output: Path,
+    part: "Part",
+    asked: tuple[int | None, float | None, str | None],
+) -> None:
+    from pipeline.build.engines.ray_engine import Cluster
+    from pipeline.chain.steps import build_cache_with_ray
+
+    workers, gpus, address = asked
+    cluster = Cluster(1 if workers is None else workers, 1.0 if gpus is None else gpus, address)
+    build_cache_with_ray(config, lora, output, cluster, None if part.deadline is None else part.deadline.end)
 
 
 def _check_begun(cache: Path, option: str) -> None:

@@ -1,1 +1,1 @@
-"""Where the numbers of the shards come from that one process of a build computes."""
+"""Builds whose shards are handed out to many machines."""

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from cache_schema.errors import CacheNotFound, CacheUnsealed
 from cache_schema.format.manifest_file import load_manifest
 from cache_schema.storage.local import LocalFolder
-from pipeline.build.engines.part import Deadline, Part, PartError, read_slice, read_time
+from pipeline.build.part import Deadline, Part, PartError, read_slice, read_time
 from pipeline.cli import app
 
 OPTIONS = ("--limit", "6", "--features", "train,unlabeled", "--samples-per-shard", "2", "--image-size", "16",

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Protocol
 
 from cache_schema.errors import DitDistillError
 
@@ -21,6 +22,12 @@ class StoppedEarly(DitDistillError):  # noqa: N818 - says what happened
 
 class PartError(DitDistillError):
     """A part of a build, or a time, that cannot be understood."""
+
+
+class Choice(Protocol):
+    """Which of the shards of a cache are built here."""
+
+    def of(self, shards: Iterable[int]) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class Deadline:
 class Part:
     """Which shards a process builds, and until when; by default all of them, with whoever else builds the cache."""
 
-    shards: ShardSlice | None = None
+    shards: Choice | None = None
     deadline: Deadline | None = None
 
     @property
