@@ -29,10 +29,12 @@ OPTIONAL_IN_CONTRACT = {
     "webdataset": {"webdataset"},
     "remote": {"botocore", "cryptography", "fsspec", "httpx", "huggingface-hub", "obstore", "paramiko"},
 }
-# Extras of their own: a build on a cluster; forms in which students are exported, approximate search, a page.
+# Extras of their own: a build on a cluster; training in several processes, forms in which students are exported,
+# approximate search, a page.
 OPTIONAL_IN = {
     "pipeline": {"ray": {"ray"}},
     "trainer": {
+        "distributed": {"accelerate"},
         "export": {"onnx", "onnxruntime", "onnxscript"},
         "search": {"usearch"},
         "serve": {"starlette", "uvicorn"},

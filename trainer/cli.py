@@ -64,3 +64,7 @@ def root(
 def main() -> None:
     """Entry point of the `dit-train` command."""
     commands.run(app, interrupted_hint="run the same command again (`run` with --resume) to continue where it stopped")
+
+
+if __name__ == "__main__":  # torchrun -m trainer.cli
+    main()

@@ -206,6 +206,10 @@ class TrainConfig(Frozen):
         bool, Setting("Hold what is read from the cache against its checksums.", resumable=True)
     ] = True
     log_every: Annotated[int, Setting("Updates between records of the log.", resumable=True)] = Field(default=10, ge=1)
+    track: Annotated[
+        tuple[Literal["wandb", "mlflow"], ...],
+        Setting("Also log to wandb or mlflow, installed and set up as usual.", resumable=True),
+    ] = ()
     eval_every: Annotated[
         int, Setting("Epochs between measurements of recall on validation classes; 0: only at the end.", resumable=True)
     ] = Field(default=0, ge=0)

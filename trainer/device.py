@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from cache_schema.devices import choose_device, use_device
+from trainer.processes import beside
 
 __all__ = [
     "Precision",
@@ -82,7 +83,7 @@ def choose_workers(wanted: int | Literal["auto"], device: torch.device) -> int:
     """
     if wanted != "auto":
         return wanted
-    return 0 if device.type == "cpu" else max(1, min(_WORKERS, usable_cores() // 2))
+    return 0 if device.type == "cpu" else max(1, min(_WORKERS, usable_cores() // (2 * beside())))
 
 
 def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

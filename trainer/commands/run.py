@@ -35,7 +35,7 @@ SHOWN = (
     Exposed("student.img_size", "--image-size", shown="of the preset, else of the network"),
     Exposed("student.pretrained", "--pretrained", help="Start from timm's weights."),
     Exposed("student.weights", "--student-weights", help="Start from this safetensors file."),
-    "compile", "deterministic", "device", "workers", "local_cache",
+    "compile", "deterministic", "device", "workers", "local_cache", "track",
 )  # fmt: skip
 
 
@@ -74,7 +74,10 @@ def run(
         typer.echo(config.model_dump_json(indent=2))
         return
     require_weights(config, chosen)
-    _train(config, said, output, resume, overwrite, allow_partial)
+    from trainer.processes import one_speaks
+
+    with one_speaks():
+        _train(config, said, output, resume, overwrite, allow_partial)
 
 
 def _default_output(cache: str | None, mode: str | None, method: str | None) -> Path:

@@ -18,6 +18,7 @@ from cache_schema.loading.sampler import AUGMENT, VIEWS, BalancedSampler, EpochS
 from cache_schema.read_ahead import PREFETCH, ReadAhead
 from cache_schema.reading.batch import TORCH_DTYPES, EncodedBatch
 from cache_schema.storage.places import is_remote
+from trainer import processes
 from trainer.config import TrainConfig
 from trainer.data.augmentation import augment_image, draw_numbers, random_crop
 from trainer.data.features import FeatureSource, Needs, open_sources, shared_views
@@ -127,6 +128,7 @@ class TrainingBatches:
         device: torch.device = _CPU,
     ):
         self.cache, self.config = cache, config
+        self.share = processes.number(), processes.count()  # which part of every batch, of how many
         self.sources = open_sources(cache, needs, config.verify_reads, config.local_cache)
         self.views = shared_views(cache, self.sources, config.views)
         if config.augment.flip and "hflip" not in self.views:
@@ -187,9 +189,8 @@ class TrainingBatches:
         """Raise TrainError unless labelled and unlabelled rows of a batch can be cut into so many equal parts."""
         for rows, name in ((self.labelled, "labelled"), (self.unlabelled, "unlabelled")):
             if rows is not None and rows.batch_size % parts:
-                raise TrainError(
-                    f"optim.accumulate: {rows.batch_size} {name} images per update are not {parts} equal parts"
-                )
+                whose = "optim.accumulate" if self.share[1] == 1 else f"{self.share[1]} processes, optim.accumulate"
+                raise TrainError(f"{whose}: {rows.batch_size} {name} images per update are not {parts} equal parts")
 
     @property
     def batch_rows(self) -> int:
@@ -197,29 +198,49 @@ class TrainingBatches:
         return self.labelled.batch_size + (self.unlabelled.batch_size if self.unlabelled else 0)
 
     def rows(self, update: int) -> np.ndarray:
-        """Rows of the cache in the batch of 0-based `update`: the labelled ones, then the unlabelled ones."""
+        """Rows of the cache in this process's batch of 0-based `update`: the labelled ones, then the unlabelled ones.
+
+        Of several processes that train together each has its share of both.
+        """
+        return self._whole(update)[self._own()]
+
+    def _whole(self, update: int) -> np.ndarray:
         labelled = self.labelled.batch(update)
         return labelled if self.unlabelled is None else np.append(labelled, self.unlabelled.batch(update))
 
-    def __getitem__(self, update: int) -> Batch:
-        return self.make(update, self.timesteps)
+    def _own(self) -> np.ndarray:
+        """Where this process's share is in the rows of a whole batch."""
+        (part, parts), first = self.share, self.labelled.batch_size
+        places = [np.arange(first * part // parts, first * (part + 1) // parts)]
+        if self.unlabelled is not None:
+            extra = self.unlabelled.batch_size
+            places.append(first + np.arange(extra * part // parts, extra * (part + 1) // parts))
+        return np.concatenate(places)
 
-    def make(self, update: int, timesteps: TimestepDraw | None) -> Batch:
-        """The batch of an update with the features of the timesteps drawn, or (None) of all."""
-        labelled, rows = self.labelled.batch(update), self.rows(update)
+    def __getitem__(self, update: int) -> Batch:
+        return self.make(update, self.timesteps, self._own())
+
+    def make(self, update: int, timesteps: TimestepDraw | None, places: np.ndarray | None = None) -> Batch:
+        """The batch of an update with the features of the timesteps drawn, or (None) of all.
+
+        With `places` only these of its rows, as they are in the whole of it.
+        """
+        rows = self._whole(update)
+        own = np.arange(len(rows)) if places is None else places
+        whole, rows = len(rows), rows[own]
+        labelled = int((own < self.labelled.batch_size).sum())
         labels = torch.full((len(rows),), -1, dtype=torch.int64)
-        labels[: len(labelled)] = torch.tensor([self.label_of[row] for row in labelled.tolist()])
+        labels[:labelled] = torch.tensor([self.label_of[row] for row in rows[:labelled].tolist()])
         # Drawn for the labelled rows first: unlabelled rows do not change what a method without them sees.
-        draw = generator(self.config.seed, VIEWS, update).integers(len(self.views), size=len(rows))
+        draw = generator(self.config.seed, VIEWS, update).integers(len(self.views), size=whole)[own]
         held = self.pixels.take(len(rows))
         images = held.tensors[_IMAGES]
-        boxes = self._draw_images(images, rows, draw, generator(self.config.seed, AUGMENT, update))
-        drawn = None if timesteps is None else timesteps.draw(update, len(rows))
+        numbers = draw_numbers(generator(self.config.seed, AUGMENT, update), whole)[own]
+        boxes = self._draw_images(images, rows, draw, numbers)
+        drawn = None if timesteps is None else timesteps.draw(update, whole)[own]
         encoded = {name: reader.read(rows, draw, drawn) for name, reader in self.features.items()}
         chosen = None if drawn is None else torch.from_numpy(drawn)
-        return Batch(
-            images, labels, encoded, unlabelled=len(rows) - len(labelled), boxes=boxes, timesteps=chosen, held=held
-        )
+        return Batch(images, labels, encoded, unlabelled=len(rows) - labelled, boxes=boxes, timesteps=chosen, held=held)
 
     def pin_memory(self) -> None:
         """Page-lock what batches are made in, for copies to a CUDA device that take no time of a step."""
@@ -236,14 +257,12 @@ class TrainingBatches:
         for reader in self.features.values():
             reader.reused.reclaim()
 
-    def _draw_images(
-        self, images: Tensor, rows: np.ndarray, views: np.ndarray, random: np.random.Generator
-    ) -> Tensor | None:
+    def _draw_images(self, images: Tensor, rows: np.ndarray, views: np.ndarray, numbers: np.ndarray) -> Tensor | None:
         """Fill (n, 3, S, S) uint8 with the images of rows, each cropped, in its own of the run's views, and changed.
 
         Returns, where features are compared place by place, what each shows of the picture in its view: (n, 4).
         """
-        augment, numbers = self.config.augment, draw_numbers(random, len(rows))
+        augment = self.config.augment
         boxes: np.ndarray | None = None
         if augment.crop_scale is None:
             self.images.load(rows, out=images)

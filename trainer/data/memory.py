@@ -14,13 +14,14 @@ import numpy as np
 
 from cache_schema.loading.slots import nameless_file
 from cache_schema.memory import available_memory
+from trainer.processes import beside
 
 _SHARE = 4  # of the memory that is free, a quarter
 
 
 def spare_memory() -> int:
     """Bytes that decoded images may take unless told otherwise: a share of what is free, here or in this container."""
-    return min(available_memory(), _left_in_container()) // _SHARE
+    return min(available_memory(), _left_in_container()) // _SHARE // beside()
 
 
 class SharedBytes:

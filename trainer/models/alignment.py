@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer import processes
+
 CLASS_MEAN_MOMENTUM = 0.9
 
 
@@ -13,11 +15,12 @@ def relational_loss(student: Tensor, target: Tensor, temperature: float) -> Tens
     """KL between row-softmaxed cosine similarities within the batch, averaged over images and P.
 
     student (B, C), target (B, P, D): the widths may differ, for only similarities are compared, each image's to the
-    B − 1 others. A batch of one image gives 0. Source: similarities within a batch as the knowledge to transfer:
-    Tung & Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019; Park et al., "Relational Knowledge
-    Distillation", CVPR 2019; as distributions compared by KL: Passalis & Tefas, "Learning Deep Representations with
-    Probabilistic Knowledge Transfer", ECCV 2018.
+    B − 1 others, of all processes. A batch of one image gives 0. Source: similarities within a batch as the knowledge
+    to transfer: Tung & Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019; Park et al., "Relational
+    Knowledge Distillation", CVPR 2019; as distributions compared by KL: Passalis & Tefas, "Learning Deep
+    Representations with Probabilistic Knowledge Transfer", ECCV 2018.
     """
+    student, target = processes.gathered(student), processes.gathered(target)
     B = len(student)
     if B < 2:
         return student.sum() * 0.0
@@ -75,7 +78,7 @@ class Memory(nn.Module):
     @torch.no_grad()
     def add(self, targets: Tensor) -> None:
         """Take in (B, P, D), in place of the oldest."""
-        size = len(self.values)
+        size, targets = len(self.values), processes.gathered(targets)
         newest = targets.detach()[-size:].to(self.values.dtype)
         skipped = len(targets) - len(newest)
         places = (self.taken + skipped + torch.arange(len(newest), device=self.taken.device)) % size
@@ -106,7 +109,7 @@ class ClassMeans(nn.Module):
     @torch.no_grad()
     def update(self, embeddings: Tensor, labels: Tensor) -> None:
         """Take in embeddings (B, P, D) with labels (B,), -1 for unlabelled rows, which tell nothing of a class."""
-        unit = F.normalize(embeddings.detach().float(), dim=-1)
+        unit, labels = processes.gathered(F.normalize(embeddings.detach().float(), dim=-1)), processes.gathered(labels)
         # One row of scratch beyond the classes takes the unlabelled ones, so that none is picked out.
         places = torch.where(labels >= 0, labels, len(self.means))
         sums = unit.new_zeros(len(self.means) + 1, *unit.shape[1:]).index_add_(0, places, unit)[:-1]

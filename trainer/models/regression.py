@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from trainer import processes
 from trainer.config import RegressionConfig
 from trainer.data.features import FeatureShape
 from trainer.models.alignment import projector
@@ -110,4 +111,4 @@ def _some_tokens(features: Tensor) -> Tensor:
 def _distance(predicted: Tensor, target: Tensor, known: Tensor) -> Tensor:
     """2 − 2 cos over the last axis, averaged over what is known: (…, P, K) twice, (…)."""
     apart = (2 - 2 * F.cosine_similarity(predicted.float(), target, dim=-1)).mean(-1)
-    return (apart * known).sum() / known.sum().clamp_min(1)
+    return (apart * known).sum() / processes.share_of_sum(known.sum())

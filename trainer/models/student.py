@@ -54,6 +54,11 @@ class Student(nn.Module):
         for module in self._frozen if scales_too else ():
             module.requires_grad_(False)
 
+    @property
+    def keeps_statistics(self) -> bool:
+        """Whether batch norms use the statistics they came with in training too."""
+        return bool(self._frozen)
+
     def train(self, mode: bool = True) -> Student:
         super().train(mode)
         for module in self._frozen:

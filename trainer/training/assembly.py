@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from timm.utils import ModelEmaV3
 
+from trainer import processes
 from trainer.config import TrainConfig
 from trainer.data.batches import TrainingBatches
 from trainer.data.images import choose_fit
@@ -27,7 +28,9 @@ from trainer.methods.method import Method
 from trainer.methods.registry import find_method
 from trainer.models.student import Student, build_student
 from trainer.training.checkpoint import Progress, latest_checkpoint, load_checkpoint
+from trainer.training.distributed import join, synchronise_batch_norm
 from trainer.training.optim import make_optimizer
+from trainer.training.trackers import check_trackers
 
 if TYPE_CHECKING:
     from cache_schema import Cache
@@ -72,6 +75,8 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
     device = choose_device(config.device)
     named = use_device(device)
     watch_memory(device)
+    join(device)
+    check_trackers(config.track)
     set_deterministic(config.deterministic)
     torch.manual_seed(config.seed)
     student = build_student(config.student)
@@ -89,7 +94,8 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
     validation = None
     if config.validation_classes:
         validation = open_rows(cache, batches.validation, student.input_size, config.image_memory_gb, student.fit)
-    batches.require_parts(config.optim.accumulate)
+    batches.require_parts(config.optim.accumulate * processes.count())
+    synchronise_batch_norm(student, device)
     shapes = {name: source.shape for name, source in batches.sources.items()}
     method = kind(config, student, batches.classes, shapes).to(device)
     # Of the method and not of the student alone: what is used with the student must be of the same moments. The decay

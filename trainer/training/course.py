@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer import processes
 from trainer.evaluation.evaluate import evaluate_modules
 from trainer.evaluation.tables import headline
 from trainer.training.assembly import Parts
 from trainer.training.best import Best, best_so_far, keep_best
 from trainer.training.checkpoint import Progress, save_checkpoint
 from trainer.training.divergence import refuse_broken
-from trainer.training.logs import MetricsLog
+from trainer.training.logs import MetricsLog, NoLog
 from trainer.training.pace import Pace
 from trainer.training.summary import describe
 
@@ -24,9 +25,9 @@ from trainer.training.summary import describe
 class Course:
     """A run under way: what is done with each batch, and what is written on the way and at the end."""
 
-    def __init__(self, parts: Parts, run: Path, log: MetricsLog, progress: Progress, pace: Pace):
+    def __init__(self, parts: Parts, run: Path, log: MetricsLog | NoLog, progress: Progress, pace: Pace):
         self.parts, self.run, self.log, self.pace = parts, run, log, pace
-        self.progress, self.done, self.best = progress, progress.update, best_so_far(run)
+        self.progress, self.done, self.best = progress, progress.update, best_so_far(run) if processes.leads() else None
         self.began = time.monotonic() - progress.seconds
         self.rate = 0.0  # the learning rate of the last update
 
@@ -36,7 +37,8 @@ class Course:
 
     def report(self, losses: dict[str, Tensor]) -> dict[str, str]:
         """Log the last update and the pace since the last report; returns what a progress bar shows of it."""
-        values = {name: value.item() for name, value in losses.items()}
+        means = processes.summed(torch.stack([value.float() for value in losses.values()])) / processes.count()
+        values = dict(zip(losses, means.tolist(), strict=True))
         rates = self.pace.lap().rates(self.parts.batches.batch_rows)
         self.log.write(self.done, epoch=round(self.epoch, 4), lr=self.rate, losses=values, **rates)
         shown = {"epoch": f"{self.epoch:.1f}", "loss": f"{values['loss']:.3f}", "lr": f"{self.rate:.1e}"}
@@ -53,8 +55,9 @@ class Course:
         with self.pace.stopped():
             if measured:
                 self.parts.method.validated(self._measure())
-            if saved:
+            if saved and processes.leads():
                 self._save()
+            processes.wait_for_all()  # or one that is interrupted would have the others ended before it is saved
 
     def result(self) -> dict[str, Any]:
         """What `result.json` holds of the run, at its end."""
@@ -90,15 +93,18 @@ class Course:
         parts = self.parts
         assert parts.validation is not None
         # Compiled for the shapes and the mode of training: another compilation would take longer than it saves.
-        with torch.compiler.set_stance("force_eager"):
-            return evaluate_modules(parts.result.student, parts.validation, parts.device, parts.result)[0]
+        scores: dict[str, Any] = {}
+        if processes.leads():
+            with torch.compiler.set_stance("force_eager"), processes.alone():
+                scores = evaluate_modules(parts.result.student, parts.validation, parts.device, parts.result)[0]
+        return processes.told_by_leader(scores)
 
     def _note(self, scores: dict[str, Any]) -> None:
         """Remember a score if it is the best; where recall is followed on the way, with the weights that had it."""
         recall = headline(scores)["recall_at_1"]
         if self.best is None or recall > self.best.recall_at_1:
             self.best = Best(recall, self.done)
-            if self.parts.config.eval_every:
+            if self.parts.config.eval_every and processes.leads():
                 keep_best(self.run, self.parts.result, self.parts.config, self._describe({"validation": scores}))
 
     def _describe(self, scores: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cache_schema.storage.files import write_file
+from trainer import processes
 from trainer.config import TrainConfig
 from trainer.data.batches import Batch
 from trainer.device import autocast
@@ -25,6 +26,7 @@ from trainer.training.step import parts_of, seed_update
 SHOWN = 4  # sample ids in the line for people; the file has all
 
 
+@processes.alone()
 def diverged(parts: Parts, run: Path, update: int, losses: dict[str, Tensor]) -> TrainError:
     """The error for a loss that is not finite at 0-based `update`, whose step was not taken.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,7 +12,10 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from cache_schema.storage.files import write_file
+from trainer import processes
+from trainer.config import TrainConfig
 from trainer.runs import BOARD, LOG, read_metrics
+from trainer.training.trackers import Trackers
 
 
 class MetricsLog:
@@ -20,18 +24,22 @@ class MetricsLog:
     Records past `keep`, the update a run continues from, are dropped.
     """
 
-    def __init__(self, run: Path, keep: int = 0):
+    def __init__(self, run: Path, keep: int = 0, trackers: Trackers | None = None):
         kept = [json.dumps(record) + "\n" for record in read_metrics(run / LOG) if record["update"] <= keep]
         write_file(run / LOG, "".join(kept).encode())
         self._file = (run / LOG).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / BOARD), purge_step=keep + 1)
+        self._trackers = trackers
 
     def write(self, update: int, **record: Any) -> None:
         """Append one record of the state after `update`; flushed so that a run can be followed with `tail -f`."""
         self._file.write(json.dumps({"update": update, **record}) + "\n")
         self._file.flush()
-        for name, value in _numbers(record):
+        numbers = dict(_numbers(record))
+        for name, value in numbers.items():
             self._board.add_scalar(name, value, update)
+        if self._trackers is not None:
+            self._trackers.log(update, numbers)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -39,6 +47,25 @@ class MetricsLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._file.close()
         self._board.close()
+        if self._trackers is not None:
+            self._trackers.close()
+
+
+class NoLog(nullcontext[Any]):
+    """Of the processes that leave it to the first one to write."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def write(self, update: int, **record: Any) -> None:
+        """Write nothing."""
+
+
+def open_log(run: Path, config: TrainConfig, keep: int = 0) -> MetricsLog | NoLog:
+    """The log of a run in the process that writes it, as `MetricsLog` says; in any other one nothing."""
+    if not processes.leads():
+        return NoLog()
+    return MetricsLog(run, keep, Trackers(config, run, config.track) if config.track else None)
 
 
 def _numbers(record: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, float]]:

@@ -6,19 +6,22 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from cache_schema.devices import sound_gradients
+from trainer import processes
 from trainer.config import TrainConfig
 from trainer.data.batches import Batch, iterate
 from trainer.data.feed import Feed
+from trainer.errors import TrainError
 from trainer.methods.method import Moment
 from trainer.training.assembly import assemble, start
 from trainer.training.course import Course
+from trainer.training.distributed import wrap
 from trainer.training.divergence import diverged
 from trainer.training.interrupts import DeferredInterrupt
-from trainer.training.logs import MetricsLog
+from trainer.training.logs import open_log
 from trainer.training.optim import learning_rate
 from trainer.training.pace import Pace
 from trainer.training.run_folder import finish_run, prepare_run
@@ -40,42 +43,59 @@ def train(
     """
     parts = assemble(config, cache)
     batches, total = parts.batches, parts.updates
-    prepare_run(run, config, resume, overwrite)
+    processes.wait_for_all()  # until none looks any more at what is there
+    if processes.leads():
+        prepare_run(run, config, resume, overwrite)
+    processes.wait_for_all()
     progress = start(parts, run, resume)
+    wrapped = wrap(parts.method, parts.device)
     with (
         sound_gradients(),
-        MetricsLog(run, keep=progress.update) as log,
+        open_log(run, config, progress.update) as log,
         closing(iterate(batches, progress.update, total, batches.workers)) as stream,
-        tqdm(total=total, initial=progress.update, desc=config.method, unit="update", mininterval=0.5) as bar,
+        tqdm(
+            total=total,
+            initial=progress.update,
+            desc=config.method,
+            unit="update",
+            mininterval=0.5,
+            disable=not processes.leads(),
+        ) as bar,
         DeferredInterrupt() as interrupt,
     ):
         feed = Feed(stream, parts.device, parts.feature_dtype, batches.reclaim)
         course = Course(parts, run, log, progress, Pace(feed, progress.timed))
         for batch in feed:
-            losses = _step(course, batch)
+            losses = _step(course, batch, wrapped)
             del batch  # its memory is for the next one
             bar.update()
             if course.done % config.log_every == 0 or course.done == total:
                 bar.set_postfix(course.report(losses), refresh=False)
             if course.done == total:
                 break
-            course.keep(interrupt.requested)
-            if interrupt.requested:
+            stopping = processes.any_of(interrupt.requested, parts.device)
+            course.keep(stopping)
+            if stopping:
                 raise KeyboardInterrupt
     result = course.result()
-    finish_run(run, parts.result, result)
+    if processes.leads():
+        finish_run(run, parts.result, result)
+    processes.wait_for_all()
     return result
 
 
-def _step(course: Course, batch: Batch) -> dict[str, Tensor]:
+def _step(course: Course, batch: Batch, wrapped: nn.Module | None) -> dict[str, Tensor]:
     """One update; returns its losses, which a device may still be computing."""
     parts, moment = course.parts, Moment(course.done, course.parts.updates)
     course.pace.begin()
     course.rate = learning_rate(moment.update, moment.total, parts.config.optim)
     course.done += 1
+    together = {} if wrapped is None else {"wrapped": wrapped}
     try:
-        losses = train_step(parts.method, parts.optimizer, batch, course.rate, parts.config, moment)
+        losses = train_step(parts.method, parts.optimizer, batch, course.rate, parts.config, moment, **together)
     except LossNotFiniteError as error:
+        if not error.here:
+            raise TrainError(f"stopped: the loss of another process is not finite; see {course.run}") from None
         raise diverged(parts, course.run, moment.update, error.losses) from None
     if parts.average is not None:
         parts.average.update(parts.method, course.done)

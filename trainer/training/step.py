@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from trainer import processes
 from trainer.config import TrainConfig
 from trainer.data.batches import Batch
 from trainer.device import autocast
@@ -17,9 +20,10 @@ from trainer.training.optim import set_learning_rate
 class LossNotFiniteError(Exception):
     """A loss of which nothing can be learnt; the weights are as they were before its update."""
 
-    def __init__(self, losses: dict[str, Tensor]):
+    def __init__(self, losses: dict[str, Tensor], here: bool = True):
+        """`here`: it is the loss of this process; of several, all stop."""
         super().__init__("the loss is not finite")
-        self.losses = losses
+        self.losses, self.here = losses, here
 
 
 class _Finite:
@@ -38,22 +42,28 @@ class _Finite:
 
 
 def seed_update(config: TrainConfig, moment: Moment) -> None:
-    """Make what modules draw (masks, stochastic depth) depend on the seed and the update alone."""
-    torch.manual_seed((config.seed << 32) + moment.update)
+    """Make what modules draw (masks, stochastic depth) depend on the seed and the update alone, and on the process."""
+    torch.manual_seed((config.seed << 32) + (processes.number() << 24) + moment.update)
 
 
 def train_step(
-    method: Method, optimizer: torch.optim.Optimizer, batch: Batch, rate: float, config: TrainConfig, moment: Moment
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    rate: float,
+    config: TrainConfig,
+    moment: Moment,
+    wrapped: Any = None,
 ) -> dict[str, Tensor]:
     """Update all parameters once, at learning rate `rate`; returns the losses before it.
 
     A resumed run draws at random what the uninterrupted one would have drawn. Raises LossNotFiniteError before any
-    weight has changed.
+    weight has changed. `wrapped` is the method with gradients averaged over processes, where there are several.
     """
     seed_update(config, moment)
     method.train()
     optimizer.zero_grad(set_to_none=True)
-    losses = _backward(method, batch, config, moment)
+    losses = _backward(method, batch, config, moment, wrapped)
     if config.optim.grad_clip:
         torch.nn.utils.clip_grad_norm_(method.parameters(), config.optim.grad_clip)
     set_learning_rate(optimizer, rate)
@@ -66,7 +76,9 @@ def parts_of(batch: Batch, config: TrainConfig) -> Iterable[Batch]:
     return [batch] if config.optim.accumulate == 1 else batch.split(config.optim.accumulate)
 
 
-def _backward(method: Method, batch: Batch, config: TrainConfig, moment: Moment) -> dict[str, Tensor]:
+def _backward(
+    method: Method, batch: Batch, config: TrainConfig, moment: Moment, wrapped: Any = None
+) -> dict[str, Tensor]:
     """Add the gradients of a batch, part by part; returns its losses.
 
     Losses are means over images, so equal parts have the batch's own mean. What looks at the batch as a whole (batch
@@ -75,13 +87,16 @@ def _backward(method: Method, batch: Batch, config: TrainConfig, moment: Moment)
     count = config.optim.accumulate
     losses: dict[str, Tensor] = {}
     finite = []
-    for part in parts_of(batch, config):
-        with autocast(batch.images.device, config.precision, method.student):
-            found = method(part, moment)
-        finite.append(_Finite(found["loss"]))
-        (found["loss"] if count == 1 else found["loss"] / count).backward()
+    for number, part in enumerate(parts_of(batch, config), 1):
+        # Gradients are averaged over processes once, with those of the last part.
+        with nullcontext() if wrapped is None or number == count else wrapped.no_sync():
+            with autocast(batch.images.device, config.precision, method.student):
+                found = (wrapped or method)(part, moment)
+            finite.append(_Finite(found["loss"]))
+            (found["loss"] if count == 1 else found["loss"] / count).backward()
         for name, value in found.items():
             losses[name] = value.detach() if count == 1 else losses.get(name, 0.0) + value.detach() / count
-    if not all(finite):
-        raise LossNotFiniteError(losses)
+    broken = not all(finite)
+    if processes.any_of(broken, batch.images.device):
+        raise LossNotFiniteError(losses, broken)
     return losses

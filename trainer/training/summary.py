@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer import processes
 from trainer.device import decide_precision, peak_memory
 from trainer.methods.registry import mode_name
 from trainer.runs import LOG, read_metrics
@@ -35,6 +36,7 @@ def describe(
         **timing.rates(batches.batch_rows),
         "peak_memory_gb": round(peak_memory(parts.device) / 1e9, 3),
         "device": str(parts.device),
+        "processes": processes.count(),
         "student_updates": done,
         "epochs": done / batches.per_epoch,
         "images_seen": done * batches.batch_rows,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from trainer import processes
 from trainer.methods.gcd.cal import cal_loss
 from trainer.methods.gcd.config import LossConfig
 from trainer.models.alignment import ClassMeans, Memory, memory_loss, projector, relational_loss
@@ -63,5 +64,10 @@ def gradient_alpha(task: Tensor, alignment: Tensor, student: Tensor, ratio: floa
     """
     (of_task,) = torch.autograd.grad(task, student, retain_graph=True)
     (of_alignment,) = torch.autograd.grad(alignment, student, retain_graph=True)
-    length = of_alignment.float().norm().clamp_min(torch.finfo(torch.float32).tiny)
-    return (ratio * of_task.float().norm() / length).clamp(max=LARGEST_ALPHA).detach()
+    length = _length(of_alignment).clamp_min(torch.finfo(torch.float32).tiny)
+    return (ratio * _length(of_task) / length).clamp(max=LARGEST_ALPHA).detach()
+
+
+def _length(gradient: Tensor) -> Tensor:
+    """The norm of a gradient over the rows of all processes, but for a factor that all gradients have."""
+    return processes.summed(gradient.float().square().sum()).sqrt()
