@@ -160,10 +160,11 @@ def started(cluster: Cluster) -> Any:
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RayError(f"--address {cluster.address}: no Ray cluster can be reached there ({reason})") from None
-    if threading.current_thread() is threading.main_thread():
-        # Ray prints the stack of its own libraries upon SIGTERM; a build ends in one line.
-        for number, handler in ours.items():
-            signal.signal(number, handler)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            # Ray prints the stack of its own libraries upon SIGTERM; a build ends in one line.
+            for number, handler in ours.items():
+                signal.signal(number, handler)
     return ray
 
 

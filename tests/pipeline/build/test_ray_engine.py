@@ -1,5 +1,6 @@
 """Workers that are handed runs of shards make the cache that one build makes, whatever becomes of one of them."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -65,8 +66,10 @@ def test_a_worker_says_in_one_line_what_is_wrong(work, tmp_path):
 
 def test_a_cluster_that_is_not_there_is_named():
     pytest.importorskip("ray", reason="Ray, of the extra ray, is not installed")
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RayError, match=r"^--address nowhere: no Ray cluster can be reached there"):
         started(RayCluster(1, 0, "nowhere"))
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_where_ray_is_not_installed_the_command_says_what_to_install(monkeypatch):
@@ -119,8 +122,11 @@ def wait_until(happened, process, seconds=240):
 def workers_of(process):
     import psutil
 
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if any("ray::Worker" in part for part in child.cmdline())]
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # one that has just ended
+            found += [child] if any("ray::Worker" in part for part in child.cmdline()) else []
+    return found
 
 
 @pytest.mark.skipif(not os.environ.get("DIT_DISTILL_RAY"), reason="starts Ray; DIT_DISTILL_RAY=1 runs it")
