@@ -27,6 +27,7 @@ from cache_schema.errors import (
 
 if TYPE_CHECKING:
     from cache_schema.format.manifest import (
+        CropsInfo,
         Curriculum,
         DatasetInfo,
         Encoding,
@@ -52,6 +53,7 @@ _LAZY = {
     "CacheDataset": "loading.dataset",
     "FeatureBatch": "loading.dataset",
     "FeatureLoader": "loading.loader",
+    "CropsInfo": "format.manifest",
     "Curriculum": "format.manifest",
     "DatasetInfo": "format.manifest",
     "Encoding": "format.manifest",
@@ -86,6 +88,7 @@ __all__ = [
     "CacheUnreachable",
     "CacheUnsealed",
     "CacheWriter",
+    "CropsInfo",
     "Curriculum",
     "DatasetInfo",
     "DitDistillError",

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 BIN = Path(sys.executable).parent
 SMALL_STUDENT = ["--set", "student.depth=1", "--set", "student.embed_dim=32", "--set", "student.num_heads=2"]
@@ -34,6 +36,45 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "the cache is in runs/demo/cache; next: dit-train run --cache runs/demo/cache",
     ]
     return folder
+
+
+@pytest.fixture(scope="module")
+def cropped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with two random crops of each image beside the usual views."""
+    folder = tmp_path_factory.mktemp("crops")
+    command("dit-cache", "build", "--limit", "6", "--views", "canonical,hflip,crops:2", "--features", "train",
+            "--timesteps", "28", "--output", "cropped", cwd=folder)  # fmt: skip
+    return folder / "cropped"
+
+
+def test_a_student_is_shown_the_crop_that_the_teacher_was(cropped):
+    from cache_schema import open_cache
+    from pipeline.datasets import open_dataset
+    from pipeline.inputs.conditions import read_pixels
+    from trainer.data.crops import CropViews
+    from trainer.data.images import ImageStore
+
+    cache, views = open_cache(cropped), ("crop.0", "crop.1")
+    assert cache.manifest.views == ["canonical", "hflip", *views]
+    dataset = open_dataset("demo", None, 6)
+    samples = {sample.id: sample for sample in dataset.samples}
+    for row, picture in zip(cache.feature_rows, ImageStore(cache, 96, cache.feature_rows).pictures(cache.feature_rows),
+                            strict=True):  # fmt: skip
+        shown = read_pixels(dataset, [samples[cache.samples["id"][row].as_py()]], 96, views)
+        for number, view in enumerate(views):
+            part, _ = CropViews(cache, views).part(picture, row, number)
+            resized = np.asarray(Image.fromarray(part).resize((96, 96), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+            ours, other = (
+                np.abs(resized - shown[name].object[0].numpy().astype(float)).mean()
+                for name in (view, views[not number])
+            )
+            assert ours < other / 2
+
+
+def test_a_run_learns_from_crops_by_regression_of_the_map(cropped):
+    said = command("dit-train", "run", "--cache", cropped, "--method", "regression", "--updates", "2",
+                   "--output", "by-crops", *SMALL_STUDENT, cwd=cropped.parent)  # fmt: skip
+    assert "the student is in by-crops" in said
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,8 @@ def determining_fields(document: Mapping[str, Any]) -> dict[str, Any]:
         if fields[part] is not None:
             fields[part] = _without_defaults(part, fields[part])
     fields["taps"] = [_without_defaults("taps", tap) for tap in fields["taps"]]
+    if document.get("crops") is not None:
+        fields["crops"] = document["crops"]
     return fields
 
 

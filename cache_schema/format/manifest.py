@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, 
 
 from cache_schema.format.identity import compute_cache_id
 from cache_schema.format.vocabulary import (
+    CROP_VIEW,
     Compression,
     ContextMode,
     EncoderInput,
@@ -196,6 +197,23 @@ class ImagesInfo(FrozenModel):
         return self.size * (1 if self.shape == "square" else self.LONGEST)
 
 
+class CropsInfo(FrozenModel):
+    """How the random crops of the views `crop.0`, `crop.1`, … were drawn; their boxes are in the samples table.
+
+    `scale` is the share of the area that the teacher sees of an image otherwise, `ratio` that of width to height, each
+    from least to most.
+    """
+
+    scale: tuple[FiniteFloat, FiniteFloat]
+    ratio: tuple[FiniteFloat, FiniteFloat]
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"crops of {self.scale} of the area, {self.ratio} as wide as high")
+        return self
+
+
 class StoreInfo(FrozenModel):
     """How rows are grouped into files. Never part of the cache id."""
 
@@ -260,6 +278,7 @@ class Manifest(FrozenModel):
     taps: Annotated[list[TapInfo], Field(min_length=1)]
     encoding: Encoding
     views: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
+    crops: CropsInfo | None = None
     images: ImagesInfo | None = None
     store: StoreInfo
     fidelity: list[Fidelity] = Field(default_factory=list)
@@ -273,6 +292,9 @@ class Manifest(FrozenModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         _distinct([tap.name for tap in self.taps])
+        crops = [view for view in self.views if view.startswith(CROP_VIEW)]
+        if crops != [f"{CROP_VIEW}{k}" for k in range(len(crops))] or bool(crops) != (self.crops is not None):
+            raise ValueError(f"views {', '.join(self.views)} with crops {self.crops}")
         rows, per_shard = self.dataset.feature_rows, self.store.samples_per_shard
         if self.store.feature_shards != -(-rows // per_shard):
             raise ValueError(f"{rows} rows by {per_shard} are not {self.store.feature_shards} shards")
@@ -308,8 +330,13 @@ class Manifest(FrozenModel):
         return f"{self.dataset.name}-{self.cache_id[:8]}"
 
     def document(self) -> dict[str, Any]:
-        """The manifest as plain JSON values."""
-        return self.model_dump(mode="json")
+        """The manifest as plain JSON values; without crops as it was before there were any."""
+        return self.model_dump(mode="json", exclude={"crops"} if self.crops is None else None)
+
+    @property
+    def crop_count(self) -> int:
+        """How many of the views are random crops."""
+        return sum(view.startswith(CROP_VIEW) for view in self.views)
 
     @property
     def default_tap(self) -> str:

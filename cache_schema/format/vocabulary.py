@@ -19,5 +19,7 @@ DEFAULT_MASSIVE_FACTOR = 10.0
 EncoderInput = Literal["object", "image"]
 # How student images are stored: squashed to a square, or with the aspect that they were taken with.
 ImageShape = Literal["square", "aspect"]
+# The view of the k-th random crop of an image, counted from 0.
+CROP_VIEW = "crop."
 # What a teacher is conditioned on: the caption of each image, or an empty prompt.
 TextCondition = Literal["caption", "none"]

@@ -18,7 +18,13 @@ from cache_schema.format.journal import committed_shards, read_committed, read_r
 from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Manifest, TapInfo
 from cache_schema.format.manifest_file import load_manifest
-from cache_schema.format.samples import MAX_SAMPLES_BYTES, check_against_manifest, count_usable, parse_samples
+from cache_schema.format.samples import (
+    MAX_SAMPLES_BYTES,
+    check_against_manifest,
+    count_usable,
+    crop_boxes,
+    parse_samples,
+)
 from cache_schema.reading.batch import TORCH_DTYPES, EncodedBatch, stored_batch
 from cache_schema.reading.chunks import ChunkRequest, ChunkSource
 from cache_schema.reading.image_reader import ImageReader
@@ -122,6 +128,15 @@ class Cache:
         except CacheError as error:
             raise damaged(self.folder, f"{where} is not that of this cache: {error}") from error
         return table
+
+    @cached_property
+    def crops(self) -> np.ndarray:
+        """What the views `crop.k` show: (rows, K, 4) as (left, top, right, bottom) in fractions of the upright image.
+
+        The same fractions of a student image show the same; NaN where an image is quarantined. K is 0 without crops.
+        """
+        count = self.manifest.crop_count
+        return crop_boxes(self.samples) if count else np.zeros((len(self.samples), 0, 4))
 
     @cached_property
     def feature_rows(self) -> Sequence[int]:

@@ -3,6 +3,8 @@
 Source: https://parquet.apache.org/docs/file-format/.
 """
 
+from collections.abc import Callable
+
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -23,9 +25,10 @@ _BATCH_ROWS = 4096
 _ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED", "PLAIN_DICTIONARY", "RLE_DICTIONARY"}
 
 
-def read_trusting_nothing(data: bytes, schema: pa.Schema) -> pa.Table:
-    """Read the table in the bytes of a Parquet file, which must have the given columns.
+def read_trusting_nothing(data: bytes, expected: Callable[[pa.Schema], pa.Schema]) -> pa.Table:
+    """Read the table in the bytes of a Parquet file, which must have the columns that are expected of it.
 
+    `expected`: from the columns that the file says it has to those that it must have, which may then be as many.
     The memory this takes is at most a multiple of their number. Raises CacheCorrupt for a table that cannot be in so
     few bytes or has other columns, pyarrow's exceptions and OSError for what is no Parquet file.
     """
@@ -34,7 +37,9 @@ def read_trusting_nothing(data: bytes, schema: pa.Schema) -> pa.Table:
     _check_footer_size(data)
     bounds = {"thrift_string_size_limit": size, "thrift_container_size_limit": _MAX_FOOTER_ITEMS}
     metadata = pq.ParquetFile(pa.BufferReader(data), **bounds).metadata
-    _check_schema(metadata.schema.to_arrow_schema(), schema)
+    found = metadata.schema.to_arrow_schema()
+    schema = expected(found)
+    _check_schema(found, schema)
     for chunk in _column_chunks(metadata, schema, size, limit):
         check_pages(data, chunk)
     # Equal texts stay one text until it is known how much they come to.

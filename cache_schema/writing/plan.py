@@ -7,6 +7,7 @@ import numpy as np
 from cache_schema.encoding.reduction import stored_tap
 from cache_schema.format.layout import PAYLOAD_DTYPES
 from cache_schema.format.manifest import (
+    CropsInfo,
     Curriculum,
     DatasetInfo,
     Encoding,
@@ -66,6 +67,7 @@ def plan_manifest(
     batch: int = 1,
     provenance: Provenance | None = None,
     store: StoreKind = "zarr",
+    crops: CropsInfo | None = None,
 ) -> Manifest:
     """Return the unsealed manifest of a cache, with its id and the sizes of its shards.
 
@@ -88,6 +90,7 @@ def plan_manifest(
         taps=stored,
         encoding=encoding,
         views=views,
+        crops=crops,
         images=images,
         store=StoreInfo(
             kind=store,

@@ -1,5 +1,6 @@
 """What a cache build computes and stores, as one typed value. Nothing heavy: command line options are made from it."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -16,7 +17,8 @@ from cache_schema.format.vocabulary import (
 )
 from pipeline.curriculum import DEFAULT_STEPS, DEFAULT_TIMESTEPS, check_timesteps
 from pipeline.datasets.base import SPLITS
-from pipeline.inputs.views import VIEWS
+from pipeline.inputs.framing import DEFAULT_RATIO, DEFAULT_SCALE
+from pipeline.inputs.views import expand_views
 
 AUTO_BATCH = 32
 
@@ -46,8 +48,16 @@ class BuildConfig:
     num_steps: Annotated[int, Setting("Length T of the scheduler; 1 is the noisiest step, T the clearest.")] = (
         DEFAULT_STEPS
     )
-    views: Annotated[tuple[str, ...], Setting("canonical, hflip or both; each gets features of its own.")] = (
-        "canonical",
+    views: Annotated[
+        tuple[str, ...],
+        Setting("Of canonical, hflip and crops:K, K random crops of each image; each view gets features of its own."),
+    ] = ("canonical",)
+    crops_scale: Annotated[
+        tuple[float, float],
+        Setting("Share that crops have of the area the teacher sees otherwise, from least to most."),
+    ] = DEFAULT_SCALE
+    crops_ratio: Annotated[tuple[float, float], Setting("Width to height of crops, from least to most.")] = (
+        DEFAULT_RATIO
     )
     feature_splits: Annotated[
         tuple[str, ...], Setting("Splits that get features: train, unlabeled, test.", option="--features")
@@ -96,13 +106,15 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         check_timesteps(list(self.timesteps), self.num_steps)
-        for value, known, option in (
-            (self.views, VIEWS, "--views"),
-            (self.feature_splits, SPLITS, "--features"),
-        ):
-            unknown = [v for v in value if v not in known]
-            if unknown or not value or len(set(value)) != len(value):
-                raise DitDistillError(f"{option} {','.join(value)}: name one or more of {', '.join(known)}, each once")
+        # Every reader of a configuration finds the views by the names that they have in the cache.
+        object.__setattr__(self, "views", expand_views(self.views))
+        splits = self.feature_splits
+        if not splits or not set(SPLITS).issuperset(splits) or len(set(splits)) != len(splits):
+            raise DitDistillError(f"--features {','.join(splits)}: name one or more of {', '.join(SPLITS)}, each once")
+        if not 0 < self.crops_scale[0] <= self.crops_scale[1] <= 1:
+            raise DitDistillError("--crops-scale must be two shares of the area, the smaller one first, such as 0.2,1")
+        if not 0 < self.crops_ratio[0] <= self.crops_ratio[1] < math.inf:
+            raise DitDistillError("--crops-ratio must be two ratios, the smaller one first, such as 0.75,1.33")
         if len(set(self.taps)) != len(self.taps) or not self.taps:
             raise DitDistillError(f"--taps {','.join(self.taps)}: name at least one tap, each once")
         check_limits(self)

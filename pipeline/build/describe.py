@@ -4,6 +4,7 @@ import pyarrow as pa
 
 from cache_schema.errors import DitDistillError
 from cache_schema.format.manifest import (
+    CropsInfo,
     Curriculum,
     DatasetInfo,
     Manifest,
@@ -16,6 +17,7 @@ from pipeline.build.config import BuildConfig
 from pipeline.build.encoding import encoding_of
 from pipeline.build.student_images import student_images_info
 from pipeline.datasets.base import SPLITS, Dataset
+from pipeline.inputs.views import is_crop
 from pipeline.teachers.base import AnyTeacher, is_image_encoder
 from pipeline.teachers.lora import lora_file
 from pipeline.teachers.weights import file_digest
@@ -31,6 +33,7 @@ def describe_cache(teacher: AnyTeacher, dataset: Dataset, config: BuildConfig, s
     shapes = [teacher.tap_shape(tap) for tap in config.taps]
     sigmas = teacher.sigmas(config.num_steps)
     images = student_images_info(config)
+    any_crops = any(map(is_crop, config.views))
     return plan_manifest(
         dataset=DatasetInfo(
             name=dataset.name,
@@ -66,6 +69,7 @@ def describe_cache(teacher: AnyTeacher, dataset: Dataset, config: BuildConfig, s
         taps=[TapInfo(name=s.name, tokens=s.tokens, channels=s.channels, grid=s.grid) for s in shapes],
         encoding=encoding_of(config),
         views=list(config.views),
+        crops=CropsInfo(scale=config.crops_scale, ratio=config.crops_ratio) if any_crops else None,
         images=images if config.with_images else None,
         image_rows=len(splits),
         store=config.store,

@@ -25,7 +25,7 @@ from pipeline.build.describe import describe_cache
 from pipeline.build.features import FeatureBuilder
 from pipeline.build.part import WHOLE, Part, StoppedEarly
 from pipeline.build.provenance import provenance_of
-from pipeline.build.source import source_for
+from pipeline.build.source import framing_of, source_for
 from pipeline.build.student_images import write_student_images
 from pipeline.datasets.base import Dataset
 from pipeline.inputs.condition_store import default_store
@@ -128,7 +128,8 @@ def begin_cache(
     log: Callable[[str], None] = tqdm.write,
 ) -> CacheWriter:
     """Begin a cache at `output`, or find the one that was begun; arguments and errors as of `build`."""
-    table = samples_table([s.row() for s in scanned])
+    framing = framing_of(teacher, config)
+    table = samples_table([s.row() | s.crops(config.views, framing) for s in scanned])
     manifest = describe_cache(teacher, dataset, config, table)
     _stop_where_built(manifest, output, log)
     # Another cache is not touched; create_cache refuses it.

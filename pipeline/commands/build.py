@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 @configured_by(
     DATASET, *IMAGES, ANNOTATIONS, LIMIT, *TEACHER,
-    "build.taps", "build.timesteps", "build.num_steps", "build.views", "build.feature_splits", "build.store",
+    "build.taps", "build.timesteps", "build.num_steps", "build.views", "build.crops_scale",
+    "build.crops_ratio", "build.feature_splits", "build.store",
     "build.encoding", "build.pool", "build.pca", "build.compression", "build.min_cosine", "build.text", "build.seed",
     "build.batch", "build.image_size", "build.image_shape", "build.image_format", "build.image_quality",
     "build.with_images", "build.samples_per_shard", "build.massive_channels", "build.massive_factor",

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @configured_by(
     DATASET, "data.root", LIMIT, *TEACHER,
-    "build.taps", "build.timesteps", "build.num_steps", "build.views", "build.feature_splits", "build.store",
+    "build.taps", "build.timesteps", "build.num_steps", "build.views", "build.crops_scale",
+    "build.crops_ratio", "build.feature_splits", "build.store",
     "build.encoding", "build.pool", "build.pca", "build.image_size", "build.image_shape", "build.image_format",
     "build.image_quality",
     Exposed("build.with_images", " /--no-images", help="Leave the student's images out.", shown=""),

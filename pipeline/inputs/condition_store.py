@@ -26,7 +26,8 @@ from cache_schema.read_ahead import ReadAhead
 from cache_schema.storage.checksum import crc32c
 from cache_schema.storage.files import sweep_aside_files, write_file
 from pipeline.datasets.base import DataError, Dataset, Sample
-from pipeline.inputs.conditions import Conditions, Pixels, captions_of, read_pixels
+from pipeline.inputs.conditions import WHOLE, Conditions, Pixels, captions_of, read_pixels
+from pipeline.inputs.framing import Framing
 from pipeline.teachers.base import Part, Teacher, TextEmbedding
 from pipeline.teachers.passes import memory_errors
 
@@ -57,11 +58,20 @@ class Encoded:
 class ConditionStore:
     """The conditions of one data set for one teacher, under `root`; other data sets and teachers may share the folder.
 
-    use_captions: without, the text is empty, as an unconditional prompt is.
+    use_captions: without, the text is empty, as an unconditional prompt is. framing: how views are cut.
     """
 
-    def __init__(self, root: Path, teacher: Teacher, dataset: Dataset, *, use_captions: bool = True) -> None:
+    def __init__(
+        self,
+        root: Path,
+        teacher: Teacher,
+        dataset: Dataset,
+        *,
+        use_captions: bool = True,
+        framing: Framing = WHOLE,
+    ) -> None:
         self.root, self._teacher, self._dataset, self._use_captions = root, teacher, dataset, use_captions
+        self._framing = framing
         self._digests: dict[str, str] = {}
 
     def prepare(
@@ -136,7 +146,7 @@ class ConditionStore:
 
         def pixels_of(needed: tuple[Sample, list[str]]) -> dict[str, Pixels]:
             sample, views = needed
-            return read_pixels(self._dataset, [sample], self._teacher.resolution, views)
+            return read_pixels(self._dataset, [sample], self._teacher.resolution, views, self._framing)
 
         ahead = ReadAhead(pixels_of, threads=1)
         try:
@@ -183,7 +193,8 @@ class ConditionStore:
 
     def _latents_file(self, sample: Sample, view: str) -> Path:
         image = {"image": self._digests[sample.id], "box": sample.box, "view": view}
-        return self._file("latents", {**self._teacher.encoder_identity("vae"), **image})
+        cut = self._framing.identity(sample.id, view)
+        return self._file("latents", {**self._teacher.encoder_identity("vae"), **image, **cut})
 
     def _file(self, folder: str, identity: Mapping[str, object]) -> Path:
         name = hashlib.sha256(canonical_json({"recipe": _RECIPE, **identity}).encode()).hexdigest()

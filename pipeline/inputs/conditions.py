@@ -10,8 +10,11 @@ from torch import Tensor
 
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.inputs.decoding import read_image
-from pipeline.inputs.views import apply_view, object_view, resize_square
+from pipeline.inputs.framing import Framing
+from pipeline.inputs.views import apply_view, cut, is_crop, object_view, resize_square
 from pipeline.teachers.base import TextEmbedding
+
+WHOLE = Framing()
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,14 @@ class Pixels:
 
 
 def read_pixels(
-    dataset: Dataset, samples: Sequence[Sample], resolution: int, views: Sequence[str]
+    dataset: Dataset, samples: Sequence[Sample], resolution: int, views: Sequence[str], framing: Framing = WHOLE
 ) -> dict[str, Pixels]:
     """Read and crop a batch of samples under each of some views; an image is decoded once for all of them.
 
-    Raises DataError for an image that cannot be read.
+    A random crop takes the place of the object, or of the whole image where that is what the teacher is shown. Raises
+    DataError for an image that cannot be read.
     """
-    batch = [_sample_pixels(dataset, sample, resolution, views) for sample in samples]
+    batch = [_sample_pixels(dataset, sample, resolution, views, framing) for sample in samples]
     pixels = {}
     for v, view in enumerate(views):
         objects, contexts = (torch.from_numpy(np.stack([pairs[v][side] for pairs in batch])) for side in (0, 1))
@@ -62,12 +66,22 @@ def read_pixels(
 
 
 def _sample_pixels(
-    dataset: Dataset, sample: Sample, resolution: int, views: Sequence[str]
+    dataset: Dataset, sample: Sample, resolution: int, views: Sequence[str], framing: Framing
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(I_O, I) of one sample under each view, each (3, R, R) uint8."""
     image, box = read_image(dataset, sample)
     crop, whole = object_view(image, box, resolution), resize_square(image, resolution)
-    return [(_channels_first(apply_view(crop, view)), _channels_first(apply_view(whole, view))) for view in views]
+
+    def shown(view: str) -> tuple[Image.Image, Image.Image]:
+        if not is_crop(view):
+            return apply_view(crop, view), apply_view(whole, view)
+        x0, y0, x1, y1 = framing.crop(sample.id, view, image.size, box)
+        width, height = image.size
+        part = cut(image, (x0 * width, y0 * height, x1 * width, y1 * height), resolution)
+        return (part, part) if framing.input == "image" else (part, whole)
+
+    pairs = [shown(view) for view in views]
+    return [(_channels_first(objects), _channels_first(contexts)) for objects, contexts in pairs]
 
 
 def _channels_first(image: Image.Image) -> np.ndarray:

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from pipeline.curriculum import add_noise, sample_noise
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.inputs.condition_store import ConditionStore
-from pipeline.inputs.conditions import Conditions, Pixels, read_pixels
+from pipeline.inputs.conditions import WHOLE, Conditions, Pixels, read_pixels
+from pipeline.inputs.framing import Framing
 from pipeline.teachers.base import ImageEncoder, Teacher
 from pipeline.teachers.host_features import HostFeatures
 from pipeline.teachers.passes import Forward, Passes, memory_errors
@@ -24,12 +25,16 @@ NO_ROOM = "its weights do not fit: use --quantize int8 or fp8, --offload, --dtyp
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which features: of these taps, under these views, at these noise levels; seed: that of the noise."""
+    """Which features: of these taps, under these views, at these noise levels; seed: that of the noise.
+
+    framing: how the views are cut.
+    """
 
     taps: tuple[str, ...]
     views: tuple[str, ...]
     sigmas: tuple[float, ...]
     seed: int = 0
+    framing: Framing = WHOLE
 
 
 class FeatureSource(Protocol):
@@ -105,7 +110,8 @@ class EncoderSource:
         return 0.0
 
     def read(self, samples: Sequence[Sample]) -> dict[str, Pixels]:
-        return read_pixels(self._dataset, samples, self._encoder.resolution, self._wanted.views)
+        wanted = self._wanted
+        return read_pixels(self._dataset, samples, self._encoder.resolution, wanted.views, wanted.framing)
 
     @torch.no_grad()
     def compute(self, samples: Sequence[Sample], given: Mapping[str, Pixels]) -> dict[str, Tensor]:

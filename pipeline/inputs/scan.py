@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from cache_schema.format.duplicates import find_duplicates
-from cache_schema.format.samples import row_rank
+from cache_schema.format.samples import CROPS, row_rank
 from cache_schema.read_ahead import ReadAhead
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.inputs.conditions import caption_of
 from pipeline.inputs.decoded import DecodedImages
 from pipeline.inputs.decoding import UNREADABLE, decode_with_box, reason_of
+from pipeline.inputs.framing import Framing
 from pipeline.inputs.pixel_range import bits_used
 from pipeline.inputs.tolerance import BadSamples, TooManyBadSamples
-from pipeline.inputs.views import object_view
+from pipeline.inputs.views import is_crop, object_view
 
 _NO_BOX = (0.0, 0.0, 0.0, 0.0)
 
@@ -55,6 +56,13 @@ class ScannedSample:
             "box_source": s.box_source if s.box else "full", "caption": self.caption,
             "state": self.state, "reason": self.reason,
         }  # fmt: skip
+
+    def crops(self, views: Sequence[str], framing: Framing) -> dict:
+        """What the random crops among some views show of this sample, for its row of samples.parquet."""
+        names = [view for view in views if is_crop(view)]
+        if not names or not self.ok:
+            return {}
+        return {CROPS: [framing.crop(self.sample.id, name, (self.width, self.height), self.box) for name in names]}
 
 
 def has_captions(dataset: Dataset) -> bool:

@@ -22,11 +22,15 @@ _BOX_COLOURS = ("#101418", "#ffd60a")  # a light line inside a dark one is seen 
 
 @dataclass(frozen=True)
 class FeatureRow:
-    """One row of maps, one pixel per token; mirrored: whether its view mirrors the image."""
+    """One row of maps, one pixel per token; mirrored: whether its view mirrors the image.
+
+    shown: what the maps cover, as shares of width and height; None: the box of the sample.
+    """
 
     label: str
     mirrored: bool
     maps: Sequence[Image.Image]
+    shown: Box | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def draw_block(block: SampleBlock, columns: Sequence[str]) -> Image.Image:
     for number, row in enumerate(block.rows):
         y = _LINE + number * row_height
         _write(draw, (x0, y), row.label, _TEXT_SIZE, _FAINT)
-        for i, cell in enumerate((_object_view(block, row.mirrored), *(_enlarge(m) for m in row.maps))):
+        for i, cell in enumerate((_object_view(block, row), *(_enlarge(m) for m in row.maps))):
             panel.paste(cell, (x0 + i * (_CELL + _GAP), y + _LINE))
     return panel
 
@@ -151,15 +155,15 @@ def _image_with_box(block: SampleBlock) -> Image.Image:
     return square
 
 
-def _object_view(block: SampleBlock, mirrored: bool) -> Image.Image:
-    """What the maps cover: the box of the student image, as large as a map."""
+def _object_view(block: SampleBlock, row: FeatureRow) -> Image.Image:
+    """What the maps cover: a part of the student image, as large as a map."""
     if block.image is None:
         return _placeholder(_CELL, block.note)
-    x0, y0, x1, y1 = block.box or (0.0, 0.0, 1.0, 1.0)
+    x0, y0, x1, y1 = row.shown or block.box or (0.0, 0.0, 1.0, 1.0)
     width, height = block.image.size
     box = (x0 * width, y0 * height, max(x1 * width, x0 * width + 1e-3), max(y1 * height, y0 * height + 1e-3))
     crop = block.image.resize((_CELL, _CELL), Image.Resampling.BICUBIC, box=box)
-    return ImageOps.mirror(crop) if mirrored else crop
+    return ImageOps.mirror(crop) if row.mirrored else crop
 
 
 def _resized(image: Image.Image, side: int) -> Image.Image:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from cache_schema import Cache
 from cache_schema.errors import CacheRequestError, CacheUnsealed, DitDistillError
+from cache_schema.format.vocabulary import CROP_VIEW
 from cache_schema.storage.files import write_file
 from pipeline.preview.page import FeatureRow, SampleBlock, draw_block, draw_page
 from pipeline.preview.token_colours import TokenColours, fit_colours
@@ -151,12 +152,21 @@ def _block(cache: Cache, row: int, colours: Mapping[str, TokenColours]) -> Sampl
             FeatureRow(
                 label=_row_label(cache, tap.name, view),
                 mirrored=view == "hflip",
+                shown=_crop(cache, row, view),
                 maps=_maps(cache, row, tap.name, number, colours[tap.name]),
             )
             for number, view in enumerate(cache.manifest.views)
             for tap in cache.manifest.taps
         ],
     )
+
+
+def _crop(cache: Cache, row: int, view: str) -> tuple[float, float, float, float] | None:
+    """What a random crop shows of the image; None for views of the object."""
+    if not view.startswith(CROP_VIEW):
+        return None
+    x0, y0, x1, y1 = cache.crops[row, int(view.removeprefix(CROP_VIEW))].tolist()
+    return x0, y0, x1, y1
 
 
 def _maps(cache: Cache, row: int, tap: str, view: int, colours: TokenColours) -> list[Image.Image]:
@@ -202,8 +212,10 @@ def _title(cache: Cache) -> str:
 
 def _legend(cache: Cache) -> str:
     clearest = max(cache.manifest.curriculum.timesteps)
+    crops = ", or the random crop beside them" if cache.manifest.crops else ""
     return (
-        f"Maps cover the object view (the box). Colours: the three strongest directions in which tokens differ at "
+        f"Maps cover the object view (the box){crops}. "
+        "Colours: the three strongest directions in which tokens differ at "
         f"p = {clearest}, the clearest timestep; grey is the mean token, so a map greys out as its features know less "
         "of what the clearest show."
     )

@@ -15,6 +15,7 @@ from PIL import Image
 
 from cache_schema import (
     Cache,
+    CropsInfo,
     Curriculum,
     DatasetInfo,
     Encoding,
@@ -51,11 +52,19 @@ def draw_image(label: int, index: int) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def draw_features(row: int, label: int, tokens: int) -> np.ndarray:
+def draw_crop(name: str, view: str) -> list[float]:
+    """A box of whole pixels of the stored images, of a sample and a view `crop.k` alone."""
+    random = np.random.default_rng([*name.encode(), *view.encode()])
+    left, top = random.integers(0, SIZE // 2, 2).tolist()
+    right, bottom = random.integers(SIZE // 2 + 1, SIZE + 1, 2).tolist()
+    return [edge / SIZE for edge in (left, top, right, bottom)]
+
+
+def draw_features(row: int, label: int, tokens: int, views: int) -> np.ndarray:
     """(V, T, L, C_t): channel 0 is the row, 1 the view, 2 the timestep, the others say the class."""
-    features = np.zeros((len(VIEWS), len(TIMESTEPS), tokens, CHANNELS), np.float32)
+    features = np.zeros((views, len(TIMESTEPS), tokens, CHANNELS), np.float32)
     features[..., 0] = row
-    features[..., 1] = np.arange(len(VIEWS))[:, None, None]
+    features[..., 1] = np.arange(views)[:, None, None]
     features[..., 2] = np.array(TIMESTEPS)[None, :, None]
     features[..., 3:] = np.random.default_rng(label).normal(size=3)
     return features
@@ -80,7 +89,9 @@ def build_cache(
     shape: tuple[Literal["square", "aspect"], int] = ("square", SIZE),
     about: Callable[[str, int, int], dict[str, Any]] = lambda split, label, index: {},
 ) -> Cache:
+    """A cache whose features say what they are of; among `views` may be crops."""
     rows = []
+    crops = [view for view in views if view.startswith("crop.")]
     for split, labels in classes.items():
         for label in labels:
             for index in range(per_class):
@@ -96,6 +107,7 @@ def build_cache(
                         "width": picture[0],
                         "height": picture[1],
                         **about(split, label, index),
+                        **({"crops": [draw_crop(content + name, view) for view in crops]} if crops else {}),
                     }
                 )
     samples, feature_rows = make_samples(rows, feature_splits)
@@ -117,6 +129,7 @@ def build_cache(
         taps=[TapInfo(name="hidden", tokens=tokens, channels=CHANNELS, grid=(1, tokens))],
         encoding=Encoding(kind="float32"),
         views=list(views),
+        crops=CropsInfo(scale=(0.2, 1.0), ratio=(0.5, 2.0)) if crops else None,
         images=ImagesInfo(size=shape[1], format="png", shape=shape[0]),
         image_rows=len(rows),
         samples_per_shard=8,
@@ -124,7 +137,7 @@ def build_cache(
     writer = create_cache(path, manifest, samples)
     sources = [(int(source.split("-")[1]), int(source.split("-")[2])) for source in samples["source"].to_pylist()]
     for shard in writer.missing_shards():
-        drawn = [draw_features(row, sources[row][0], tokens)[: len(views)] for row in writer.shard_rows(shard)]
+        drawn = [draw_features(row, sources[row][0], tokens, len(views)) for row in writer.shard_rows(shard)]
         writer.write_shard(shard, {"hidden": np.stack(drawn)})
     for shard in writer.missing_image_shards():
         assert manifest.images is not None

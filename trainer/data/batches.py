@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from cache_schema.errors import LoaderError
@@ -21,8 +22,9 @@ from cache_schema.storage.places import is_remote
 from trainer import processes
 from trainer.config import TrainConfig
 from trainer.data.augmentation import augment_image, draw_numbers, random_crop
-from trainer.data.features import FeatureSource, Needs, open_sources, shared_views
-from trainer.data.images import Fit, ImageStore
+from trainer.data.crops import CropViews, inner_box
+from trainer.data.features import WHOLE_VIEWS, FeatureSource, Needs, open_sources, shared_views
+from trainer.data.images import Fit, ImageStore, fit_picture
 from trainer.data.memory import spare_memory
 from trainer.data.regions import Regions
 from trainer.data.splits import Split, hold_out_classes, select_split
@@ -151,7 +153,8 @@ class TrainingBatches:
         for source in self.sources.values():
             source.require(cache, rows)
         self.all_rows = np.sort(rows)
-        cropped = config.augment.crop_scale is not None
+        self.crops = CropViews(cache, self.views)
+        cropped = config.augment.crop_scale is not None or bool(self.crops)
         self.images = ImageStore(cache, image_size, rows, config.image_memory_gb, fit, as_stored=cropped)
         self.regions = Regions(cache, self.sources, self.views) if needs.places else None
         self.timesteps = TimestepDraw.of(self.sources.values(), needs.timesteps_per_step, config.seed)
@@ -263,15 +266,7 @@ class TrainingBatches:
         Returns, where features are compared place by place, what each shows of the picture in its view: (n, 4).
         """
         augment = self.config.augment
-        boxes: np.ndarray | None = None
-        if augment.crop_scale is None:
-            self.images.load(rows, out=images)
-        else:
-            pictures = zip(self.images.pictures(rows), numbers, strict=True)
-            size, scale = self.images.size, augment.crop_scale
-            crops = [random_crop(picture, size, scale, draw) for picture, draw in pictures]
-            torch.stack([image for image, _ in crops], out=images)
-            boxes = np.array([box for _, box in crops])
+        boxes = self._shown(images, rows, views, numbers)
         for place, view in enumerate(views):
             if self.views[view] == "hflip":
                 images[place] = images[place].flip(-1)
@@ -279,10 +274,29 @@ class TrainingBatches:
                 images[place] = augment_image(images[place], augment, numbers[place])
         if self.regions is None:
             return None
-        if boxes is None:
-            boxes = self.images.boxes(rows)
         mirrored = np.array([self.views[view] == "hflip" for view in views])
-        return torch.from_numpy(self.regions.seen(rows, boxes, mirrored)).float()
+        return torch.from_numpy(self.regions.seen(rows, boxes, mirrored, views)).float()
+
+    def _shown(self, images: Tensor, rows: np.ndarray, views: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Fill (n, 3, S, S) uint8 with what is shown of each picture; returns its boxes (n, 4), in fractions of it."""
+        scale, size = self.config.augment.crop_scale, self.images.size
+        if scale is None and not self.crops:
+            self.images.load(rows, out=images)
+            return self.images.boxes(rows)
+        boxes = self.images.boxes(rows)
+        for place, picture in enumerate(self.images.pictures(rows)):
+            part, part_box = self.crops.part(picture, rows[place], views[place])
+            if scale is not None:
+                image, box = random_crop(part, size, scale, numbers[place])
+                images[place] = image
+            else:
+                # A crop is shown whole; of a whole picture, what the student sees at test time.
+                box = (0.0, 0.0, 1.0, 1.0)
+                fit = self.images.fit if part_box is None else "squash"
+                images.numpy()[place] = fit_picture(Image.fromarray(part), size, fit).transpose(2, 0, 1)
+            if part_box is not None or scale is not None:
+                boxes[place] = inner_box(part_box, box)
+        return boxes
 
     def fitting(self, few: int) -> FittingBatches:
         """What a method measures before the first update: the first `few` batches, or the features of every row."""
@@ -327,6 +341,11 @@ class _SourceReader:
             raise TrainError(
                 f"cache {source.cache.manifest.label} has one view to train on, {batches.views[0]}: there is no other "
                 "to take a mean with; build it with --views canonical,hflip, or use loss.target_views=own"
+            )
+        if source.next_view and batches.crops:
+            raise TrainError(
+                "loss.target_views=mean would mix features of a crop into those of the whole image: train on "
+                f"--views {','.join(WHOLE_VIEWS)}, or use loss.target_views=own"
             )
         cache, tap, timesteps = source.cache, source.tap, source.shape.timesteps
         draw, rows, slots = batches.timesteps, batches.batch_rows, batches.slots

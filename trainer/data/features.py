@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from cache_schema.format.vocabulary import CROP_VIEW
 from trainer.errors import TrainError
 
 if TYPE_CHECKING:
     from cache_schema import Cache
     from cache_schema.format.manifest import TapInfo
 
-PAIRED_VIEWS = ("canonical", "hflip")  # the views whose student image can be made from the stored one
+# The views whose student image can be made from the stored one; those that show all of it.
+WHOLE_VIEWS = ("canonical", "hflip")
+
+
+def is_paired(view: str) -> bool:
+    """Whether a view's student image can be made from the stored one: of random crops the cache has the boxes."""
+    return view in WHOLE_VIEWS or view.startswith(CROP_VIEW)
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ class FeatureSource:
         timesteps = choose_timesteps(cache, need.timesteps)
         self.shape = FeatureShape(timesteps, info.tokens, info.channels, info.grid, self.tap)
         self._row_of = None if cache is own else _match(own, cache)
+        self._same = self._row_of  # the row of the same sample, whoever's features it is given
         if need.shuffled is not None:
             identity = np.arange(len(own.samples))
             self._row_of = (identity if self._row_of is None else self._row_of)[_shuffled(own, need.shuffled)]
@@ -89,6 +97,23 @@ class FeatureSource:
                 f"{_name(self.cache)} lacks features of {len(lacking)} of the {len(rows)} samples of "
                 f"{own.manifest.label} that are trained on, for example {example!r}; build them there as well"
             )
+
+    def require_crops(self, own: Cache, views: tuple[str, ...]) -> None:
+        """Raise TrainError where a random crop is another here: its features are not those of the student's image."""
+        if self._same is None:
+            return
+        rows = np.flatnonzero(self._same >= 0)
+        for view in (view for view in views if view.startswith(CROP_VIEW)):
+            number = int(view.removeprefix(CROP_VIEW))
+            ours, theirs = own.crops[rows, number], self.cache.crops[self._same[rows], number]
+            # Quarantined images have none, and are not trained on.
+            differing = ((ours != theirs) & np.isfinite(ours) & np.isfinite(theirs)).any(1)
+            if differing.any():
+                example = own.samples["id"][int(rows[differing.argmax()])].as_py()
+                raise TrainError(
+                    f"{_name(self.cache)} and {_name(own)} have other crops: {view} of {example!r} shows another part; "
+                    f"train without (views={','.join(WHOLE_VIEWS)}), or build both with the same seed, crops and boxes"
+                )
 
 
 def open_sources(
@@ -119,10 +144,10 @@ def choose_views(cache: Cache, wanted: tuple[str, ...] | None) -> tuple[str, ...
     lacking = [view for view in wanted or () if view not in have]
     if lacking:
         raise TrainError(f"{_name(cache)} lacks view {_list(lacking)} (has {_list(have)})")
-    unpaired = [view for view in wanted or () if view not in PAIRED_VIEWS]
+    unpaired = [view for view in wanted or () if not is_paired(view)]
     if unpaired:
-        raise TrainError(f"view {_list(unpaired)} cannot be paired with a student image; use {_list(PAIRED_VIEWS)}")
-    views = tuple(wanted) if wanted else tuple(view for view in have if view in PAIRED_VIEWS)
+        raise TrainError(f"view {_list(unpaired)} cannot be paired with a student image; use {_list(WHOLE_VIEWS)}")
+    views = tuple(wanted) if wanted else tuple(view for view in have if is_paired(view))
     if not views:
         raise TrainError(f"{_name(cache)} has no view to train on (has {_list(have)})")
     return views
@@ -136,6 +161,8 @@ def shared_views(own: Cache, sources: Mapping[str, FeatureSource], wanted: tuple
         views = tuple(view for view in views if view in offered)
         if not views:
             raise TrainError(f"{_name(source.cache)} and {_name(own)} have no view in common")
+    for source in sources.values():
+        source.require_crops(own, views)
     return views
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cache_schema.format.vocabulary import CROP_VIEW
 from trainer.data.features import FeatureSource
 from trainer.errors import TrainError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 class Regions:
     """Boxes of student images, from fractions of the whole photograph to fractions of the teacher's view of it.
 
-    A teacher sees the whole photograph, or the crop of its object (the sample's box).
+    A teacher sees the whole photograph, or the crop of its object (the sample's box); of the view `crop.k` that crop.
     """
 
     def __init__(self, cache: Cache, sources: Mapping[str, FeatureSource], views: tuple[str, ...]):
@@ -33,6 +34,12 @@ class Regions:
         if len(shown) > 1:
             raise TrainError("one teacher saw the whole image and another the object: their places cannot be compared")
         samples = cache.samples
+        # Of the views that are random crops, what each shows of the photograph, by the view's number.
+        self._crops = {
+            number: cache.crops[:, int(view.removeprefix(CROP_VIEW))]
+            for number, view in enumerate(views)
+            if view.startswith(CROP_VIEW)
+        }
         self._frames = np.tile([0.0, 0.0, 1.0, 1.0], (len(samples), 1))  # the teacher's view in the photograph
         if shown == {"object"}:
             sides = np.stack([samples["width"].to_numpy(), samples["height"].to_numpy()], axis=1)
@@ -40,12 +47,17 @@ class Regions:
                 if box is not None:
                     self._frames[row] = np.clip(np.asarray(box) / np.tile(sides[row], 2), 0.0, 1.0)
 
-    def seen(self, rows: np.ndarray, boxes: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+    def seen(
+        self, rows: np.ndarray, boxes: np.ndarray, mirrored: np.ndarray, views: np.ndarray | None = None
+    ) -> np.ndarray:
         """Boxes (n, 4) in fractions of the photographs, unmirrored -> (n, 4) in fractions of the teacher's views.
 
-        `mirrored` (n,) bool: where the view is the mirrored one.
+        `mirrored` (n,) bool: where the view is the mirrored one. `views` (n,): numbers of the run's views, without
+        which none is a crop.
         """
         frames = self._frames[rows]
+        for number, crops in self._crops.items() if views is not None else ():
+            frames[views == number] = crops[rows[views == number]]
         corner, size = np.tile(frames[:, :2], 2), np.tile(frames[:, 2:] - frames[:, :2], 2)
         inside = (boxes - corner) / size
         left, right = inside[:, 0].copy(), inside[:, 2].copy()

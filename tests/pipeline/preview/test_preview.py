@@ -106,6 +106,15 @@ def test_the_object_view_of_a_mirrored_view_is_mirrored():
     assert left.index((255, 0, 0)) < left.index((0, 0, 255))
 
 
+def test_a_random_crop_is_shown_in_place_of_the_box():
+    image = Image.new("RGB", (64, 64), "#ff0000")
+    image.paste("#0000ff", (32, 0, 64, 64))
+    panel = draw_block(block(image=image, rows=[FeatureRow("hidden, crop.0", False, [], (0.6, 0.1, 0.9, 0.4))]), [])
+    seen = panel.crop((preview_page._IMAGE + 2 * preview_page._GAP, preview_page._LINE * 2, panel.width, panel.height))
+    assert (0, 0, 255) in seen.getdata()
+    assert (255, 0, 0) not in seen.getdata()
+
+
 def test_words_are_wrapped_and_never_wider_than_their_column():
     text = "a very small bird with a " + "w" * 200 + " tail"
     lines = wrap(text, 120, 13)
