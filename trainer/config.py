@@ -24,6 +24,10 @@ def read_workers(text: str) -> int | Literal["auto"]:
     return int(text)
 
 
+# Where rows without a label are from: the split, the training images (again, in another view), or both.
+UnlabelledFrom = Literal["unlabeled", "train", "both"]
+
+
 class Frozen(BaseModel):
     """Values that were checked once: unknown names are refused, and nothing changes afterwards."""
 

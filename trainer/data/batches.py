@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cache_schema.errors import LoaderError
@@ -21,14 +20,15 @@ from cache_schema.reading.batch import TORCH_DTYPES, EncodedBatch
 from cache_schema.storage.places import is_remote
 from trainer import processes
 from trainer.config import TrainConfig
-from trainer.data.augmentation import augment_image, draw_numbers, random_crop
-from trainer.data.crops import CropViews, inner_box
+from trainer.data.augmentation import augment_image, draw_numbers
+from trainer.data.crops import CropViews
 from trainer.data.features import WHOLE_VIEWS, FeatureSource, Needs, open_sources, shared_views
-from trainer.data.images import Fit, ImageStore, fit_picture
+from trainer.data.images import Fit, ImageStore
 from trainer.data.memory import spare_memory
 from trainer.data.regions import Regions
 from trainer.data.splits import Split, hold_out_classes, select_split
 from trainer.data.timesteps import TimestepDraw
+from trainer.data.unlabelled import other_views, unlabelled_rows
 from trainer.device import choose_workers
 from trainer.errors import TrainError
 
@@ -147,9 +147,9 @@ class TrainingBatches:
         self.fit_on, self.exact = needs.fit_on, needs.exact
         self.unlabelled: StreamSampler | None = None
         if needs.unlabelled:
-            extra = _unlabelled_rows(cache)
+            extra = unlabelled_rows(cache, needs.unlabelled_from, split.rows, self.views)
             self.unlabelled = StreamSampler(extra, needs.unlabelled, config.seed)
-            rows = np.concatenate([rows, extra])
+            rows = np.union1d(rows, extra)
         for source in self.sources.values():
             source.require(cache, rows)
         self.all_rows = np.sort(rows)
@@ -220,6 +220,19 @@ class TrainingBatches:
             places.append(first + np.arange(extra * part // parts, extra * (part + 1) // parts))
         return np.concatenate(places)
 
+    def _draw_views(self, update: int) -> np.ndarray:
+        """The view of every row of a whole batch, by its number."""
+        rows, labelled, random = (
+            self._whole(update),
+            self.labelled.batch_size,
+            generator(self.config.seed, VIEWS, update),
+        )
+        # Drawn for the labelled rows first: unlabelled rows do not change what a method without them sees.
+        draw = random.integers(len(self.views), size=len(rows))
+        if not np.isin(rows[labelled:], rows[:labelled]).any():
+            return draw
+        return other_views(rows, draw, labelled, len(self.views), random)
+
     def __getitem__(self, update: int) -> Batch:
         return self.make(update, self.timesteps, self._own())
 
@@ -234,8 +247,7 @@ class TrainingBatches:
         labelled = int((own < self.labelled.batch_size).sum())
         labels = torch.full((len(rows),), -1, dtype=torch.int64)
         labels[:labelled] = torch.tensor([self.label_of[row] for row in rows[:labelled].tolist()])
-        # Drawn for the labelled rows first: unlabelled rows do not change what a method without them sees.
-        draw = generator(self.config.seed, VIEWS, update).integers(len(self.views), size=whole)[own]
+        draw = self._draw_views(update)[own]
         held = self.pixels.take(len(rows))
         images = held.tensors[_IMAGES]
         numbers = draw_numbers(generator(self.config.seed, AUGMENT, update), whole)[own]
@@ -266,7 +278,7 @@ class TrainingBatches:
         Returns, where features are compared place by place, what each shows of the picture in its view: (n, 4).
         """
         augment = self.config.augment
-        boxes = self._shown(images, rows, views, numbers)
+        boxes = self.crops.show(images, self.images, rows, views, augment.crop_scale, numbers)
         for place, view in enumerate(views):
             if self.views[view] == "hflip":
                 images[place] = images[place].flip(-1)
@@ -276,27 +288,6 @@ class TrainingBatches:
             return None
         mirrored = np.array([self.views[view] == "hflip" for view in views])
         return torch.from_numpy(self.regions.seen(rows, boxes, mirrored, views)).float()
-
-    def _shown(self, images: Tensor, rows: np.ndarray, views: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """Fill (n, 3, S, S) uint8 with what is shown of each picture; returns its boxes (n, 4), in fractions of it."""
-        scale, size = self.config.augment.crop_scale, self.images.size
-        if scale is None and not self.crops:
-            self.images.load(rows, out=images)
-            return self.images.boxes(rows)
-        boxes = self.images.boxes(rows)
-        for place, picture in enumerate(self.images.pictures(rows)):
-            part, part_box = self.crops.part(picture, rows[place], views[place])
-            if scale is not None:
-                image, box = random_crop(part, size, scale, numbers[place])
-                images[place] = image
-            else:
-                # A crop is shown whole; of a whole picture, what the student sees at test time.
-                box = (0.0, 0.0, 1.0, 1.0)
-                fit = self.images.fit if part_box is None else "squash"
-                images.numpy()[place] = fit_picture(Image.fromarray(part), size, fit).transpose(2, 0, 1)
-            if part_box is not None or scale is not None:
-                boxes[place] = inner_box(part_box, box)
-        return boxes
 
     def fitting(self, few: int) -> FittingBatches:
         """What a method measures before the first update: the first `few` batches, or the features of every row."""
@@ -407,10 +398,3 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     if torch.cuda.is_available():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
-
-
-def _unlabelled_rows(cache: Cache) -> np.ndarray:
-    rows = select_split(cache, "unlabeled", need_features=True).rows
-    if not len(rows):
-        raise TrainError(f"cache {cache.manifest.label} has no unlabeled rows with features; set unlabeled_per_batch=0")
-    return rows

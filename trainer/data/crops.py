@@ -6,8 +6,12 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
+from torch import Tensor
 
 from cache_schema.format.vocabulary import CROP_VIEW
+from trainer.data.augmentation import random_crop
+from trainer.data.images import ImageStore, fit_picture
 
 if TYPE_CHECKING:
     from cache_schema import Cache
@@ -39,6 +43,37 @@ class CropViews:
         right, bottom = (math.ceil(edge - _ROUNDING) for edge in boxes[row, 2:] * (width, height))
         right, bottom = max(right, left + 1), max(bottom, top + 1)
         return picture[top:bottom, left:right], (left / width, top / height, right / width, bottom / height)
+
+    def show(
+        self,
+        images: Tensor,
+        store: ImageStore,
+        rows: np.ndarray,
+        views: np.ndarray,
+        scale: tuple[float, float] | None,
+        numbers: np.ndarray,
+    ) -> np.ndarray:
+        """Fill (n, 3, S, S) uint8 with what is shown of each picture; returns its boxes (n, 4), in fractions of it.
+
+        scale: of a random crop inside that, drawn by numbers (n, DRAWS); None: all of it.
+        """
+        if scale is None and not self:
+            store.load(rows, out=images)
+            return store.boxes(rows)
+        boxes = store.boxes(rows)
+        for place, picture in enumerate(store.pictures(rows)):
+            part, part_box = self.part(picture, rows[place], views[place])
+            if scale is not None:
+                image, box = random_crop(part, store.size, scale, numbers[place])
+                images[place] = image
+            else:
+                # A crop is shown whole; of a whole picture, what the student sees at test time.
+                box = (0.0, 0.0, 1.0, 1.0)
+                fit = store.fit if part_box is None else "squash"
+                images.numpy()[place] = fit_picture(Image.fromarray(part), store.size, fit).transpose(2, 0, 1)
+            if part_box is not None or scale is not None:
+                boxes[place] = inner_box(part_box, box)
+        return boxes
 
 
 _ROUNDING = 1e-3  # pixels

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cache_schema.format.vocabulary import CROP_VIEW
+from trainer.config import UnlabelledFrom
 from trainer.errors import TrainError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Needs:
 
     features: Mapping[str, FeatureNeed] = field(default_factory=dict)
     unlabelled: int = 0
+    unlabelled_from: UnlabelledFrom = "unlabeled"  # training images among them are not in the view of a labelled row
     places: bool = False  # features are compared with what the student sees at the same place of the picture
     timesteps_per_step: int | None = None  # drawn for each image at each update, of all features alike; None: all
     # Means are taken off the features, of which little may be left: rounded to bfloat16 before, it would be noise.

@@ -125,3 +125,40 @@ def test_rows_without_features_are_kept_out_only_where_features_are_needed(make_
     cache = make_cache(feature_splits=("train",))
     assert len(select_split(cache, "test", need_features=False).rows) == 10
     assert len(select_split(cache, "test", need_features=True).rows) == 0
+
+
+@pytest.mark.parametrize("wanted", ["train", "both"])
+def test_training_images_come_again_without_their_label_in_another_view(cache, tiny_config, wanted):
+    batches = batches_of(cache, tiny_config("unlabeled_per_batch=9", f"unlabeled_from={wanted}"))
+    splits, met, met_twice = cache.samples["split"].to_pylist(), set(), 0
+    for update in range(6):
+        batch = batches[update].to(torch.device("cpu"))
+        pairs = [(int(row), int(view)) for row, view in batch.features[TEACHER][:, 0, 0, [ROW, VIEW]]]
+        assert (batch.labels[:6] >= 0).all()
+        assert (batch.labels[6:] == -1).all()
+        met_twice += len({row for row, _ in pairs[:6]} & {row for row, _ in pairs[6:]})
+        assert not set(pairs[:6]) & set(pairs[6:])
+        met |= {splits[row] for row, _ in pairs[6:]}
+    assert met == ({"train"} if wanted == "train" else {"train", "unlabeled"})
+    assert met_twice
+    again = batches_of(cache, tiny_config("unlabeled_per_batch=9", f"unlabeled_from={wanted}"))
+    assert same(again[4], batches[4])
+
+
+def test_the_baseline_may_use_the_same_images_without_their_labels(cache, tiny_config):
+    config = tiny_config("unlabelled.per_batch=9", "unlabelled.images_from=train", "augment.flip=true", mode="baseline")
+    batches = batches_of(cache, config)
+    assert set(batches.unlabelled.rows.tolist()) == set(batches.labelled.rows.tolist())
+    assert batches.batch_rows == 15
+
+
+def test_held_out_classes_are_no_unlabelled_images(wide_cache, tiny_config):
+    batches = batches_of(wide_cache, tiny_config("unlabeled_per_batch=3", "unlabeled_from=both",
+                                                 "validation_classes=0.4"))  # fmt: skip
+    assert not set(batches.unlabelled.rows.tolist()) & set(batches.validation.rows.tolist())
+
+
+def test_training_images_without_another_view_are_refused(make_cache, tiny_config):
+    cache = make_cache(views=("canonical",))
+    with pytest.raises(TrainError, match="need another view: build the cache with --views canonical,hflip"):
+        batches_of(cache, tiny_config("unlabeled_per_batch=2", "unlabeled_from=train"))

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from cache_schema.fields import Setting
-from trainer.config import Frozen, OptimConfig, TrainConfig
+from trainer.config import Frozen, OptimConfig, TrainConfig, UnlabelledFrom
 
 
 class BaselineLossConfig(Frozen):
@@ -26,6 +26,9 @@ class UnlabelledConfig(Frozen):
     """Unlabelled images without a teacher, for comparisons at equal data."""
 
     per_batch: Annotated[int, Setting("Extra rows per batch.")] = Field(default=0, ge=0)
+    images_from: Annotated[
+        UnlabelledFrom, Setting("Where they are from: the split, the training images in another view, or both.")
+    ] = "unlabeled"
     by: Annotated[
         Literal["pseudo", "consistency"],
         Setting("pseudo: learn confident classes on changed images; consistency: the same embedding for both."),

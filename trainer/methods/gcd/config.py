@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from cache_schema.fields import Setting
-from trainer.config import Frozen, OptimConfig, RegressionConfig, TrainConfig
+from trainer.config import Frozen, OptimConfig, RegressionConfig, TrainConfig, UnlabelledFrom
 
 
 class GimConfig(Frozen):
@@ -148,6 +148,9 @@ class GcdConfig(TrainConfig):
 
     method: Literal["gcd"] = "gcd"
     unlabeled_per_batch: int = Field(default=0, ge=0)  # extra rows per batch that only CAL sees
+    unlabeled_from: Annotated[
+        UnlabelledFrom, Setting("Where extra rows are from: the split, the training images in another view, or both.")
+    ] = "unlabeled"
     tap: str | None = None  # None: hidden where the cache has it, otherwise its first
     timesteps: tuple[int, ...] | None = None  # None: all that the cache has
     timesteps_per_step: Annotated[

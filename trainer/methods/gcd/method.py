@@ -82,6 +82,7 @@ class Gcd(Method):
         return Needs(
             features,
             unlabelled=config.unlabeled_per_batch,
+            unlabelled_from=config.unlabeled_from,
             fit_on="all" if whole else "few",
             places=config.regression.wanted,
             exact=whole or gim.token_norm == "standardize" or config.regression.wanted,

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from cache_schema.fields import Setting
-from trainer.config import RegressionConfig, TrainConfig
+from trainer.config import RegressionConfig, TrainConfig, UnlabelledFrom
 from trainer.methods.baseline.config import BaselineLossConfig, BaselineOptimConfig
 
 
@@ -32,6 +32,9 @@ class RegressionRunConfig(TrainConfig):
 
     method: Literal["regression"] = "regression"
     unlabeled_per_batch: int = Field(default=0, ge=0)  # extra rows per batch that are regressed alone
+    unlabeled_from: Annotated[
+        UnlabelledFrom, Setting("Where extra rows are from: the split, the training images in another view, or both.")
+    ] = "unlabeled"
     features: Annotated[
         str | None, Setting("Another cache to read them from, of the same images: a folder or a URL.")
     ] = None

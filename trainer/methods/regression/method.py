@@ -42,6 +42,7 @@ class Regression(Method):
         return Needs(
             features,
             unlabelled=config.unlabeled_per_batch,
+            unlabelled_from=config.unlabeled_from,
             places=True,
             exact=True,
             timesteps_per_step=config.timesteps_per_step,

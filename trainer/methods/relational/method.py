@@ -43,7 +43,13 @@ class Relational(Method):
     def needs(cls, config: RelationalConfig) -> Needs:
         shuffled = config.seed if config.shuffle_features else None
         features = {TEACHER: FeatureNeed(config.tap, config.timesteps, shuffled=shuffled)}
-        return Needs(features, unlabelled=config.unlabeled_per_batch, exact=True, fit_on="all")
+        return Needs(
+            features,
+            unlabelled=config.unlabeled_per_batch,
+            unlabelled_from=config.unlabeled_from,
+            exact=True,
+            fit_on="all",
+        )
 
     def forward(self, batch: Batch, moment: Moment = END) -> dict[str, Tensor]:
         loss = self.config.loss
