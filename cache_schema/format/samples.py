@@ -111,11 +111,11 @@ def samples_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     numbers (`samples_schema`). Raises CacheError for rows that are not valid.
     """
     given = [{**_DEFAULTS, **row} for row in rows]
-    crops = max((len(row.get(CROPS) or ()) for row in given), default=0)
     try:
-        if crops:
+        if any(row.get(CROPS) for row in given):
             given = [row | {CROPS: _flat(row.get(CROPS))} for row in given]
-        table = pa.Table.from_pylist(given, schema=samples_schema(crops))
+        edges = max((len(row.get(CROPS) or ()) for row in given), default=0)
+        table = pa.Table.from_pylist(given, schema=samples_schema(edges // _CROP_EDGES))
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise CacheError(f"these samples do not fit the samples table: {error}") from error
     check_samples(table)
@@ -235,8 +235,8 @@ def _one_of_ours(found: pa.Schema) -> pa.Schema:
     return samples_schema(kind.list_size // _CROP_EDGES)
 
 
-def _flat(boxes: Iterable[Iterable[float]] | None) -> list[float] | None:
-    return None if boxes is None else [edge for box in boxes for edge in box]
+def _flat(boxes: Iterable[Any] | None) -> list[float] | None:
+    return None if boxes is None else np.asarray(list(boxes), dtype=float).reshape(-1).tolist()
 
 
 def _check_crops(table: pa.Table) -> None:

@@ -28,7 +28,8 @@ from cache_schema import (
     make_samples,
     plan_manifest,
 )
-from trainer.data.features import PAIRED_VIEWS, tap_info
+from cache_schema.format.vocabulary import CROP_VIEW
+from trainer.data.features import is_paired, tap_info
 from trainer.errors import TrainError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def check_target(cache: Cache, kind: str) -> None:
 def make_target(cache: Cache, kind: str, folder: Path) -> None:
     """Make the targets of all rows that may be trained on, or what is missing of them; raises TrainError."""
     check_target(cache, kind)
-    views = [view for view in cache.manifest.views if view in PAIRED_VIEWS]
+    views = [view for view in cache.manifest.views if is_paired(view)]
     target = _pixels(cache, views) if kind == PIXELS else _words(cache, views)
     rows = _rows(cache)
     samples, count = make_samples(cache.samples.take(rows).to_pylist(), ("train", "unlabeled"))
@@ -85,6 +86,7 @@ def make_target(cache: Cache, kind: str, folder: Path) -> None:
         taps=[TapInfo(name=kind, tokens=target.grid[0] * target.grid[1], channels=target.channels, grid=target.grid)],
         encoding=Encoding(kind="float16"),
         views=views,
+        crops=cache.manifest.crops,
         images=None,
         image_rows=0,
     )
@@ -145,15 +147,23 @@ def _pixels(cache: Cache, views: list[str]) -> _Target:
 
     def make(row: int) -> np.ndarray:
         image = Image.open(io.BytesIO(cache.images([row])[0])).convert("RGB")
-        crop = image.resize(
-            (columns * patch, rows * patch), Image.Resampling.BICUBIC, box=_object_box(cache, row, image)
-        )
-        pixels = np.asarray(crop, np.float32) / 127.5 - 1
-        seen = np.stack([pixels[:, ::-1] if view == "hflip" else pixels for view in views])  # (V, H, W, 3)
+        size = columns * patch, rows * patch
+        boxes = [_view_box(cache, row, image, view) for view in views]
+        crops = [np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=box), np.float32) for box in boxes]
+        mirrored = [crop[:, ::-1] if view == "hflip" else crop for view, crop in zip(views, crops, strict=True)]
+        seen = np.stack(mirrored) / 127.5 - 1  # (V, H, W, 3)
         patches = seen.reshape(len(views), rows, patch, columns, patch, 3).transpose(0, 1, 3, 2, 4, 5)
         return patches.reshape(len(views), rows * columns, patch * patch * 3)
 
     return _Target((rows, columns), 3 * patch * patch, make)
+
+
+def _view_box(cache: Cache, row: int, image: Image.Image, view: str) -> tuple[float, float, float, float] | None:
+    """What a view shows of the stored image: a random crop, or the object."""
+    if not view.startswith(CROP_VIEW):
+        return _object_box(cache, row, image)
+    left, top, right, bottom = cache.crops[row, int(view.removeprefix(CROP_VIEW))] * np.tile(image.size, 2)
+    return float(left), float(top), float(right), float(bottom)
 
 
 def _object_box(cache: Cache, row: int, image: Image.Image) -> tuple[float, float, float, float] | None:

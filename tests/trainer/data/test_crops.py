@@ -17,6 +17,7 @@ from trainer.data.regions import Regions
 from trainer.errors import TrainError
 from trainer.methods.gcd.method import TEACHER
 from trainer.methods.registry import find_method
+from trainer.reports.control_targets import make_target
 
 VIEWS = ("canonical", "hflip", "crop.0", "crop.1")
 SIDE, ROW, VIEW = 24, 0, 1  # of the stored images; channels of the features
@@ -101,3 +102,13 @@ def test_the_mean_over_views_is_of_whole_images(cropped, tiny_config):
     with pytest.raises(TrainError, match="would mix features of a crop"):
         batches_of(cropped, tiny_config("loss.target_views=mean"))
     batches_of(cropped, tiny_config("loss.target_views=mean", "views=[canonical,hflip]"))
+
+
+def test_a_control_regresses_the_pixels_of_the_same_crops(cropped, tiny_config, tmp_path):
+    make_target(cropped, "pixels", tmp_path / "pixels")
+    targets = open_cache(tmp_path / "pixels")
+    assert targets.manifest.views == list(VIEWS)
+    crop, whole = (targets.read([0], tap="pixels", view=view).decode() for view in ("crop.0", "canonical"))
+    assert not torch.equal(crop, whole)
+    config = tiny_config(f"features={tmp_path / 'pixels'}", method="regression")
+    assert TrainingBatches(cropped, config, SIDE, find_method("regression").needs(config)).views == VIEWS
