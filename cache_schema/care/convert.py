@@ -115,7 +115,7 @@ def _describe(manifest: Manifest) -> str:
     store, compression = manifest.store, manifest.encoding.compression
     return (
         f"from {store.kind}, {store.samples_per_shard} samples per shard, compression {compression}, manifest "
-        f"{manifest_checksum(manifest.model_dump(mode='json'))}"
+        f"{manifest_checksum(manifest.document())}"
     )
 
 

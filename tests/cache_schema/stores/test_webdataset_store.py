@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cache_schema import CacheCorrupt, CacheError, TapInfo, open_cache
+from cache_schema import CacheCorrupt, CacheError, CropsInfo, TapInfo, open_cache
 from cache_schema.care.verify import verify
 from cache_schema.format.layout import all_layouts
 from cache_schema.storage.open_file import OpenFile
@@ -157,7 +157,9 @@ def test_a_pickled_calibration_is_refused_without_being_unpickled(copy: Path, tm
 def test_samples_larger_than_a_tar_member_are_refused_at_planning() -> None:
     samples, rows = tiny_samples()
     taps = [TapInfo(name="hidden", tokens=1 << 14, channels=1 << 14, grid=(1 << 7, 1 << 7))]
-    options = {"taps": taps, "samples_per_shard": 1, "views": ["canonical", "hflip", "crop.0", "crop.1"]}
+    crops = CropsInfo(scale=(0.2, 1.0), ratio=(0.75, 1.5))
+    views = ["canonical", "hflip", "crop.0", "crop.1"]
+    options = {"taps": taps, "samples_per_shard": 1, "views": views, "crops": crops}
     assert tiny_manifest(samples, rows, "float32", **options).store.kind == "zarr"
     assert tiny_manifest(samples, rows, "int8", store="webdataset", **options).store.kind == "webdataset"
     with pytest.raises(CacheError, match=r"hidden takes 12\.9 GB, more than .*; choose the zarr store"):
