@@ -49,6 +49,9 @@ class FeatureLoader:
     other means, let go of it while the stream that does is the current one. `start_method` is multiprocessing's,
     by default "spawn" for a cache that is elsewhere.
 
+    A Ctrl-C in the moment in which Python lets go of a batch is reported and then lost, as CPython drops exceptions
+    there; a script that must stop at the first one notes it in a signal handler and raises between batches.
+
     Raises CacheRequestError for what the cache does not hold; while iterating, what `Cache.read` raises, and
     LoaderError if a worker dies.
     """
