@@ -27,6 +27,15 @@ def read_workers(text: str) -> int | Literal["auto"]:
 # Where rows without a label are from: the split, the training images (again, in another view), or both.
 UnlabelledFrom = Literal["unlabeled", "train", "both"]
 
+# Settings that several methods have, each field with its own default.
+ExtraRowsFrom = Annotated[
+    UnlabelledFrom, Setting("Where extra rows are from: the split, the training images in another view, or both.")
+]
+TimestepsPerStep = Annotated[
+    int | None, Setting("Timesteps drawn anew for each image at each update, of those above; all by default.")
+]
+ShuffleFeatures = Annotated[bool, Setting("A control: every image is given the features of another one of its split.")]
+
 
 class Frozen(BaseModel):
     """Values that were checked once: unknown names are refused, and nothing changes afterwards."""

@@ -6,7 +6,6 @@ import uuid
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from multiprocessing.context import get_spawning_popen
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.utils.data import Dataset
 
 from cache_schema.errors import CacheRequestError, LoaderError
 from cache_schema.loading.sampler import Rows
-from cache_schema.loading.slots import Layout, Lease, SlotRing, allocate
+from cache_schema.loading.slots import Layout, Lease, OwnsRing, SlotRing, allocate
 from cache_schema.reading.batch import EncodedBatch
 from cache_schema.reading.reader import Cache
 
@@ -43,7 +42,7 @@ class FeatureBatch(EncodedBatch):
         return {name: value for name, value in self.__dict__.items() if name != "_place"}
 
 
-class CacheDataset(Dataset[FeatureBatch]):
+class CacheDataset(OwnsRing, Dataset[FeatureBatch]):
     """The features of a cache as a map-style dataset: sample i is that of `rows[i]`, all rows with features by default.
 
     ```python
@@ -135,18 +134,6 @@ class CacheDataset(Dataset[FeatureBatch]):
         """Reuse the page-locked memory of batches whose copies to the device are done."""
         if self._ring is not None:
             self._ring.reclaim()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        if get_spawning_popen() is None:
-            # Only a process that is being started can be given memory; any other copy makes its own.
-            del state["_ring"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if "_ring" not in state:
-            self._make_ring()
 
     def _make_ring(self) -> None:
         self._ring = SlotRing(self._layout(self.batch_size), self._slots) if self.batch_size else None

@@ -5,14 +5,13 @@ from __future__ import annotations
 import uuid
 import weakref
 from dataclasses import dataclass
-from multiprocessing.context import get_spawning_popen
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 
 from cache_schema.errors import LoaderError
-from cache_schema.loading.slots import Layout, Lease, SlotRing, allocate
+from cache_schema.loading.slots import Layout, Lease, OwnsRing, SlotRing, allocate
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class PooledTensors:
         return PooledTensors, (self.tensors,)
 
 
-class TensorPool:
+class TensorPool(OwnsRing):
     """Tensors of one layout, whose first axis is the batch: in one of `slots` shared ones, or else in fresh memory.
 
     A worker process that was forked, or was given the pool when it started, sends its parent a slot's number and not
@@ -58,18 +57,6 @@ class TensorPool:
     def reclaim(self) -> None:
         """Reuse the page-locked slots whose copies to the device are done."""
         self._ring.reclaim()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        if get_spawning_popen() is None:
-            # Only a process that is being started can be given memory; any other copy makes its own.
-            del state["_ring"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if "_ring" not in state:
-            self._make_ring()
 
     def _make_ring(self) -> None:
         self._ring = SlotRing(self._layout, self._slots)

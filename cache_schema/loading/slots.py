@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import parent_process, reduction
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,27 @@ class SlotRing:
                 yield
             finally:
                 fcntl.lockf(self._fd, fcntl.LOCK_UN, 1)
+
+
+class OwnsRing:
+    """What has a ring `_ring` of its own in every process that was not given it when it started.
+
+    Only a process that is being started can be given memory; any other copy makes its own, by `_make_ring`.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if get_spawning_popen() is None:
+            del state["_ring"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if "_ring" not in state:
+            self._make_ring()
+
+    def _make_ring(self) -> None:
+        raise NotImplementedError
 
 
 def allocate(layout: Layout, rows: int) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,8 @@ from cache_schema import (
     open_cache,
     plan_manifest,
 )
+from cache_schema import cli as commands
+from trainer.cli import app
 from trainer.config import TrainConfig
 from trainer.export.export import export_run
 from trainer.methods.settings import make_config
@@ -234,3 +237,16 @@ def pictures(tmp_path_factory, cache_path) -> Path:
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def here(capsys, monkeypatch):
+    """The command line in this process, for what needs no process of its own: (exit code, output, errors)."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which the runner replaces
+
+    def run_here(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            commands.run(app, [str(argument) for argument in arguments])
+        return int(caught.value.code or 0), *capsys.readouterr()
+
+    return run_here

@@ -11,9 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache_schema import cli as commands
-from trainer.cli import app
-
 FORBIDDEN = ("pipeline", "diffusers", "peft", "transformers")
 # A process in which the heavy job's packages cannot be imported; then the command line as it is.
 BLOCKED = f"""
@@ -34,19 +31,6 @@ def dit_train(*arguments: object, cwd: Path | None = None) -> subprocess.Complet
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     command = [sys.executable, "-c", BLOCKED, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
-
-
-@pytest.fixture
-def here(capsys, monkeypatch):
-    """The same command line in this process, for what needs no process of its own: (exit code, output, errors)."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which the runner replaces
-
-    def run_here(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            commands.run(app, [str(argument) for argument in arguments])
-        return int(caught.value.code or 0), *capsys.readouterr()
-
-    return run_here
 
 
 @pytest.fixture(scope="module")

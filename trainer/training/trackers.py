@@ -52,7 +52,8 @@ def _start(name: str, run: Path) -> Any:
         tracker = kind(PROJECT, **kwargs)
         tracker.start()
     except Exception as error:
-        raise TrainError(f"track: {name} cannot be started: {str(error).strip().splitlines()[0]}") from error
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TrainError(f"track: {name} cannot be started: {first}") from error
     return tracker
 
 

@@ -2,30 +2,14 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
 
-from cache_schema import cli as commands
-from trainer.cli import app
 from trainer.errors import TrainError
 from trainer.evaluation.evaluate import evaluate_run
 from trainer.evaluation.folder import open_folder_split
 from trainer.retrieval.model import open_model
-
-
-@pytest.fixture
-def here(capsys, monkeypatch):
-    """The command line in this process: (exit code, output, errors)."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which the runner replaces
-
-    def run_here(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            commands.run(app, [str(argument) for argument in arguments])
-        return int(caught.value.code or 0), *capsys.readouterr()
-
-    return run_here
 
 
 @pytest.mark.parametrize("student", ["first", "exported"])

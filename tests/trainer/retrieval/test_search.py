@@ -5,28 +5,12 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from cache_schema import cli as commands
 from trainer import retrieval
-from trainer.cli import app
-
-
-@pytest.fixture
-def here(capsys, monkeypatch):
-    """The command line in this process: (exit code, output, errors)."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which the runner replaces
-
-    def run_here(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            commands.run(app, [str(argument) for argument in arguments])
-        return int(caught.value.code or 0), *capsys.readouterr()
-
-    return run_here
 
 
 def test_the_whole_way_from_a_folder_to_a_page_of_hits(here, students, pictures, tmp_path):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from cache_schema.fields import Setting
-from trainer.config import TrainConfig
+from trainer.config import ShuffleFeatures, TimestepsPerStep, TrainConfig
 from trainer.methods.baseline.config import BaselineLossConfig, BaselineOptimConfig
 from trainer.methods.gcd.config import GimConfig
 
@@ -31,13 +30,8 @@ class AuxiliaryConfig(TrainConfig):
     method: Literal["auxiliary"] = "auxiliary"
     tap: str | None = None  # None: hidden where the cache has it, otherwise its first
     timesteps: tuple[int, ...] | None = None  # None: all that the cache has
-    timesteps_per_step: Annotated[
-        int | None,
-        Setting("Timesteps drawn anew for each image at each update, of those above; all by default."),
-    ] = Field(default=None, ge=1)
-    shuffle_features: Annotated[
-        bool, Setting("A control: every image is given the features of another one of its split.")
-    ] = False
+    timesteps_per_step: TimestepsPerStep = Field(default=None, ge=1)
+    shuffle_features: ShuffleFeatures = False
     gim: GimConfig = GimConfig()
     loss: BaselineLossConfig = BaselineLossConfig()
     optim: AuxiliaryOptimConfig = AuxiliaryOptimConfig()

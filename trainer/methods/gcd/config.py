@@ -7,7 +7,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from cache_schema.fields import Setting
-from trainer.config import Frozen, OptimConfig, RegressionConfig, TrainConfig, UnlabelledFrom
+from trainer.config import (
+    ExtraRowsFrom,
+    Frozen,
+    OptimConfig,
+    RegressionConfig,
+    ShuffleFeatures,
+    TimestepsPerStep,
+    TrainConfig,
+)
 
 
 class GimConfig(Frozen):
@@ -148,18 +156,11 @@ class GcdConfig(TrainConfig):
 
     method: Literal["gcd"] = "gcd"
     unlabeled_per_batch: int = Field(default=0, ge=0)  # extra rows per batch that only CAL sees
-    unlabeled_from: Annotated[
-        UnlabelledFrom, Setting("Where extra rows are from: the split, the training images in another view, or both.")
-    ] = "unlabeled"
+    unlabeled_from: ExtraRowsFrom = "unlabeled"
     tap: str | None = None  # None: hidden where the cache has it, otherwise its first
     timesteps: tuple[int, ...] | None = None  # None: all that the cache has
-    timesteps_per_step: Annotated[
-        int | None,
-        Setting("Timesteps drawn anew for each image at each update, of those above; all by default."),
-    ] = Field(default=None, ge=1)
-    shuffle_features: Annotated[
-        bool, Setting("A control: every image is given the features of another one of its split.")
-    ] = False
+    timesteps_per_step: TimestepsPerStep = Field(default=None, ge=1)
+    shuffle_features: ShuffleFeatures = False
     gim: GimConfig = GimConfig()
     loss: LossConfig = LossConfig()
     regression: RegressionConfig = RegressionConfig()

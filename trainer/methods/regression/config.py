@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from cache_schema.fields import Setting
-from trainer.config import RegressionConfig, TrainConfig, UnlabelledFrom
+from trainer.config import ExtraRowsFrom, RegressionConfig, ShuffleFeatures, TimestepsPerStep, TrainConfig
 from trainer.methods.baseline.config import BaselineLossConfig, BaselineOptimConfig
 
 
@@ -32,21 +32,14 @@ class RegressionRunConfig(TrainConfig):
 
     method: Literal["regression"] = "regression"
     unlabeled_per_batch: int = Field(default=0, ge=0)  # extra rows per batch that are regressed alone
-    unlabeled_from: Annotated[
-        UnlabelledFrom, Setting("Where extra rows are from: the split, the training images in another view, or both.")
-    ] = "unlabeled"
+    unlabeled_from: ExtraRowsFrom = "unlabeled"
     features: Annotated[
         str | None, Setting("Another cache to read them from, of the same images: a folder or a URL.")
     ] = None
     tap: str | None = None  # None: hidden where the cache has it, otherwise its first
     timesteps: tuple[int, ...] | None = None  # None: all that the cache has
-    timesteps_per_step: Annotated[
-        int | None,
-        Setting("Timesteps drawn anew for each image at each update, of those above; all by default."),
-    ] = Field(default=None, ge=1)
-    shuffle_features: Annotated[
-        bool, Setting("A control: every image is given the features of another one of its split.")
-    ] = False
+    timesteps_per_step: TimestepsPerStep = Field(default=None, ge=1)
+    shuffle_features: ShuffleFeatures = False
     loss: BaselineLossConfig = BaselineLossConfig()
     regression: PlainRegressionConfig = PlainRegressionConfig()
     optim: RegressionOptimConfig = RegressionOptimConfig()

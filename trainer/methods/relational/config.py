@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from cache_schema.fields import Setting
-from trainer.config import TrainConfig, UnlabelledFrom
+from trainer.config import ExtraRowsFrom, ShuffleFeatures, TrainConfig
 from trainer.methods.baseline.config import BaselineLossConfig, BaselineOptimConfig
 
 
@@ -31,13 +31,9 @@ class RelationalConfig(TrainConfig):
     unlabeled_per_batch: Annotated[int, Setting("Extra rows per batch, which are compared alone.")] = Field(
         default=0, ge=0
     )
-    unlabeled_from: Annotated[
-        UnlabelledFrom, Setting("Where extra rows are from: the split, the training images in another view, or both.")
-    ] = "unlabeled"
+    unlabeled_from: ExtraRowsFrom = "unlabeled"
     tap: str | None = None  # None: hidden where the cache has it, otherwise its first
     timesteps: tuple[int, ...] | None = None  # None: all that the cache has
-    shuffle_features: Annotated[
-        bool, Setting("A control: every image is given the features of another one of its split.")
-    ] = False
+    shuffle_features: ShuffleFeatures = False
     loss: RelationalLossConfig = RelationalLossConfig()
     optim: BaselineOptimConfig = BaselineOptimConfig()
