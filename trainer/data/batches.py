@@ -167,12 +167,10 @@ class TrainingBatches:
         """So many loader processes or, where they were not asked for, as many as there is memory to read ahead in."""
         batch = 3 * self.images.size**2 * self.batch_rows
         for source in self.sources.values():
-            shape, steps = (
-                source.shape,
-                source.shape.timesteps if self.timesteps is None else range(self.timesteps.each),
-            )
+            shape = source.shape
+            steps = len(shape.timesteps) if self.timesteps is None else self.timesteps.each
             size = TORCH_DTYPES[source.cache.manifest.encoding.kind].itemsize
-            batch += self.batch_rows * len(steps) * shape.tokens * shape.channels * size
+            batch += self.batch_rows * steps * shape.tokens * shape.channels * size
         if self.config.workers == "auto":
             while workers > 1 and (read_ahead_depth(workers) + _SPARE) * batch > spare_memory():
                 workers -= 1
@@ -220,13 +218,9 @@ class TrainingBatches:
             places.append(first + np.arange(extra * part // parts, extra * (part + 1) // parts))
         return np.concatenate(places)
 
-    def _draw_views(self, update: int) -> np.ndarray:
+    def _draw_views(self, update: int, rows: np.ndarray) -> np.ndarray:
         """The view of every row of a whole batch, by its number."""
-        rows, labelled, random = (
-            self._whole(update),
-            self.labelled.batch_size,
-            generator(self.config.seed, VIEWS, update),
-        )
+        labelled, random = self.labelled.batch_size, generator(self.config.seed, VIEWS, update)
         # Drawn for the labelled rows first: unlabelled rows do not change what a method without them sees.
         draw = random.integers(len(self.views), size=len(rows))
         if not np.isin(rows[labelled:], rows[:labelled]).any():
@@ -241,13 +235,14 @@ class TrainingBatches:
 
         With `places` only these of its rows, as they are in the whole of it.
         """
-        rows = self._whole(update)
-        own = np.arange(len(rows)) if places is None else places
-        whole, rows = len(rows), rows[own]
+        everyone = self._whole(update)
+        whole = len(everyone)
+        own = np.arange(whole) if places is None else places
+        rows = everyone[own]
         labelled = int((own < self.labelled.batch_size).sum())
         labels = torch.full((len(rows),), -1, dtype=torch.int64)
         labels[:labelled] = torch.tensor([self.label_of[row] for row in rows[:labelled].tolist()])
-        draw = self._draw_views(update)[own]
+        draw = self._draw_views(update, everyone)[own]
         held = self.pixels.take(len(rows))
         images = held.tensors[_IMAGES]
         numbers = draw_numbers(generator(self.config.seed, AUGMENT, update), whole)[own]
