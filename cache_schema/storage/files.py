@@ -4,6 +4,7 @@ A file is written aside, flushed to the disk, renamed into place, and its direct
 process, a reader sees the old state or the new one.
 """
 
+import atexit
 import contextlib
 import errno
 import fcntl
@@ -38,6 +39,8 @@ _WRITE_BLOCK = 64 << 10
 # The system is asked to begin with the disk after so many bytes, so that less is left for the flush at the end, during
 # which nothing else of a shard is done.
 _BEGIN_FLUSH = 8 << 20
+# The files that this process is writing: a Ctrl-C can fall between any two steps of leaving a context.
+_BEING_WRITTEN: set[Path] = set()
 # Answers of file systems that have no hard links or no locks: not failures of this write.
 _UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF, errno.EMLINK}
 
@@ -93,6 +96,7 @@ class AsideFile:
     def __enter__(self) -> "AsideFile":
         with storage_errors(self.path):
             make_directory(self.path.parent)
+            _BEING_WRITTEN.add(self._aside)
             self._fd = os.open(self._aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         return self
 
@@ -101,6 +105,7 @@ class AsideFile:
         if not self._published:
             with contextlib.suppress(FileNotFoundError):
                 self._aside.unlink()
+        _BEING_WRITTEN.discard(self._aside)
 
     def write(self, data: Bytes, checksum: int | None = None) -> None:
         """Append bytes; `checksum` is their CRC-32C if it is known already."""
@@ -285,6 +290,14 @@ def digest_file(path: Path) -> FileDigest:
 def is_aside(name: str) -> bool:
     """Say whether a file name is that of a file being written, or left behind by a writer that died."""
     return _ASIDE.search(name) is not None
+
+
+@atexit.register
+def _sweep_own_files() -> None:
+    for path in list(_BEING_WRITTEN):
+        if f".tmp-{_HOST}-{os.getpid()}-" in path.name:  # not those of the process this one was forked from
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def sweep_aside_files(root: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """Real servers on loopback for the tests, each its own process, started when first asked for and stopped at the end."""
 
 import atexit
+import contextlib
 import functools
 import getpass
 import os
@@ -12,7 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def refusing_port() -> Iterator[int]:
+    """A port that refuses connections, and that no other server can take meanwhile."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # and never listens
+        yield bound.getsockname()[1]
 
 
 def start(command: list[str], port: int, log: Path, **options: object) -> None:

@@ -133,11 +133,12 @@ def test_what_stays_wrong_is_named_and_is_right_again_when_the_server_is(
 
 def test_a_server_that_does_not_answer_is_said_to_be_unreachable_after_the_deadline(tmp_path: Path) -> None:
     waits: list[float] = []
-    folder = folder_at(f"http://127.0.0.1:{servers.free_port()}/cache")
-    assert isinstance(folder, RemoteFolder)
-    patient = RemoteFolder(folder.url, folder.place, Retrying(deadline=0.5, sleep=waits.append))
-    with pytest.raises(CacheUnreachable, match="cannot be reached: the connection was refused"):
-        patient.read_bounded("manifest.json", 100)
+    with servers.refusing_port() as port:
+        folder = folder_at(f"http://127.0.0.1:{port}/cache")
+        assert isinstance(folder, RemoteFolder)
+        patient = RemoteFolder(folder.url, folder.place, Retrying(deadline=0.5, sleep=waits.append))
+        with pytest.raises(CacheUnreachable, match="cannot be reached: the connection was refused"):
+            patient.read_bounded("manifest.json", 100)
     assert waits == sorted(waits, key=lambda wait: wait > 0.1)  # ever longer
 
 

@@ -117,6 +117,24 @@ def test_a_file_that_is_not_published_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+def test_an_interrupt_between_two_steps_of_a_write_leaves_nothing(tmp_path: Path) -> None:
+    script = """
+import os, sys
+from pathlib import Path
+from cache_schema.storage.files import AsideFile
+AsideFile(Path(sys.argv[1])).__enter__()  # and interrupted before the context that would undo it
+if os.fork() == 0:
+    sys.exit()  # a forked process leaves what is its parent's
+os.wait()
+print(len(os.listdir(os.path.dirname(sys.argv[1]))))
+raise KeyboardInterrupt
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "file")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.stdout, "KeyboardInterrupt" in ended.stderr) == ("1\n", True)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("code", "advice"), [(errno.ENOSPC, "free some space"), (errno.EROFS, "writable"), (errno.EIO, "mend that")]
 )

@@ -208,9 +208,10 @@ def test_a_server_that_is_gone_ends_a_command_in_one_line_after_the_time_given(
         assert "run the same command again: finished work is kept" in said
         proxy.fail("none", "", 0)
         dit_cache("pull", url, str(tmp_path / "copy"))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{servers.free_port()}")
-    _store.cache_clear()
-    said = dit_cache("ls", PREFIX, expect=1)
+    with servers.refusing_port() as port:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        _store.cache_clear()
+        said = dit_cache("ls", PREFIX, expect=1)
     assert said.startswith(f"error: {PREFIX} cannot be reached: the connection was refused")
     monkeypatch.setenv("DIT_CACHE_TIMEOUT", "soon")
     _store.cache_clear()
@@ -242,10 +243,11 @@ def test_what_the_team_has_is_not_built_again(
     assert open_cache(tmp_path / "b").manifest.sealed
     folder_at(place).delete("manifest.json")
     # A build that has begun here is gone on with, whatever the team has; and who cannot ask builds.
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{servers.free_port()}")
-    monkeypatch.setenv("DIT_CACHE_TIMEOUT", "0.3")
-    _store.cache_clear()
-    assert "whether this cache exists already is not known" in dit_cache(*command, str(tmp_path / "c"))
+    with servers.refusing_port() as port:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("DIT_CACHE_TIMEOUT", "0.3")
+        _store.cache_clear()
+        assert "whether this cache exists already is not known" in dit_cache(*command, str(tmp_path / "c"))
 
 
 def _as_settings() -> list[str]:
