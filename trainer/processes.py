@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from trainer.errors import SharedError
 
 _alone = False
 
@@ -52,9 +54,17 @@ def started() -> tuple[int, int]:
 
 @contextmanager
 def one_speaks() -> Iterator[None]:
-    """Of several processes the first one alone prints; an error is told by whoever meets it."""
+    """Of several processes the first one alone prints; an error is told by whoever meets it, by one if all do."""
     with Path(os.devnull).open("w") as silence, redirect_stdout(silence) if started()[0] else nullcontext():
-        yield
+        try:
+            yield
+        except SharedError:
+            if leads():
+                raise
+            # Whoever ends first has the others killed, so the one that tells must come first.
+            with suppress(RuntimeError):
+                dist.barrier()  # which is broken off when it has told and is gone
+            raise SystemExit(1) from None
 
 
 def beside() -> int:
@@ -105,6 +115,15 @@ def told_by_leader(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def everyones(value: Any) -> list[Any]:
+    """What each process has, that of process 0 first, in every one."""
+    if count() == 1:
+        return [value]
+    boxes: list[Any] = [None] * count()
+    dist.all_gather_object(boxes, value)
+    return boxes
 
 
 class _Gathered(torch.autograd.Function):

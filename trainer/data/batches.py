@@ -203,9 +203,10 @@ class TrainingBatches:
 
         Of several processes that train together each has its share of both.
         """
-        return self._whole(update)[self._own()]
+        return self.rows_of_all(update)[self._own()]
 
-    def _whole(self, update: int) -> np.ndarray:
+    def rows_of_all(self, update: int) -> np.ndarray:
+        """Rows of the whole batch of an update, whichever process has them."""
         labelled = self.labelled.batch(update)
         return labelled if self.unlabelled is None else np.append(labelled, self.unlabelled.batch(update))
 
@@ -235,7 +236,7 @@ class TrainingBatches:
 
         With `places` only these of its rows, as they are in the whole of it.
         """
-        everyone = self._whole(update)
+        everyone = self.rows_of_all(update)
         whole = len(everyone)
         own = np.arange(whole) if places is None else places
         rows = everyone[own]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from trainer import processes
 from trainer.config import TrainConfig
 from trainer.data.batches import Batch
 from trainer.device import autocast
-from trainer.errors import TrainError
+from trainer.errors import SharedError, TrainError
 from trainer.methods.method import Method, Moment
 from trainer.runs import DIVERGED
 from trainer.training.assembly import Parts
@@ -26,34 +27,35 @@ from trainer.training.step import parts_of, seed_update
 SHOWN = 4  # sample ids in the line for people; the file has all
 
 
-@processes.alone()
 def diverged(parts: Parts, run: Path, update: int, losses: dict[str, Tensor]) -> TrainError:
     """The error for a loss that is not finite at 0-based `update`, whose step was not taken.
 
-    The batch is made again and looked at: its features first, then the weights, then what each module makes of it.
+    The batch is made again and looked at: its features first, then the weights, then what each module makes of it. Of
+    several processes each looks at its share, all come along, and all get the same error.
     """
     values = {name: value.item() for name, value in losses.items()}
-    said = ", ".join(f"{name} {value:g}" for name, value in values.items())
+    shares = processes.everyones(values)
+    at = next((at for at, share in enumerate(shares) if not math.isfinite(share["loss"])), 0)
+    said = ", ".join(f"{name} {value:g}" for name, value in shares[at].items())
     what, advice = f"the loss is not finite at update {update + 1} ({said})", parts.method.advice
     batch = parts.batches[update].to(parts.device, parts.feature_dtype)
-    source, broken = _broken_features(batch)
+    source, ids = _broken_features(parts, batch, update)
     if source:
-        ids = _some(_ids(parts, parts.batches.rows(update)[broken]))
-        advice = (
-            f"hold the cache against its checksums with dit-cache verify {parts.batches.sources[source].cache.root}"
-        )
-        return _error(parts, run, update, f"{what}: the cached features {source!r} of {ids} are not finite", advice)
+        root = parts.batches.sources[source].cache.root
+        advice = f"hold the cache against its checksums with dit-cache verify {root}"
+        what = f"{what}: the cached features {source!r} of {_some(ids)} are not finite"
+        return _error(parts, run, update, what, advice)
     if _names_of_broken(parts.method.named_parameters()):
         # The batch to look at is the one before: its loss was finite, and its gradients were not.
         what = f"{what}: {_broken_tensors(parts.method, f'update {update}')}"
         return _error(parts, run, max(update - 1, 0), what, advice)
     moment = Moment(update, parts.updates)
-    module = _first_broken_module(parts.method, batch, parts.config, moment)
+    module = processes.everyones(_first_broken_module(parts.method, batch, parts.config, moment))[at]
     what = (
         f"{what}: weights and features are finite, {f'the output of {module}' if module else 'a sum of losses'} is not"
     )
     exact = parts.config.model_copy(update={"precision": "float32"})
-    if module and _first_broken_module(parts.method, batch, exact, moment) is None:
+    if module and processes.everyones(_first_broken_module(parts.method, batch, exact, moment))[at] is None:
         advice = "it is in float32: add --set precision=float32"
     return _error(parts, run, update, what, advice)
 
@@ -67,24 +69,30 @@ def refuse_broken(parts: Parts, run: Path, done: int) -> None:
 
 def _error(parts: Parts, run: Path, update: int, what: str, advice: str) -> TrainError:
     """The line for people, on the batch of 0-based `update`; what it leaves out goes into the run's folder."""
-    ids = _ids(parts, parts.batches.rows(update))
+    ids = _ids(parts, parts.batches.rows_of_all(update))
     checkpoint = latest_checkpoint(run)
     about = {"what": what, "update": update + 1, "samples": ids, "checkpoint": checkpoint and str(checkpoint)}
-    write_file(run / DIVERGED, (json.dumps(about, indent=2) + "\n").encode())
+    if processes.leads():
+        write_file(run / DIVERGED, (json.dumps(about, indent=2) + "\n").encode())
+    processes.wait_for_all()  # or one that ends first would have the others ended before it is written
     kept = f"last good checkpoint: {checkpoint.name}" if checkpoint else "no checkpoint was saved before it"
-    return TrainError(
+    return SharedError(
         f"{run}: {what}; {advice}, and start anew with --overwrite "
         f"({kept}; update {update + 1} was of {_some(ids)}, all of them in {run / DIVERGED})"
     )
 
 
-def _broken_features(batch: Batch) -> tuple[str, np.ndarray]:
-    """Whose features of a batch are not finite, and which of its rows' (B,); "" where all are finite."""
+def _broken_features(parts: Parts, batch: Batch, update: int) -> tuple[str, list[str]]:
+    """Whose features of a batch are not finite, and the ids of the samples; "" where all are finite."""
+    own: tuple[str, list[str]] = ("", [])
     for name, values in batch.features.items():
         broken = ~values.isfinite().flatten(1).all(1).cpu().numpy()
         if broken.any():
-            return name, broken
-    return "", np.zeros(0, dtype=bool)
+            own = name, _ids(parts, parts.batches.rows(update)[broken])
+            break
+    shares = processes.everyones(own)
+    source = next((name for name, _ in shares if name), "")
+    return source, [each for name, ids in shares if name == source for each in ids]
 
 
 def _broken_tensors(method: Method, when: str) -> str:

@@ -14,7 +14,6 @@ from trainer import processes
 from trainer.config import TrainConfig
 from trainer.data.batches import Batch, iterate
 from trainer.data.feed import Feed
-from trainer.errors import TrainError
 from trainer.methods.method import Moment
 from trainer.training.assembly import assemble, start
 from trainer.training.course import Course
@@ -94,8 +93,6 @@ def _step(course: Course, batch: Batch, wrapped: nn.Module | None) -> dict[str, 
     try:
         losses = train_step(parts.method, parts.optimizer, batch, course.rate, parts.config, moment, **together)
     except LossNotFiniteError as error:
-        if not error.here:
-            raise TrainError(f"stopped: the loss of another process is not finite; see {course.run}") from None
         raise diverged(parts, course.run, moment.update, error.losses) from None
     if parts.average is not None:
         parts.average.update(parts.method, course.done)

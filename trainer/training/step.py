@@ -18,12 +18,14 @@ from trainer.training.optim import set_learning_rate
 
 
 class LossNotFiniteError(Exception):
-    """A loss of which nothing can be learnt; the weights are as they were before its update."""
+    """A loss of which nothing can be learnt; the weights are as they were before its update.
 
-    def __init__(self, losses: dict[str, Tensor], here: bool = True):
-        """`here`: it is the loss of this process; of several, all stop."""
+    Of several processes all stop, with the losses that each has.
+    """
+
+    def __init__(self, losses: dict[str, Tensor]):
         super().__init__("the loss is not finite")
-        self.losses, self.here = losses, here
+        self.losses = losses
 
 
 class _Finite:
@@ -96,7 +98,6 @@ def _backward(
             (found["loss"] if count == 1 else found["loss"] / count).backward()
         for name, value in found.items():
             losses[name] = value.detach() if count == 1 else losses.get(name, 0.0) + value.detach() / count
-    broken = not all(finite)
-    if processes.any_of(broken, batch.images.device):
-        raise LossNotFiniteError(losses, broken)
+    if processes.any_of(not all(finite), batch.images.device):
+        raise LossNotFiniteError(losses)
     return losses

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zarr
 from safetensors.torch import load_file
 
 from cache_schema import open_cache
@@ -39,7 +40,7 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory, cache_path, tiny_settings):
+def together(tmp_path_factory, cache_path, tiny_settings, build_tiny):
     """The folder of runs of two processes, and the configs: one start of Python for all of them."""
     from trainer.methods.settings import make_config
 
@@ -53,6 +54,12 @@ def together(tmp_path_factory, cache_path, tiny_settings):
         save_config(config, folder / f"{name}.json")
         arguments.append(f"{folder / name}={folder / name}.json")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    broken = build_tiny(tmp_path_factory.mktemp("broken") / "cache")
+    row = broken.samples["id"].to_pylist().index("train-1-3")
+    zarr.open_array(broken.root / "features/hidden", mode="r+")[row] = float("nan")
+    failing = ["run", "--cache", broken.root, "--output", folder / "diverged", "--preset", "small", *tiny_settings,
+               "--set", "views=canonical", "--set", "verify_reads=false"]  # fmt: skip
+    arguments += ["--", *map(str, failing)]
     command = [*torchrun, str(HERE / "together.py"), str(cache_path), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stderr
@@ -85,6 +92,17 @@ def test_a_run_that_was_interrupted_in_one_of_two_goes_on_to_the_same_end(togeth
     assert losses(folder / "cut") == losses(folder / "parts")
     for file in ("student.safetensors", "gim.safetensors"):
         assert (folder / "cut" / file).read_bytes() == (folder / "parts" / file).read_bytes()
+
+
+def test_features_that_one_of_two_finds_broken_are_told_once_with_the_whole_batch(together):
+    folder, _ = together
+    said, other = ((folder / f"told-{number}.txt").read_text() for number in (0, 1))
+    errors = [line for line in (said + other).splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert "the cached features 'teacher' of sample 'train-1-3' are not finite" in said
+    about = json.loads((folder / "diverged" / "diverged.json").read_text())
+    assert "train-1-3" in about["samples"]
+    assert len(set(about["samples"])) == 6
 
 
 @pytest.mark.parametrize("count", [2, 3])

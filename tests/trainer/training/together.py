@@ -1,8 +1,10 @@
 """Run by torchrun in each of two processes: trains what it is told to, and interrupts what is called cut on the way.
 
-Arguments: the cache, then OUTPUT=CONFIG.json for each run.
+Arguments: the cache, then OUTPUT=CONFIG.json for each run; then --, and arguments of dit-train, which is to fail: what
+each process says of that is in told-NUMBER.txt in the folder of the last run.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -11,8 +13,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from cache_schema import cli as commands
 from cache_schema import open_cache
 from trainer import processes
+from trainer.cli import app
 from trainer.methods.method import Moment
 from trainer.methods.settings import load_config
 from trainer.training import loop
@@ -41,8 +45,15 @@ def interrupted(method, optimizer, batch, rate, config, moment, **together):
     return train_step(method, optimizer, batch, rate, config, moment, **together)
 
 
+def fail(file, arguments):
+    """Whatever processes wait for each other for at the end, they do until the first of them is gone."""
+    with file.open("w") as told, contextlib.redirect_stderr(told), contextlib.suppress(SystemExit):
+        commands.run(app, arguments)
+
+
 def main(place, *arguments):
     torch.set_num_threads(1)
+    arguments, failing = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
     cache = open_cache(place)
     for argument in arguments:
         output, _, config = argument.partition("=")
@@ -56,6 +67,7 @@ def main(place, *arguments):
             loop.train_step = train_step
         loop.train(config, cache, run, resume=run.name == "cut")
         save_gradients(config, cache, run / "gradients.safetensors")
+    fail(run.parent / f"told-{os.environ['RANK']}.txt", list(failing))
 
 
 if __name__ == "__main__":
