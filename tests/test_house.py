@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+READMES = [
+    ROOT / "README.md",
+    *(path for room in ("cache_schema", "pipeline", "trainer") for path in sorted((ROOT / room).rglob("README.md"))),
+]
 HEAVY = ("torch", "numpy", "diffusers", "transformers", "peft", "timm", "zarr", "pyarrow", "matplotlib", "pydantic")
 
 
@@ -24,7 +27,8 @@ def test_a_command_line_answers_help_without_importing_anything_heavy(module):
 
 
 def readme_commands() -> list[str]:
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, flags=re.S)
+    text = "\n".join(path.read_text(encoding="utf-8") for path in READMES)
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
 
@@ -36,16 +40,31 @@ def test_every_make_target_in_the_readme_exists():
     assert named <= targets
 
 
-@pytest.mark.parametrize("line", [c for c in readme_commands() if c.startswith(("dit-cache", "dit-train"))])
-def test_every_command_in_the_readme_has_the_options_it_is_given(line):
-    program, sub, *rest = line.split()
+def options_in_readmes() -> dict[tuple[str, str], set[str]]:
+    """The options that each command is shown with."""
+    shown: dict[tuple[str, str], set[str]] = {}
+    for line in readme_commands():
+        if line.startswith(("dit-cache", "dit-train")):
+            program, sub, *rest = line.split()
+            shown.setdefault((program, sub), set()).update(word for word in rest if word.startswith("--"))
+    return shown
+
+
+@pytest.mark.parametrize(("command", "options"), options_in_readmes().items(), ids=str)
+def test_every_command_in_a_readme_has_the_options_it_is_given(command, options):
+    program, sub = command
     helped = subprocess.run(
         [str(Path(sys.executable).parent / program), sub, "--help"],
         capture_output=True, text=True, env={"COLUMNS": "200", "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     assert helped.returncode == 0, helped.stderr
-    for option in [word for word in rest if word.startswith("--")]:
-        assert option in helped.stdout
+    assert not [option for option in options if option not in helped.stdout]
+
+
+def test_every_link_in_a_readme_leads_somewhere():
+    for readme in [*READMES, ROOT / "benchmarks/README.md", ROOT / "examples/slurm/README.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", readme.read_text(encoding="utf-8")):
+            assert (readme.parent / target).exists(), (readme, target)
 
 
 def test_the_public_names_of_the_contract_are_there():
