@@ -9,8 +9,12 @@ from cache_building import build
 
 from cache_schema import Curriculum, open_cache
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
 ROWS = 20
+
+
+def examples(readme: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), flags=re.S)
 
 
 def test_the_examples_of_from_python_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,9 +22,9 @@ def test_the_examples_of_from_python_run(tmp_path: Path, monkeypatch: pytest.Mon
     for folder, store in (("cache", "zarr"), ("tars", "webdataset")):
         build(tmp_path / "runs/demo" / folder, kind="int8", feature_rows=ROWS, curriculum=curriculum, store=store)
     monkeypatch.chdir(tmp_path)
-    section = README.split("\n## From Python\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, flags=re.S)
+    blocks = examples("cache_schema/README.md")
     assert len(blocks) == 4
+    assert examples("README.md") == blocks[:2]
     names: dict = {}
     tokens = []
     for block in blocks:
