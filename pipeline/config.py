@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from cache_schema.fields import Setting, SettingsError, check_limits
-from cache_schema.format.vocabulary import ContextMode, EncoderInput, Quantization
+from cache_schema.format.vocabulary import ContextMode, EncoderInput, ObjectCrop, Quantization
 from cache_schema.settings import Settings
 from pipeline.annotate.config import AnnotateConfig
 from pipeline.build.config import BuildConfig
@@ -97,6 +97,10 @@ class TeacherOptions:
     input: Annotated[
         EncoderInput, Setting("What an image encoder is shown: the crop of the object, or the whole image.")
     ] = "object"
+    crop: Annotated[
+        ObjectCrop,
+        Setting("What is shown of an object: its box, squashed to a square, or the square around its box."),
+    ] = "box"
     quantize: Annotated[
         Literal["none", Quantization],
         Setting("Keep the transformer's linear layers in 8 bits: half the memory of bfloat16."),
@@ -113,6 +117,10 @@ class TeacherOptions:
         "auto"
     )
     device: Annotated[str, Setting("Where models run; auto takes the GPU if there is one.", resumable=True)] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.crop == "square" and self.input == "image":
+            raise ConfigError("--crop square is of the object, and --input image shows all: leave out one of the two")
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def open_teacher(options: TeacherOptions, lora: Path | None, log: Callable[[str]
     target = choose_device(options.device)
     dtype = choose_dtype(options.dtype, target)
     log(f"{use_device(target)}, {str(dtype).removeprefix('torch.')}")
-    return load_teacher(
+    teacher = load_teacher(
         options.name,
         revision=options.revision,
         lora=lora,
@@ -62,6 +62,8 @@ def open_teacher(options: TeacherOptions, lora: Path | None, log: Callable[[str]
         input=options.input,
         loading=Loading(quantization_of(options), options.offload, options.compile),
     )
+    teacher.crop = options.crop
+    return teacher
 
 
 def quantization_of(options: TeacherOptions) -> "Quantization | None":

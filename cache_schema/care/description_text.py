@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cache_schema.errors import printable
-from cache_schema.format.card import format_bytes, format_encoding
+from cache_schema.format.card import described_view, format_bytes, format_encoding
 from cache_schema.format.manifest import Manifest
 
 # Of long lists, this many entries; `--json` has all of them.
@@ -59,6 +59,7 @@ def _content(manifest: Manifest) -> list[Fact]:
             "resolution",
             f"{teacher.resolution} px, text: {teacher.text}, guidance: {teacher.guidance}, context: {teacher.context}",
         ),
+        ("shown", described_view(teacher)),
         ("refined", f"LoRA {teacher.lora_digest[:12]}" if teacher.lora_digest else "no"),
         ("timesteps", f"{steps} of {curriculum.num_steps}; seed {curriculum.seed}"),
         ("views", ", ".join(manifest.views)),

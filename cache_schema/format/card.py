@@ -4,7 +4,7 @@ import re
 
 from cache_schema.errors import printable
 from cache_schema.format.licences import licence_of
-from cache_schema.format.manifest import Encoding, Manifest, StoreKind
+from cache_schema.format.manifest import Encoding, Manifest, StoreKind, TeacherInfo
 
 _STORES: dict[StoreKind, str] = {
     "zarr": "Each array under `features/` is an ordinary Zarr v3 array; what its numbers mean is in its attributes and "
@@ -36,6 +36,13 @@ def format_encoding(encoding: Encoding) -> str:
     return ", ".join([*steps, encoding.kind, f"compression {encoding.compression}"])
 
 
+def described_view(teacher: TeacherInfo) -> str:
+    """What a teacher is shown in all views but random crops, as people say it."""
+    if teacher.input == "image":
+        return "the whole image"
+    return "the square around the box of the object" if teacher.crop == "square" else "the box of the object"
+
+
 def render_card(manifest: Manifest) -> bytes:
     """Return the bytes of the card of a sealed cache; equal caches have equal cards."""
     parts = [_heading(manifest), _contents(manifest), _taps(manifest), _fidelity(manifest), _use(manifest)]
@@ -44,10 +51,11 @@ def render_card(manifest: Manifest) -> bytes:
 
 def _heading(manifest: Manifest) -> str:
     data, teacher = manifest.dataset, manifest.teacher
+    kind = "an image encoder" if teacher.family == "timm" else "a diffusion transformer"
     return (
         f"# Teacher cache {plain(manifest.label)}\n\n"
-        f"Features of {data.feature_rows - len(manifest.failed_rows)} images of {code(data.name)} as a diffusion "
-        f"transformer ({plain(teacher.family)}, {code(teacher.source)}) sees them. "
+        f"Features of {data.feature_rows - len(manifest.failed_rows)} images of {code(data.name)} as {kind} "
+        f"({plain(teacher.family)}, {code(teacher.source)}) sees them. "
         "Students are distilled from this cache without the teacher."
     )
 
@@ -73,6 +81,7 @@ def _contents(manifest: Manifest) -> str:
         "teacher weights": ", ".join(f"{plain(name)} `{sha[:12]}`" for name, sha in sorted(teacher.digests.items())),
         "licence of the teacher": plain(licence_of(teacher)),
         "refined (LoRA)": f"`{teacher.lora_digest[:12]}`" if teacher.lora_digest else "no",
+        "shown": described_view(teacher),
         "timesteps": f"{levels} of {curriculum.num_steps}; seed {curriculum.seed}",
         "views": plain(", ".join(manifest.views)),
         "encoding": format_encoding(manifest.encoding),

@@ -25,6 +25,7 @@ _DETERMINING: dict[str, tuple[str, ...]] = {
         "quantization",
         "context",
         "input",
+        "crop",
     ),
     "curriculum": ("num_steps", "timesteps", "sigmas", "seed"),
     "encoding": ("kind", "pool", "pca", "massive", "massive_factor"),
@@ -36,7 +37,7 @@ _SINCE_VERSION_2: dict[str, dict[str, Any]] = {
     "encoding": {"pool": 1, "pca": None, "massive": "keep", "massive_factor": None},
     "images": {"shape": "square"},
     "taps": {"teacher_channels": None},
-    "teacher": {"quantization": None, "context": "joint", "input": "object"},
+    "teacher": {"quantization": None, "context": "joint", "input": "object", "crop": "box"},
 }
 
 
@@ -53,7 +54,7 @@ def determining_fields(document: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {name: document[name] for name in _DETERMINING_WHOLE}
     for part, names in _DETERMINING.items():
         value = document[part]
-        fields[part] = None if value is None else {name: value[name] for name in names}
+        fields[part] = None if value is None else {name: value[name] for name in names if name in value}
     for part in ("encoding", "teacher", "images"):
         if fields[part] is not None:
             fields[part] = _without_defaults(part, fields[part])

@@ -17,6 +17,7 @@ from cache_schema.format.vocabulary import (
     EncodingKind,
     ImageShape,
     MassiveChannels,
+    ObjectCrop,
     Quantization,
     StoreKind,
     TextCondition,
@@ -76,7 +77,8 @@ class TeacherInfo(FrozenModel):
 
     quantization: number format of the transformer's weights in memory, None as they were saved. context: whether the
     context tokens see the noisy tokens (joint), or not, so that they are computed once for all timesteps (reused).
-    input: what the features are of: the object's crop, or the whole image (image encoders alone).
+    input: what the features are of: the object's crop, or the whole image (image encoders alone). crop: what that crop
+    is: the box, squashed, or the square around it (`cache_schema.format.square`).
     """
 
     family: str
@@ -92,6 +94,7 @@ class TeacherInfo(FrozenModel):
     quantization: Quantization | None = None
     context: ContextMode = "joint"
     input: EncoderInput = "object"
+    crop: ObjectCrop = "box"
 
 
 class Curriculum(FrozenModel):
@@ -330,8 +333,13 @@ class Manifest(FrozenModel):
         return f"{self.dataset.name}-{self.cache_id[:8]}"
 
     def document(self) -> dict[str, Any]:
-        """The manifest as plain JSON values; without crops as it was before there were any."""
-        return self.model_dump(mode="json", exclude={"crops"} if self.crops is None else None)
+        """The manifest as plain JSON values, without what says that a cache is as caches were before it was there."""
+        document = self.model_dump(mode="json")
+        if self.crops is None:
+            del document["crops"]
+        if self.teacher.crop == "box":
+            del document["teacher"]["crop"]
+        return document
 
     @property
     def crop_count(self) -> int:

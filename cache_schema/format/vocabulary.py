@@ -17,6 +17,8 @@ MassiveChannels = Literal["keep", "remove", "standardize"]
 DEFAULT_MASSIVE_FACTOR = 10.0
 # What an image encoder is shown of a photograph: the crop of the object, or all of it.
 EncoderInput = Literal["object", "image"]
+# What the crop of an object is: its box, squashed to a square, or the square around its box.
+ObjectCrop = Literal["box", "square"]
 # How student images are stored: squashed to a square, or with the aspect that they were taken with.
 ImageShape = Literal["square", "aspect"]
 # The view of the k-th random crop of an image, counted from 0.

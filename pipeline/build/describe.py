@@ -59,6 +59,7 @@ def describe_cache(teacher: AnyTeacher, dataset: Dataset, config: BuildConfig, s
             context=teacher.context,
             quantization=teacher.quantization,
             input=teacher.input if is_image_encoder(teacher) else "object",
+            crop=teacher.crop,
         ),
         curriculum=Curriculum(
             num_steps=config.num_steps,

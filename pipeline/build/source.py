@@ -17,7 +17,7 @@ from pipeline.teachers.passes import Passes
 def framing_of(teacher: AnyTeacher, config: BuildConfig) -> Framing:
     """Which parts of photographs a build shows the teacher."""
     shown = teacher.input if is_image_encoder(teacher) else "object"
-    return Framing(shown, config.seed, config.crops_scale, config.crops_ratio)
+    return Framing(shown, config.seed, config.crops_scale, config.crops_ratio, teacher.crop)
 
 
 def wanted_of(config: BuildConfig, sigmas: Sequence[float], framing: Framing = WHOLE) -> Wanted:

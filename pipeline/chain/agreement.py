@@ -18,7 +18,7 @@ def _stage_one(teacher: AnyTeacher, lora: Path | None) -> list[str]:
         return []
     from pipeline.teachers.lora import refined_with
 
-    ours = {"guidance": teacher.guidance, "resolution": teacher.resolution}
+    ours = {"guidance": teacher.guidance, "resolution": teacher.resolution, "crop": teacher.crop}
     return [
         f"warning: the LoRA {lora} was refined with {name} {theirs}, this runs with {name} {ours[name]}"
         for name, theirs in refined_with(lora).items()

@@ -42,6 +42,7 @@ def teacher_options(config: RunConfig) -> dict[str, object]:
         "--revision": teacher.revision,
         "--resolution": teacher.resolution,
         "--context": teacher.context,
+        "--crop": None if teacher.crop == "box" else teacher.crop,
     }
 
 

@@ -32,7 +32,8 @@ TEACHER: list[str | Exposed] = [
 # How a teacher runs, in two halves: Stage I does not offload, and what is run alone need not be compiled.
 PRECISION: list[str | Exposed] = ["teacher.dtype", "teacher.device"]
 FORWARD: list[str | Exposed] = [
-    "teacher.resolution", "teacher.guidance", "teacher.context", "teacher.input", "teacher.quantize",
+    "teacher.resolution", "teacher.guidance", "teacher.context", "teacher.input", "teacher.crop",
+    "teacher.quantize",
 ]  # fmt: skip
 CONDITIONS = "conditions"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.inputs.decoding import read_image
 from pipeline.inputs.framing import Framing
-from pipeline.inputs.views import apply_view, cut, is_crop, object_view, resize_square
+from pipeline.inputs.views import apply_view, cut, is_crop, object_view, resize_square, square_view
 from pipeline.teachers.base import TextEmbedding
 
 WHOLE = Framing()
@@ -70,7 +70,8 @@ def _sample_pixels(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(I_O, I) of one sample under each view, each (3, R, R) uint8."""
     image, box = read_image(dataset, sample)
-    crop, whole = object_view(image, box, resolution), resize_square(image, resolution)
+    cut_out = square_view if framing.object_crop == "square" else object_view
+    crop, whole = cut_out(image, box, resolution), resize_square(image, resolution)
 
     def shown(view: str) -> tuple[Image.Image, Image.Image]:
         if not is_crop(view):

@@ -4,7 +4,7 @@ import math
 import struct
 from dataclasses import dataclass
 
-from cache_schema.format.vocabulary import EncoderInput
+from cache_schema.format.vocabulary import EncoderInput, ObjectCrop
 from pipeline.curriculum import keyed_generator
 from pipeline.inputs.views import Box, inside, is_crop
 
@@ -14,15 +14,17 @@ DEFAULT_SCALE, DEFAULT_RATIO = (0.2, 1.0), (0.75, 1.3333)
 
 @dataclass(frozen=True)
 class Framing:
-    """How crops are drawn: of what the teacher sees otherwise, the crop of the object or (an image encoder) the image.
+    """How views are cut: of what the teacher sees, the crop of the object or (an image encoder) the whole image.
 
-    scale: share of its area, ratio: of width to height, each from least to most.
+    object_crop: what the crop of the object is. The others say how random crops are drawn, always inside the box or the
+    image. scale: share of its area, ratio: of width to height, each from least to most.
     """
 
     input: EncoderInput = "object"
     seed: int = 0
     scale: tuple[float, float] = DEFAULT_SCALE
     ratio: tuple[float, float] = DEFAULT_RATIO
+    object_crop: ObjectCrop = "box"
 
     def crop(self, sample_id: str, view: str, size: tuple[int, int], box: Box) -> Box:
         """The box (left, top, right, bottom) of the view `crop.k` in fractions of an upright image of `size`.
@@ -49,7 +51,7 @@ class Framing:
     def identity(self, sample_id: str, view: str) -> dict[str, object]:
         """What decides the pixels of a view beside the image, its box and the name of the view."""
         if not is_crop(view):
-            return {}
+            return {} if self.object_crop == "box" else {"object_crop": self.object_crop}
         return {"crop": [self.input, self.seed, sample_id, list(self.scale), list(self.ratio)]}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageOps
 
 from cache_schema.errors import DitDistillError
+from cache_schema.format.square import square_around
 from cache_schema.format.vocabulary import CROP_VIEW
 
 VIEWS = ("canonical", "hflip")
@@ -48,6 +49,26 @@ def inside(box: Box, size: tuple[int, int]) -> Box:
     if x1 - x0 < 1 or y1 - y0 < 1:
         raise ValueError(f"box {tuple(box)} has no pixel inside the {width}×{height} image")
     return x0, y0, x1, y1
+
+
+def square_view(image: Image.Image, box: Box, resolution: int) -> Image.Image:
+    """The square around the box as resolution × resolution RGB, in the image's mean colour where it is beyond it.
+
+    Raises ValueError if the box has no pixel inside the image.
+    """
+    x0, y0, x1, y1 = square_around(inside(box, image.size), image.size)
+    rgb, side = image.convert("RGB"), x1 - x0
+    seen = inside((x0, y0, x1, y1), image.size)
+    left, top, right, bottom = (
+        round((edge - corner) / side * resolution) for edge, corner in zip(seen, (x0, y0, x0, y0), strict=True)
+    )
+    size = max(1, right - left), max(1, bottom - top)
+    part = rgb.resize(size, Image.Resampling.BICUBIC, box=seen)
+    if size == (resolution, resolution):
+        return part
+    view = Image.new("RGB", (resolution, resolution), rgb.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))
+    view.paste(part, (min(left, resolution - size[0]), min(top, resolution - size[1])))
+    return view
 
 
 def expand_views(given: Sequence[str]) -> tuple[str, ...]:

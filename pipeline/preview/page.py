@@ -24,7 +24,7 @@ _BOX_COLOURS = ("#101418", "#ffd60a")  # a light line inside a dark one is seen 
 class FeatureRow:
     """One row of maps, one pixel per token; mirrored: whether its view mirrors the image.
 
-    shown: what the maps cover, as shares of width and height; None: the box of the sample.
+    shown: what the maps cover, as shares of width and height, maybe beyond the image; None: the box of the sample.
     """
 
     label: str
@@ -156,13 +156,17 @@ def _image_with_box(block: SampleBlock) -> Image.Image:
 
 
 def _object_view(block: SampleBlock, row: FeatureRow) -> Image.Image:
-    """What the maps cover: a part of the student image, as large as a map."""
+    """What the maps cover: a part of the student image, as large as a map, in its mean colour where it is beyond it."""
     if block.image is None:
         return _placeholder(_CELL, block.note)
     x0, y0, x1, y1 = row.shown or block.box or (0.0, 0.0, 1.0, 1.0)
     width, height = block.image.size
     box = (x0 * width, y0 * height, max(x1 * width, x0 * width + 1e-3), max(y1 * height, y0 * height + 1e-3))
-    crop = block.image.resize((_CELL, _CELL), Image.Resampling.BICUBIC, box=box)
+    if min(x0, y0) < 0 or max(x1, y1) > 1:
+        mean = block.image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+        crop = block.image.transform((_CELL, _CELL), Image.Transform.EXTENT, box, fillcolor=mean)
+    else:
+        crop = block.image.resize((_CELL, _CELL), Image.Resampling.BICUBIC, box=box)
     return ImageOps.mirror(crop) if row.mirrored else crop
 
 

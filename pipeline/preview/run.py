@@ -11,9 +11,11 @@ from PIL import Image
 
 from cache_schema import Cache
 from cache_schema.errors import CacheRequestError, CacheUnsealed, DitDistillError
+from cache_schema.format.card import described_view
+from cache_schema.format.square import square_around
 from cache_schema.format.vocabulary import CROP_VIEW
 from cache_schema.storage.files import write_file
-from pipeline.preview.page import FeatureRow, SampleBlock, draw_block, draw_page
+from pipeline.preview.page import Box, FeatureRow, SampleBlock, draw_block, draw_page
 from pipeline.preview.token_colours import TokenColours, fit_colours
 
 # Suffix → how Pillow is asked for it; words and squares need more than the usual quality.
@@ -130,12 +132,6 @@ def _reference_tokens(cache: Cache, tap: str) -> Iterator[np.ndarray]:
 def _block(cache: Cache, row: int, colours: Mapping[str, TokenColours]) -> SampleBlock:
     sample = _sample(cache, row)
     image, note = _student_image(cache, row)
-    box = None
-    if sample["box"] and sample["width"] and sample["height"]:
-        size = (sample["width"], sample["height"]) * 2
-        x0, y0, x1, y1 = (min(max(value / side, 0.0), 1.0) for value, side in zip(sample["box"], size, strict=True))
-        # One that lies outside of the image leaves nothing to draw.
-        box = (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
     label = f"class {sample['label']}" if sample["label"] >= 0 else "no label"
     return SampleBlock(
         heading=sample["id"],
@@ -147,12 +143,12 @@ def _block(cache: Cache, row: int, colours: Mapping[str, TokenColours]) -> Sampl
         caption=sample["caption"],
         image=image,
         note=note,
-        box=box,
+        box=_box(sample),
         rows=[
             FeatureRow(
                 label=_row_label(cache, tap.name, view),
                 mirrored=view == "hflip",
-                shown=_crop(cache, row, view),
+                shown=_shown(cache, sample, row, view),
                 maps=_maps(cache, row, tap.name, number, colours[tap.name]),
             )
             for number, view in enumerate(cache.manifest.views)
@@ -161,12 +157,28 @@ def _block(cache: Cache, row: int, colours: Mapping[str, TokenColours]) -> Sampl
     )
 
 
-def _crop(cache: Cache, row: int, view: str) -> tuple[float, float, float, float] | None:
-    """What a random crop shows of the image; None for views of the object."""
-    if not view.startswith(CROP_VIEW):
+def _shown(cache: Cache, sample: dict[str, Any], row: int, view: str) -> Box | None:
+    """What a view shows of the image, as shares of width and height; None: the box."""
+    if view.startswith(CROP_VIEW):
+        x0, y0, x1, y1 = cache.crops[row, int(view.removeprefix(CROP_VIEW))].tolist()
+        return x0, y0, x1, y1
+    teacher = cache.manifest.teacher
+    if teacher.input == "image":
+        return 0.0, 0.0, 1.0, 1.0
+    if teacher.crop == "square" and _box(sample) is not None:
+        width, height = sample["width"], sample["height"]
+        x0, y0, x1, y1 = square_around(tuple(sample["box"]), (width, height))
+        return x0 / width, y0 / height, x1 / width, y1 / height
+    return None
+
+
+def _box(sample: dict[str, Any]) -> Box | None:
+    """The box as shares of width and height; None where there is none or nothing of it is inside the image."""
+    if not (sample["box"] and sample["width"] and sample["height"]):
         return None
-    x0, y0, x1, y1 = cache.crops[row, int(view.removeprefix(CROP_VIEW))].tolist()
-    return x0, y0, x1, y1
+    size = (sample["width"], sample["height"]) * 2
+    x0, y0, x1, y1 = (min(max(value / side, 0.0), 1.0) for value, side in zip(sample["box"], size, strict=True))
+    return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
 
 
 def _maps(cache: Cache, row: int, tap: str, view: int, colours: TokenColours) -> list[Image.Image]:
@@ -214,7 +226,7 @@ def _legend(cache: Cache) -> str:
     clearest = max(cache.manifest.curriculum.timesteps)
     crops = ", or the random crop beside them" if cache.manifest.crops else ""
     return (
-        f"Maps cover the object view (the box){crops}. "
+        f"Maps cover {described_view(cache.manifest.teacher)}{crops}. "
         "Colours: the three strongest directions in which tokens differ at "
         f"p = {clearest}, the clearest timestep; grey is the mean token, so a map greys out as its features know less "
         "of what the clearest show."

@@ -20,6 +20,7 @@ from pipeline.curriculum import DEFAULT_TIMESTEPS
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.inputs.condition_store import ConditionStore, default_store
 from pipeline.inputs.feature_source import DiffusionSource, EncoderSource, FeatureSource, Wanted
+from pipeline.inputs.framing import Framing
 from pipeline.inputs.pictures import save_picture
 from pipeline.probe.config import ProbeConfig
 from pipeline.probe.picture import draw_heat_maps
@@ -86,6 +87,7 @@ def probe(
         "teacher": teacher.source,
         "refined": teacher.lora is not None,
         "context": teacher.context,
+        "crop": teacher.crop,
         "quantization": teacher.quantization,
         "config": asdict(config),
         "images": len(samples),
@@ -130,14 +132,16 @@ def _sources(
 ) -> Callable[[float], FeatureSource]:
     """What computes the features at a noise level, of the taps and the canonical view."""
 
+    framing = Framing(teacher.input if is_image_encoder(teacher) else "object", object_crop=teacher.crop)
+
     def wanted(sigma: float) -> Wanted:
-        return Wanted(tuple(taps), ("canonical",), (sigma,), seed)
+        return Wanted(tuple(taps), ("canonical",), (sigma,), seed, framing)
 
     if is_image_encoder(teacher):
         encoder = teacher
         return lambda sigma: EncoderSource(encoder, dataset, wanted(sigma))
     diffusion = cast(Teacher, teacher)
-    store = ConditionStore(conditions, diffusion, dataset)
+    store = ConditionStore(conditions, diffusion, dataset, framing=framing)
     return lambda sigma: DiffusionSource(diffusion, store, wanted(sigma))
 
 

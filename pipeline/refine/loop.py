@@ -22,6 +22,7 @@ from pipeline.curriculum import DEFAULT_STEPS
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.inputs.condition_store import ConditionStore, default_store
 from pipeline.inputs.conditions import Conditions
+from pipeline.inputs.framing import Framing
 from pipeline.inputs.pictures import save_picture
 from pipeline.refine.card import render_card
 from pipeline.refine.checkpoint import (
@@ -74,7 +75,8 @@ def refine(
     `config.gradient_checkpointing` says, and on a GPU where it says nothing.
     Raises DitDistillError if `output` holds a run with other settings.
     """
-    store = ConditionStore(conditions or default_store(output), teacher, dataset)
+    framing = Framing(object_crop=teacher.crop)
+    store = ConditionStore(conditions or default_store(output), teacher, dataset, framing=framing)
     run = _Run(teacher, dataset, store, config, output, log, recomputes)
     finished = run.finished()
     if finished is not None:
@@ -317,7 +319,9 @@ class _Run:
     def _identity(self) -> dict[str, Any]:
         """What two halves of one run must have in common."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
-        return settings | {
+        # Left out of runs like those before there was a choice, which go on.
+        square = {"crop": self.teacher.crop} if self.teacher.crop != "box" else {}
+        theirs = {
             "micro-batches per step": self.slots,
             "resolution": self.teacher.resolution,
             "dtype": str(self.teacher.dtype).removeprefix("torch."),
@@ -327,6 +331,7 @@ class _Run:
             "transformer": self.teacher.digests()["transformer"],
             "training images": _fingerprint(self.train_samples),
         }
+        return settings | square | theirs
 
 
 def _fingerprint(samples: Sequence[Sample]) -> str:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from cache_schema.errors import DitDistillError
-from cache_schema.format.vocabulary import ContextMode, EncoderInput, Quantization
+from cache_schema.format.vocabulary import ContextMode, EncoderInput, ObjectCrop, Quantization
 
 __all__ = [
     "AnyTeacher",
     "ContextMode",
     "EncoderInput",
     "ImageEncoder",
+    "ObjectCrop",
     "Part",
     "Quantization",
     "TapShape",
@@ -63,7 +64,8 @@ class TapShape:
 class AnyTeacher(Protocol):
     """What the build and the manifest ask of every teacher, whatever it computes.
 
-    A teacher without noise has one noise level, 0, and neither guidance, LoRA nor quantization.
+    A teacher without noise has one noise level, 0, and neither guidance, LoRA nor quantization. crop: what it is shown
+    of an object: the box or the square around it.
     """
 
     family: str
@@ -74,6 +76,7 @@ class AnyTeacher(Protocol):
     guidance: float | None
     lora: Path | None
     context: ContextMode
+    crop: ObjectCrop
     quantization: Quantization | None
     device: torch.device
     dtype: torch.dtype

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from pipeline.teachers.architecture import Architecture, read_architecture
-from pipeline.teachers.base import ContextMode, Part, TapShape, TeacherError, TextEmbedding
+from pipeline.teachers.base import ContextMode, ObjectCrop, Part, TapShape, TeacherError, TextEmbedding
 from pipeline.teachers.capture import capture
 from pipeline.teachers.loading import PLAIN, Loading, compile_blocks
 from pipeline.teachers.lora import attach_lora, check_made_for, save_lora
@@ -71,6 +71,7 @@ class DiffusersTeacher(ABC):
         self.resolution, self.dtype, self.device = resolution, dtype, torch.device(device)
         self.pipeline_class: str = self.pipeline_name or self.pipeline.__name__
         self.context: ContextMode = context or self.contexts[0]
+        self.crop: ObjectCrop = "box"
         if self.context not in self.contexts:
             raise TeacherError(f"teacher {self.source}: {self.only_context}; use --context {self.contexts[0]}")
         self.loading, self.quantization = loading, loading.quantization

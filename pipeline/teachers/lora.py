@@ -69,11 +69,12 @@ def check_made_for(path: Path, transformer_digest: str, teacher: str, context: C
 
 
 def refined_with(path: Path) -> dict[str, Any]:
-    """Guidance and resolution of Stage I, as its record beside a LoRA has them; nothing where there is no record."""
+    """Guidance, resolution and crop of Stage I, as its record beside a LoRA has them; nothing where there is none."""
     record = lora_file(path).parent / RECORD_NAME
     try:
         identity = json.loads(record.read_text(encoding="utf-8"))["identity"]
-        return {name: identity[name] for name in ("guidance", "resolution") if name in identity}
+        said = {name: identity[name] for name in ("guidance", "resolution") if name in identity}
+        return {**said, "crop": identity.get("crop", "box")}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.teachers.architecture import Architecture
-from pipeline.teachers.base import ContextMode, EncoderInput, Quantization, TapShape, TeacherError
+from pipeline.teachers.base import ContextMode, EncoderInput, ObjectCrop, Quantization, TapShape, TeacherError
 from pipeline.teachers.passes import memory_errors
 from pipeline.teachers.timm_networks import load_network, own_resolution, parse_spec, size_refused, takes_size
 
@@ -48,6 +48,7 @@ class TimmEncoder:
         parsed = parse_spec(spec)
         assert parsed is not None, "only teachers called timm:…"
         self.source, self.input = spec, input
+        self.crop: ObjectCrop = "box"
         self.resolution = resolution = resolution or own_resolution(parsed.name, spec)
         self.dtype, self.device = dtype, torch.device(device)
         # Here and not by the first pass, which no smaller one could mend.

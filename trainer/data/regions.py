@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cache_schema.format.square import square_around
 from cache_schema.format.vocabulary import CROP_VIEW
 from trainer.data.features import FeatureSource
 from trainer.errors import TrainError
@@ -30,9 +31,12 @@ class Regions:
                     f"cache {source.cache.manifest.label} lacks view {lacking[0]}, and features are compared place by "
                     "place: build it with --views canonical,hflip, or set augment.flip=false"
                 )
-        shown = {source.cache.manifest.teacher.input for source in sources.values()}
+        teachers = [source.cache.manifest.teacher for source in sources.values()]
+        shown, cuts = {teacher.input for teacher in teachers}, {teacher.crop for teacher in teachers}
         if len(shown) > 1:
             raise TrainError("one teacher saw the whole image and another the object: their places cannot be compared")
+        if len(cuts) > 1:
+            raise TrainError("one teacher saw boxes and another squares around them: their places cannot be compared")
         samples = cache.samples
         # Of the views that are random crops, what each shows of the photograph, by the view's number.
         self._crops = {
@@ -44,7 +48,10 @@ class Regions:
         if shown == {"object"}:
             sides = np.stack([samples["width"].to_numpy(), samples["height"].to_numpy()], axis=1)
             for row, box in enumerate(samples["box"].to_pylist()):
-                if box is not None:
+                if box is not None and cuts == {"square"}:
+                    square = square_around(tuple(box), tuple(sides[row]))
+                    self._frames[row] = np.asarray(square) / np.tile(sides[row], 2)
+                elif box is not None:
                     self._frames[row] = np.clip(np.asarray(box) / np.tile(sides[row], 2), 0.0, 1.0)
 
     def seen(

@@ -45,6 +45,7 @@ def test_the_next_command_has_only_options_that_there_are(done):
     config = make_config(
         "folder", "demo", data__limit=3, data__train_ratio=0.5, data__superclass="bird",
         data__annotations=Path("a.csv"), teacher__revision="main", teacher__resolution=96, teacher__context="joint",
+        teacher__crop="square",
     )  # fmt: skip
     _, command, *options = following(next_line(done, config, Path("o"), Path("l")))
     result = CliRunner().invoke(app, [command, *options, "--no-such-option"])

@@ -95,7 +95,7 @@ def test_feed_forward_layers_are_those_of_the_blocks_alone(teacher):
 class Loaded:
     """What is asked of a teacher here."""
 
-    source, guidance, resolution, step_distilled = "klein", 3.5, 64, False
+    source, guidance, resolution, step_distilled, crop = "klein", 3.5, 64, False, "box"
 
 
 def lora_record(folder, **identity):

@@ -55,3 +55,13 @@ def make_frames(cache_path):
 def test_mirrored_images_without_mirrored_features_are_refused(make_cache):
     with pytest.raises(TrainError, match="lacks view hflip, and features are compared place by place: build it with"):
         regions_of(make_cache(views=("canonical",)), ("canonical", "hflip"))
+
+
+def test_a_teacher_that_was_shown_squares_saw_more_than_the_box(build_tiny, tmp_path):
+    cache = build_tiny(tmp_path / "c", about=lambda *_: {"box": [0, 6, 24, 12], "box_source": "dataset"})
+    teacher = cache.manifest.teacher.model_copy(update={"crop": "square"})
+    (source,) = (sources := open_sources(cache, NEEDS)).values()
+    source.cache.manifest = cache.manifest.model_copy(update={"teacher": teacher})
+    seen = Regions(cache, sources, ("canonical",)).seen(np.array([0]), ALL, np.array([False]))
+    # The square is 24 pixels wide and high and begins 3 above the image.
+    assert np.allclose(seen, [[0.0, 3 / 24, 1.0, 27 / 24]])
