@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _NAMED = 5
 
 
-@with_options(EMBED, ["split", "device", "threads", "max_megapixels"])
+@with_options(EMBED, ["split", "device", "threads", "max_megapixels", "thumbnails"])
 def embed(
     given: Values,
     source: Annotated[str, typer.Argument(help="Folder of images, or a cache (folder or URL), for its own images.")],
@@ -36,7 +36,7 @@ def embed(
 
     require_student_alone(model)
     opened = open_model(model, config.device)
-    done = embed_images(_images(source, config, given), opened, output, overwrite, strict)
+    done = embed_images(_images(source, config, given), opened, output, overwrite, strict, config.thumbnails)
     for name, reason in list(done.failed.items())[:_NAMED]:
         typer.echo(f"note: left out {name}: {reason}", err=True)
     if len(done.failed) > _NAMED:

@@ -20,6 +20,10 @@ class EmbedConfig:
     max_megapixels: Annotated[
         float, Setting("Larger images are left out, and not decoded to find that out.", above=0)
     ] = 80.0
+    thumbnails: Annotated[
+        int | None,
+        Setting("Also keep every image as the student sees it, a JPEG of at most so many pixels a side.", least=8),
+    ] = None
 
     def __post_init__(self) -> None:
         check_limits(self, TrainError)

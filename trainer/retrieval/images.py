@@ -26,7 +26,7 @@ ALL = "all"
 _SPLITS = ("train", "test", "unlabeled")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """An image by its name, with what tells whether it has changed: bytes and time of its file (0 in a cache)."""
 

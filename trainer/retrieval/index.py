@@ -169,8 +169,12 @@ def open_index(folder: Path) -> Index:
 
 def _write(made: Path, held: Embeddings, file: Path, folder: Path, config: IndexConfig | None) -> None:
     """Everything of an index; `config` of its graph, None for one without."""
-    vectors = np.ascontiguousarray(held.vectors, dtype=np.float32)
-    np.save(made / VECTORS, vectors, allow_pickle=False)
+    vectors = np.lib.format.open_memmap(made / VECTORS, "w+", np.float32, (len(held), held.channels))
+    start = 0
+    for block in held.blocks():
+        vectors[start : start + len(block.vectors)] = block.vectors
+        start += len(block.vectors)
+    vectors.flush()
     names = [entry.name for entry in held.entries]
     classes = [entry.class_name for entry in held.entries]
     table = pa.table({"name": pa.array(names, pa.string()), "class_name": pa.array(classes, pa.string())})

@@ -1,8 +1,11 @@
 """Embeddings in a file are those of the evaluation, and no image is lost, computed twice, or left out unsaid."""
 
 import shutil
+from io import BytesIO
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -74,6 +77,8 @@ def test_only_new_and_changed_images_are_embedded_again(students, folder, tmp_pa
 
 def test_what_an_interruption_left_is_not_computed_again(students, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.retrieval.embed.BATCH", 3)
+    monkeypatch.setattr("trainer.retrieval.embed.PART", 1)
+    monkeypatch.setattr("trainer.retrieval.embed.ROWS", 4)
     whole, file = tmp_path / "whole.parquet", tmp_path / "e.parquet"
     embed_folder(folder, students["first"], whole)
     embed, calls = Model.embed, []
@@ -91,6 +96,35 @@ def test_what_an_interruption_left_is_not_computed_again(students, folder, tmp_p
     assert embed_folder(folder, students["first"], file).fresh == 4
     assert sorted(path.name for path in tmp_path.glob("e.*")) == ["e.parquet"]
     np.testing.assert_array_equal(read_embeddings(file).vectors, read_embeddings(whole).vectors)
+
+
+def test_a_file_is_read_by_row_groups_that_together_are_all_of_it(students, folder, tmp_path, monkeypatch):
+    whole, file = tmp_path / "whole.parquet", tmp_path / "e.parquet"
+    embed_folder(folder, students["first"], whole)
+    for name, value in {"BATCH": 3, "PART": 1, "ROWS": 4}.items():
+        monkeypatch.setattr(f"trainer.retrieval.embed.{name}", value)
+    embed_folder(folder, students["first"], file)
+    held, all_at_once = read_embeddings(file), read_embeddings(whole)
+    assert [len(block.vectors) for block in held.blocks()] == [4, 4, 2]
+    assert [entry for block in held.blocks() for entry in block.entries] == held.entries == all_at_once.entries
+    np.testing.assert_array_equal(held.vectors, all_at_once.vectors)
+    assert [held.number_of(row) for row in (0, 3, 4, 9)] == [(0, 0), (0, 3), (1, 0), (2, 1)]
+
+
+def test_thumbnails_are_what_the_student_saw_in_the_column_that_tools_read(students, folder, tmp_path):
+    file = tmp_path / "e.parquet"
+    assert embed_folder(folder, students["first"], file).fresh == 10
+    vectors = read_embeddings(file).vectors
+    assert embed_folder(folder, students["first"], file, thumbnails=16).fresh == 10  # there were none
+    shutil.copy(folder / "class 10" / "test-10-0.png", folder / "new.png")
+    assert embed_folder(folder, students["first"], file, thumbnails=16).fresh == 1
+    table = pq.read_table(file)
+    assert table.schema.field("image").type == pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    assert [each["path"] for each in table["image"].to_pylist()] == table["name"].to_pylist() == find_images(folder)
+    assert {Image.open(BytesIO(each["bytes"])).size for each in table["image"].to_pylist()} == {(16, 16)}
+    np.testing.assert_array_equal(read_embeddings(file).vectors[:-1], vectors)
+    embed_folder(folder, students["first"], file)
+    assert "image" not in pq.read_table(file).column_names
 
 
 def test_images_that_cannot_be_read_are_left_out_and_named(students, folder, tmp_path):
@@ -143,8 +177,6 @@ def test_the_class_is_the_folder_below_the_root_or_below_a_part(name, expected):
 
 
 def encoded(image, **options):
-    from io import BytesIO
-
     buffer = BytesIO()
     image.save(buffer, **options)
     return buffer.getvalue()
