@@ -14,6 +14,7 @@ from cache_schema.format.manifest_file import MANIFEST_NAME, load_manifest
 from cache_schema.sharing.transfer import sizes_of
 from cache_schema.storage.folder import Folder
 from cache_schema.storage.places import folder_at
+from cache_schema.storage.remote import RemoteFolder
 
 VARIABLE = "DIT_CACHE_REMOTE"
 _READERS = 16
@@ -160,6 +161,11 @@ def remove(url: str) -> int:
     Raises as `removable` does.
     """
     folder, names = folder_at(url), removable(url)
+    if isinstance(folder, RemoteFolder) and folder.committing is not None:
+        most = folder.committing.files_per_commit
+        for start in range(0, len(names), most):
+            folder.commit({}, remove=names[start : start + most])
+        return len(names)
     for name in names:
         folder.delete(name)
     return len(names)

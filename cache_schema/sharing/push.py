@@ -18,6 +18,7 @@ from cache_schema.format.manifest_file import (
     render_manifest,
     revalidate,
 )
+from cache_schema.sharing.committing import CommittedPieces
 from cache_schema.sharing.rewriting import Rewritten, rewrite
 from cache_schema.sharing.scrubbing import scrub
 from cache_schema.sharing.signing import sha256_of, sign
@@ -26,6 +27,7 @@ from cache_schema.storage.checksum import crc32c
 from cache_schema.storage.folder import Folder
 from cache_schema.storage.local import LocalFolder, local_folder
 from cache_schema.storage.places import folder_at
+from cache_schema.storage.remote import RemoteFolder
 
 # Says which build of a cache is on its way, so that no two builds of it are mixed; gone once it is whole.
 CLAIM_NAME = "push.json"
@@ -58,7 +60,7 @@ def plan_push(source: str, url: str, key: Path | None = None, owner: str | None 
         raise CacheUnsealed(f"cache {folder} is not complete, so it cannot be pushed; run its build again first")
     target = folder_at(url)
     if not target.writable:
-        raise CacheError(f"{url} is only read here; push to s3, gs, az, sftp or a folder")
+        raise CacheError(f"{url} is only read here; push to s3, gs, az, hf, sftp or a folder")
     if owner:
         provenance = manifest.provenance.model_copy(update={"owner": owner, "checksum": None})
         manifest = revalidate(manifest.model_copy(update={"provenance": provenance}))
@@ -69,7 +71,16 @@ def plan_push(source: str, url: str, key: Path | None = None, owner: str | None 
         assert record is not None
         pieces.append(rewrite(scrubbed.manifest, record) if scrubbed.changes else Rewritten(record))
     total = sum(file.bytes for piece in pieces for file in piece.record.files.values())
+    place = target.committing if isinstance(target, RemoteFolder) else None
+    if place is not None:
+        place.check_layout(_layout(pieces, scrubbed.manifest, key is not None))
     return Plan(folder, target, scrubbed.manifest, scrubbed.changes, pieces, total, key)
+
+
+def is_public(plan: Plan) -> bool:
+    """Say whether everybody can read what is at the target, where that can be known: of a repository of the Hub."""
+    place = plan.target.committing if isinstance(plan.target, RemoteFolder) else None
+    return place is not None and place.is_public()
 
 
 def push(plan: Plan, take_over: bool = False, advance: Advance = lambda size: None) -> Manifest:
@@ -86,14 +97,11 @@ def push(plan: Plan, take_over: bool = False, advance: Advance = lambda size: No
         # The record of a piece is written once all of it is there and right: a piece with a record is not sent again.
         missing = [piece for piece in plan.pieces if not _is_whole(piece.record, there)]
         advance(plan.bytes_total - sum(_size(piece) for piece in missing))
-        for last in (False, True):  # the seal when everything else is there
-            in_parallel(
-                lambda piece: _send(plan, piece, advance),
-                [piece for piece in missing if (piece.record.kind == "seal") == last],
-            )
-        if plan.key is not None:
-            plan.target.write(SIGNATURE_NAME, sign(_hashes(plan, data), plan.key))
-        if not plan.target.write_new(MANIFEST_NAME, data):
+        if isinstance(plan.target, RemoteFolder) and plan.target.committing is not None:
+            first = _send_in_commits(plan, plan.target, missing, data, advance)
+        else:
+            first = _send_each(plan, missing, data, advance)
+        if not first:
             _is_there(plan.target, plan.manifest, ours)
             if plan.key is not None:
                 # Whoever was faster may have named another owner: what is signed is what is there.
@@ -103,6 +111,38 @@ def push(plan: Plan, take_over: bool = False, advance: Advance = lambda size: No
         advance(plan.bytes_total)
     plan.target.delete(CLAIM_NAME)
     return plan.manifest
+
+
+def _send_each(plan: Plan, missing: list[Rewritten], manifest: bytes, advance: Advance) -> bool:
+    """Send what is missing and make it a cache; say whether that was us, not another who pushes the same."""
+    for last in (False, True):  # the seal when everything else is there
+        in_parallel(
+            lambda piece: _send(plan, piece, advance),
+            [piece for piece in missing if (piece.record.kind == "seal") == last],
+        )
+    if plan.key is not None:
+        plan.target.write(SIGNATURE_NAME, sign(_hashes(plan, manifest), plan.key))
+    return plan.target.write_new(MANIFEST_NAME, manifest)
+
+
+def _send_in_commits(
+    plan: Plan, target: RemoteFolder, missing: list[Rewritten], manifest: bytes, advance: Advance
+) -> bool:
+    """Do as `_send_each` where every change is a commit; the last one has the seal's record and the manifest."""
+    sending = CommittedPieces(plan.source, target, advance)
+    sending.send(missing)  # of which the seal is the last
+    last = {**sending.ready, MANIFEST_NAME: manifest}
+    if plan.key is not None:
+        last[SIGNATURE_NAME] = sign(_hashes(plan, manifest), plan.key)
+    return target.commit(last, remove=[CLAIM_NAME], unless=MANIFEST_NAME)
+
+
+def _layout(pieces: list[Rewritten], manifest: Manifest, signed: bool) -> dict[str, int]:
+    """Return the names and sizes of all files that will be there."""
+    files = {name: file.bytes for piece in pieces for name, file in piece.record.files.items()}
+    files |= {record_name(piece.record.kind, piece.record.shard): len(render_record(piece.record)) for piece in pieces}
+    files |= {MANIFEST_NAME: len(render_manifest(manifest)), CLAIM_NAME: 0}
+    return files | ({SIGNATURE_NAME: 0} if signed else {})
 
 
 def _hashes(plan: Plan, manifest: bytes) -> dict[str, str]:

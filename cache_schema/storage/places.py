@@ -31,9 +31,9 @@ def _sftp(url: str) -> Place:
 
 
 def _hub(url: str) -> Place:
-    from cache_schema.storage.hub import FsspecPlace
+    from cache_schema.storage.hub import HubPlace
 
-    return FsspecPlace(url)
+    return HubPlace(url)
 
 
 _PLACES: dict[str, Callable[[str], Place]] = {

@@ -2,11 +2,11 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from cache_schema.errors import CacheCorrupt, CacheStorageError
 from cache_schema.storage.checksum import Bytes, crc32c
@@ -62,6 +62,22 @@ class Place(Protocol):
 
     def delete(self, name: str) -> None:
         """Remove a file, if it is there."""
+
+
+@runtime_checkable
+class CommittingPlace(Place, Protocol):
+    """A place in which every change is a commit, so that files are written and removed many at once."""
+
+    files_per_commit: int
+
+    def commit(self, files: Mapping[str, Bytes | Path], remove: Sequence[str] = (), unless: str | None = None) -> bool:
+        """Write and remove files at once, none of it where there is a file `unless`; say whether it was done."""
+
+    def check_layout(self, files: Mapping[str, int]) -> None:
+        """Raise CacheRequestError where files, by name and size in bytes, break the place's rules."""
+
+    def is_public(self) -> bool:
+        """Say whether everybody can read what is here."""
 
 
 @functools.cache
@@ -255,6 +271,17 @@ class RemoteFolder:
         """Remove a file; raises CacheStorageError."""
         self._check_writable(name)
         self._call(self.where(name), lambda: self.place.delete(name))
+
+    @property
+    def committing(self) -> CommittingPlace | None:
+        """The place, where files are written there in commits; None elsewhere."""
+        return self.place if isinstance(self.place, CommittingPlace) else None
+
+    def commit(self, files: Mapping[str, Bytes | Path], remove: Sequence[str] = (), unless: str | None = None) -> bool:
+        """Write and remove files in one commit; see `CommittingPlace.commit`, whose kind this place must be."""
+        place = self.committing
+        assert place is not None
+        return self._call(self.url, lambda: place.commit(files, remove, unless))
 
     def _put(self, name: str, data: Bytes | Path, new: bool) -> bool:
         self._check_writable(name)

@@ -21,10 +21,19 @@ _FIRST_DEADLINE = 15.0
 _LONGEST_STALL = 30.0
 _FIRST_WAIT = 0.1
 _LONGEST_WAIT = 5.0
+# What a server asks for is not held against the deadline, up to this: hubs count requests by windows of five minutes.
+_LONGEST_ASKED = 900.0
 
 
 class Transient(Exception):  # noqa: N818 -- reads as what happened
-    """A request failed in a way that may pass: a cut connection, a server that is busy or restarting."""
+    """A request failed in a way that may pass: a cut connection, a server that is busy or restarting.
+
+    wait: for how many seconds the server asked to be left alone; 0 where it did not.
+    """
+
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait = wait
 
 
 def patience(usual: float = DEADLINE) -> float:
@@ -62,11 +71,16 @@ class Retrying:
 
     def call(self, where: str, ask: Callable[[], T]) -> T:
         """Return what `ask` returns; raises CacheUnreachable where it was Transient until the deadline."""
-        started, wait = time.monotonic(), _FIRST_WAIT
+        started, wait, asked = time.monotonic(), _FIRST_WAIT, 0.0
         while True:
             try:
                 return ask()
             except Transient as error:
+                if 0 < error.wait <= _LONGEST_ASKED - asked:
+                    asked, begun = asked + error.wait, time.monotonic()
+                    self.sleep(error.wait)
+                    started += time.monotonic() - begun
+                    continue
                 spent = time.monotonic() - started
                 if spent + wait > self.deadline:
                     raise CacheUnreachable(

@@ -26,7 +26,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent and changed, and stop.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Bring a cache to where others find it: s3, gs, az, sftp or a folder.
+    """Bring a cache to where others find it: s3, gs, az, hf, sftp or a folder.
 
     Interrupted, the same command goes on. It is visible there once it is
     whole. Paths, user and host names are taken out of its manifest first.
@@ -44,6 +44,8 @@ def push(
     for change in plan.changes:
         typer.echo(printable(f"removed from the manifest: {change}"))
     typer.echo(printable(f"teacher's licence: {licence_of(plan.manifest.teacher)}"))
+    if work.is_public(plan):
+        typer.echo(printable(f"{place} is public: everybody may read the cache, which that licence must allow"))
     typer.echo(printable(f"{plan.manifest.label}, {format_bytes(plan.bytes_total)}, to {place}"))
     if dry_run:
         return

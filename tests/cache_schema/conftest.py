@@ -23,6 +23,7 @@ def _load(name: str, file: str) -> None:
 
 _load("cache_building", "building.py")
 _load("cache_hostile", "hostile.py")
+_load("cache_hub", "hub_server.py")
 _load("cache_servers", "servers.py")
 _load("cache_proxy", "faulty_proxy.py")
 

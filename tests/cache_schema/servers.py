@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cache_hub import HubServer
 
 _AWS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_REGION": "us-east-1"}
 
@@ -111,6 +112,22 @@ def nginx() -> tuple[str, Path]:
     )
     start([program, "-p", str(home), "-c", str(home / "nginx.conf")], port, home / "log")
     return f"http://127.0.0.1:{port}", files
+
+
+@functools.cache
+def hub() -> HubServer:
+    """A server that speaks the Hub's API, shared by the tests of a process."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    # As HF_HUB_DISABLE_XET=1 does, which the client reads when it is first imported.
+    constants.HF_HUB_DISABLE_XET = True
+    server = HubServer()
+    server.__enter__()
+    return server
+
+
+def hub_environment(endpoint: str | None = None) -> dict[str, str]:
+    """The environment in which hf:// is the tests' own server, or a proxy before it."""
+    return {"HF_ENDPOINT": endpoint or hub().url, "HF_TOKEN": "hf_of_the_tests", "HF_HUB_DISABLE_XET": "1"}
 
 
 @functools.cache

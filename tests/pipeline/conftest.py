@@ -22,6 +22,7 @@ from pipeline.teachers.flux import FluxTeacher
 # Test folders are no packages, so what several modules share is loaded by its path.
 _SHARED = {
     "cache_building": Path(__file__).parent.parent / "cache_schema/building.py",
+    "cache_hub": Path(__file__).parent.parent / "cache_schema/hub_server.py",
     "cache_servers": Path(__file__).parent.parent / "cache_schema/servers.py",
     "cache_proxy": Path(__file__).parent.parent / "cache_schema/faulty_proxy.py",
     "dataset_layouts": Path(__file__).with_name("layouts.py"),

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
+from unittest import mock
 
 import cache_servers as servers
 import pytest
@@ -32,6 +33,11 @@ def _over_ssh(place: Path) -> Folder:
     url, home = servers.ssh_host()
     os.environ["HOME"] = str(home)
     return folder_at(f"{url}{place}/folder")
+
+
+def _on_the_hub(place: Path) -> Folder:
+    os.environ.update(servers.hub_environment())
+    return folder_at(f"hf://datasets/team/folders/{next(_serial)}")
 
 
 class _Served(RemoteFolder):
@@ -75,6 +81,7 @@ FOLDERS: dict[str, Callable[[Path], Folder]] = {
     "s3": _on_s3,
     "sftp": _over_ssh,
     "http": _on_the_web,
+    "hub": _on_the_hub,
 }
 # Of the thousands of requests that a test may make, those to a server are a sample.
 _FEWER = settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
@@ -82,7 +89,8 @@ _FEWER = settings(max_examples=4, deadline=None, suppress_health_check=list(Heal
 
 @pytest.fixture(params=FOLDERS)
 def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
-    monkeypatch.setenv("HOME", os.environ.get("HOME", "/"))  # given back after the test
+    for name in ("HOME", "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_DISABLE_XET"):
+        monkeypatch.setenv(name, os.environ.get(name, "/"))  # given back after the test
     return FOLDERS[request.param](tmp_path)
 
 
@@ -210,11 +218,8 @@ def test_ranges_are_slices_of_the_file_and_others_are_refused(
 def test_ranges_of_a_remote_file_are_its_slices_and_others_are_refused(
     kind: str, data: bytes, ranges: list[tuple[int, int]]
 ) -> None:
-    home = os.environ["HOME"]
-    try:
+    with mock.patch.dict(os.environ):
         _check_ranges(kind, data, ranges)
-    finally:
-        os.environ["HOME"] = home
 
 
 def _check_ranges(kind: str, data: bytes, ranges: list[tuple[int, int]]) -> None:

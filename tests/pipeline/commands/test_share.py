@@ -12,6 +12,7 @@ import cache_servers as servers
 import pytest
 import torch
 from cache_building import build, tree
+from cache_hub import Repository
 from cache_proxy import FaultyProxy
 
 from cache_schema import Provenance, open_cache
@@ -42,7 +43,8 @@ def dit_cache(capsys: pytest.CaptureFixture[str]) -> Command:
         with pytest.raises(SystemExit) as left:
             run(app, list(arguments), name="dit-cache")
         captured = capsys.readouterr()
-        said = captured.out + captured.err
+        # What ends a command comes last, however slow the bar beside it was.
+        said = captured.out + captured.err if expect else captured.err + captured.out
         assert int(left.value.code or 0) == expect, said
         return said
 
@@ -85,6 +87,19 @@ def test_a_pulled_cache_is_the_one_that_was_pushed_and_says_where_it_went(
     assert dit_cache("pull", url, str(tmp_path / "full"), expect=1).endswith(
         "full holds other things; choose an empty folder\n"
     )
+
+
+def test_before_a_push_to_a_public_place_the_teachers_licence_is_shown_and_that_everybody_will_read_it(
+    dit_cache: Command, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in servers.hub_environment().items():
+        monkeypatch.setenv(name, value)
+    place = "hf://datasets/mia/public/cache"
+    assert "is public" not in dit_cache("push", str(cache), place, "--dry-run")
+    servers.hub().repositories["mia/public"] = Repository(private=False)
+    said = dit_cache("push", str(cache), place, "--dry-run").splitlines()
+    licence = next(i for i, line in enumerate(said) if line.startswith("teacher's licence: "))
+    assert said[licence + 1] == f"{place} is public: everybody may read the cache, which that licence must allow"
 
 
 def test_a_cache_is_pulled_from_a_web_server_and_over_ssh(
