@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OURS = {"cache_schema", "pipeline", "trainer"}
 # Distributions that are imported by another name than their own.
-DISTRIBUTION = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
+DISTRIBUTION = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "sklearn": "scikit-learn"}
 # What other libraries import where it is there, and fail or do less without.
 IMPORTED_BY_OTHERS = {
     "pipeline": {
@@ -30,12 +30,13 @@ OPTIONAL_IN_CONTRACT = {
     "remote": {"botocore", "cryptography", "httpx", "huggingface-hub", "obstore", "paramiko"},
 }
 # Extras of their own: a build on a cluster; training in several processes, forms in which students are exported,
-# approximate search, a page.
+# maps of embeddings, approximate search, a page.
 OPTIONAL_IN = {
     "pipeline": {"ray": {"ray"}},
     "trainer": {
         "distributed": {"accelerate"},
         "export": {"onnx", "onnxruntime", "onnxscript"},
+        "report": {"scikit-learn"},
         "search": {"usearch"},
         "serve": {"starlette", "uvicorn"},
     },

@@ -16,7 +16,7 @@ from cache_schema.loading.dataset import CacheDataset, FeatureBatch
 from cache_schema.loading.pool import PooledTensors, TensorPool
 from cache_schema.loading.sampler import AUGMENT, VIEWS, BalancedSampler, EpochSampler, StreamSampler, generator
 from cache_schema.read_ahead import PREFETCH, ReadAhead
-from cache_schema.reading.batch import TORCH_DTYPES, EncodedBatch
+from cache_schema.reading.batch import EncodedBatch
 from cache_schema.storage.places import is_remote
 from trainer import processes
 from trainer.config import TrainConfig
@@ -165,16 +165,17 @@ class TrainingBatches:
 
     def _affordable(self, workers: int) -> int:
         """So many loader processes or, where they were not asked for, as many as there is memory to read ahead in."""
-        batch = 3 * self.images.size**2 * self.batch_rows
-        for source in self.sources.values():
-            shape = source.shape
-            steps = len(shape.timesteps) if self.timesteps is None else self.timesteps.each
-            size = TORCH_DTYPES[source.cache.manifest.encoding.kind].itemsize
-            batch += self.batch_rows * steps * shape.tokens * shape.channels * size
+        batch = 3 * self.images.size**2 * self.batch_rows + self.feature_bytes
         if self.config.workers == "auto":
             while workers > 1 and (read_ahead_depth(workers) + _SPARE) * batch > spare_memory():
                 workers -= 1
         return workers
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of encoded features in the whole batch of an update, without their scales."""
+        each = None if self.timesteps is None else self.timesteps.each
+        return self.batch_rows * sum(source.row_bytes(each) for source in self.sources.values())
 
     @property
     def caches(self) -> list[Cache]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cache_schema.format.vocabulary import CROP_VIEW
+from cache_schema.reading.batch import TORCH_DTYPES
 from trainer.config import UnlabelledFrom
 from trainer.errors import TrainError
 
@@ -85,6 +86,11 @@ class FeatureSource:
     def rows(self, rows: np.ndarray) -> np.ndarray:
         """Rows of this source's cache for rows of the run's own, -1 where the sample is not there."""
         return rows if self._row_of is None else self._row_of[rows]
+
+    def row_bytes(self, timesteps: int | None = None) -> int:
+        """Bytes of an image's features as they are encoded, without their scales, at so many timesteps or at all."""
+        shape, kind = self.shape, self.cache.manifest.encoding.kind
+        return (timesteps or len(shape.timesteps)) * shape.tokens * shape.channels * TORCH_DTYPES[kind].itemsize
 
     def has_features(self, rows: np.ndarray) -> np.ndarray:
         """Which of the rows have features here: (n,) bool."""

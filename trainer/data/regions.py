@@ -54,6 +54,10 @@ class Regions:
                 elif box is not None:
                     self._frames[row] = np.clip(np.asarray(box) / np.tile(sides[row], 2), 0.0, 1.0)
 
+    def frames(self, rows: np.ndarray) -> np.ndarray:
+        """What the teacher saw of the photographs, in fractions of their sides: (n, 4)."""
+        return self._frames[rows]
+
     def seen(
         self, rows: np.ndarray, boxes: np.ndarray, mirrored: np.ndarray, views: np.ndarray | None = None
     ) -> np.ndarray:
@@ -62,7 +66,7 @@ class Regions:
         `mirrored` (n,) bool: where the view is the mirrored one. `views` (n,): numbers of the run's views, without
         which none is a crop.
         """
-        frames = self._frames[rows]
+        frames = self.frames(rows)
         for number, crops in self._crops.items() if views is not None else ():
             frames[views == number] = crops[rows[views == number]]
         corner, size = np.tile(frames[:, :2], 2), np.tile(frames[:, 2:] - frames[:, :2], 2)

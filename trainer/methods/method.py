@@ -54,6 +54,8 @@ class Method(nn.Module, ABC):
     # The embedding that a run is scored and compared by: E_R, or one of `auxiliary_names`, which needs the teacher's
     # features of every image at test time.
     scored: ClassVar[str] = "student"
+    # What of the method `attention` is of, where it looks at single tokens of the teacher: "queries of the GIM".
+    readers: ClassVar[str] = ""
     # What `save` leaves in a run's folder.
     files: ClassVar[tuple[str, ...]] = ()
     # What to try when a loss is not finite.
@@ -97,6 +99,13 @@ class Method(nn.Module, ABC):
         """What the teacher would add at test time: E_R (N, C), features (N, P, L, C_t) by name → embeddings by name.
 
         Each of `auxiliary_names` is (N, P, C) or (N, C); called in evaluation mode, without gradients.
+        """
+        return {}
+
+    def attention(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Where the K `readers` look: features (N, P, L, C_t) by name → by the same names weights (N, P, K, L).
+
+        Each reader's weights sum to 1 over L; called in evaluation mode, without gradients.
         """
         return {}
 

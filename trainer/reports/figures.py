@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Mapping
 from itertools import cycle
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -43,7 +43,7 @@ def recall_figure(scores: dict[str, dict[str, float]]) -> str:
         axes.set_ylim(0, 108)
         axes.set_ylabel("percent")
         axes.legend(loc="upper left", ncols=min(4, len(scores)), bbox_to_anchor=(0, 1.14), borderaxespad=0)
-        return _data_uri(figure)
+        return data_uri(figure)
 
 
 def loss_figure(logs: dict[str, list[dict[str, Any]]], panels: Mapping[str, Mapping[str, str]]) -> str:
@@ -69,7 +69,7 @@ def loss_figure(logs: dict[str, list[dict[str, Any]]], panels: Mapping[str, Mapp
             axes.set_xlabel("student updates")
             if axes.get_legend_handles_labels()[0]:  # none where the log of a run is gone
                 axes.legend(fontsize=8)
-        return _data_uri(figure)
+        return data_uri(figure)
 
 
 def _plot_losses(axes: Axes, parts: Mapping[str, str], logs: dict[str, list[dict[str, Any]]]) -> None:
@@ -111,7 +111,12 @@ def _colour(i: int) -> str:
     return COLOURS[i % len(COLOURS)]
 
 
-def _data_uri(figure: Figure) -> str:
+def data_uri(figure: Figure, kind: Literal["svg", "png"] = "svg") -> str:
+    """A figure as a page holds it; png where it is of pixels or of thousands of points."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    if kind == "svg":
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    else:
+        figure.savefig(buffer, format="png", dpi=150)
+    mime = {"svg": "image/svg+xml", "png": "image/png"}[kind]
+    return f"data:{mime};base64,{base64.b64encode(buffer.getvalue()).decode()}"

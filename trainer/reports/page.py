@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from trainer.evaluation.intervals import Difference, Interval
 from trainer.evaluation.metrics import COLUMNS
 from trainer.evaluation.tables import auxiliary_about, headline, reads_teacher
+from trainer.reports.attention import Look
 from trainer.reports.gallery import Group
 
 TEACHER = ", with the teacher at test time"  # of runs that are no student alone
@@ -27,6 +29,7 @@ th, td { padding: 6px 10px; text-align: right; border-bottom: 1px solid var(--li
 th:first-child, td:first-child { text-align: left; white-space: normal; }
 th { font-weight: 600; color: var(--soft); font-size: 13px; }
 tr.auxiliary td { color: var(--soft); font-size: 13.5px; } tr.auxiliary td:first-child { padding-left: 28px; }
+.range { color: var(--soft); font-size: 12px; font-weight: 400; }
 td.best { font-weight: 700; color: var(--accent); }
 .example { display: grid; grid-template-columns: 92px 1fr; gap: 16px; padding: 12px 0; }
 .example { border-top: 1px solid var(--line); }
@@ -46,12 +49,17 @@ pre { font-size: 12.5px; overflow-x: auto; background: #f5f6f8; padding: 12px; b
 
 @dataclass(frozen=True)
 class RunView:
-    """What the page shows of one run: `scores` as in eval.json, `result` as in result.json, the flat config."""
+    """What the page shows of one run: `scores` as in eval.json, `result` as in result.json, the flat config.
+
+    `intervals` are over classes, by metric; `gain` is of R@1 over the first run's, query by query, None of itself.
+    """
 
     name: str
     result: dict[str, Any]
     scores: dict[str, Any]
     config: dict[str, Any]
+    intervals: dict[str, Interval]
+    gain: Difference | None
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,8 @@ class Page:
     runs: Sequence[RunView]
     recall_figure: str
     loss_figure: str
+    map_figure: str
+    looks: Sequence[Look]
     gallery: Sequence[Group]
     images: dict[int, str]
     classes: dict[int, str]
@@ -77,6 +87,10 @@ def render_page(page: Page) -> str:
 <section><h2>Retrieval on classes never seen in training</h2>{_scores_table(page.runs)}{_notes(page.runs)}</section>
 <section><h2>Recall</h2><img alt="Recall at 1, 2, 4, 8 of each run" src="{page.recall_figure}"></section>
 <section><h2>Training</h2><img alt="Loss curves of each run" src="{page.loss_figure}"></section>
+<section><h2>Cost</h2>{_cost_table(page.runs)}</section>
+<section><h2>Map of the embeddings</h2>{_MAP}
+<img alt="The test images of each run on a plane" src="{page.map_figure}"></section>
+{"".join(_look(each) for each in page.looks)}
 <section><h2>Retrieval gallery</h2><p class="soft">Each query and its eight nearest other test images, nearest first:
 <i class="key" style="border-color: var(--hit)"></i> the query's class,
 <i class="key" style="border-color: var(--miss)"></i> another class. Queries are chosen by rule, not by hand.</p>
@@ -88,32 +102,90 @@ def render_page(page: Page) -> str:
 
 def _scores_table(runs: Sequence[RunView]) -> str:
     best = {metric: max(headline(run.scores)[metric] for run in runs) for metric in COLUMNS}
-    head = "".join(f"<th>{name}</th>" for name in (*COLUMNS.values(), "updates", "images seen", "training"))
+    gains = ["R@1 − the first run's"] if len(runs) > 1 else []
+    head = "".join(f"<th>{name}</th>" for name in (*COLUMNS.values(), *gains))
     rows = []
     for run in runs:
         student, teacher = headline(run.scores), reads_teacher(run.scores)
         cells = "".join(
-            f"<td{_mark(len(runs) > 1 and student[metric] == best[metric])}>{_percent(student[metric])}</td>"
+            f"<td{_mark(len(runs) > 1 and student[metric] == best[metric])}>{_percent(student[metric])}"
+            f"{_interval(run.intervals[metric])}</td>"
             for metric in COLUMNS
         )
-        result, name = run.result, run.name + TEACHER * teacher
-        cells += f"<td>{result['student_updates']:,}</td><td>{result['images_seen']:,}</td>"
-        rows.append(f"<tr><td>{escape(name)}</td>{cells}<td>{result['seconds']:,.0f} s</td></tr>")
+        if gains:
+            gain = run.gain
+            cells += "<td></td>" if gain is None else f"<td>{100 * gain.value:+.1f}{_interval(gain)}</td>"
+        rows.append(f"<tr><td>{escape(run.name + TEACHER * teacher)}</td>{cells}</tr>")
         others = {} if teacher else run.scores["auxiliary"] or {}
         for kind, by_timestep in others.items():
             cells = "".join(f"<td>{_percent(by_timestep['mean'][metric])}</td>" for metric in COLUMNS)
             name = escape(f"teacher as auxiliary at test time ({auxiliary_about(run.scores, kind)})")
-            rows.append(f'<tr class="auxiliary"><td>{name}</td>{cells}<td></td><td></td><td></td></tr>')
+            rows.append(f'<tr class="auxiliary"><td>{name}</td>{cells}{"<td></td>" * len(gains)}</tr>')
     return f"<table><thead><tr><th>percent</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _notes(runs: Sequence[RunView]) -> str:
-    if not any(run.scores["auxiliary"] for run in runs):
-        return ""
-    return (
-        '<p class="soft" style="margin-top: 12px">The indented rows read the teacher\'s cached features of the test '
-        "images, averaged over timesteps; the students above them see pixels only.</p>"
+def _cost_table(runs: Sequence[RunView]) -> str:
+    """What training took; an older run does not say all of it."""
+    titles = ("training", "updates", "images seen", "images/s", "waiting for data", "features read", "memory", "on")
+    rows = []
+    for run in runs:
+        told = run.result
+        read = told.get("feature_bytes")
+        cells = (
+            f"{told['seconds']:,.0f} s",
+            f"{told['student_updates']:,}",
+            f"{told['images_seen']:,}",
+            _told(told, "images_per_second", ",.0f"),
+            f"{100 * told['data_wait']:.1f} %" if "data_wait" in told else "–",
+            "–" if read is None else f"{read / 1e9:,.2f} GB",
+            _told(told, "peak_memory_gb", ".2f", " GB"),
+            f"{told.get('processes', 1)} × {told.get('device', '?')}",
+        )
+        rows.append(f"<tr><td>{escape(run.name)}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    about = (
+        "Waiting is the share of the updates' time in which no batch was there. Features are counted as they are "
+        "encoded in the cache; no teacher ran. Memory is the most that was used: of the GPU, or of the process."
     )
+    table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'{table}<p class="soft" style="margin-top: 12px">{about}</p>'
+
+
+_MAP = (
+    '<p class="soft">Every point is a test image. Coloured are the classes that the first run takes most for others. A '
+    "plane cannot keep all distances: the share of each image's nearest that are nearest here, too, says how far to "
+    "trust it. Sizes of clusters and gaps between them mean nothing.</p>"
+)
+
+
+def _look(look: Look) -> str:
+    spread = ", ".join(f"{100 * share:.0f} % at timestep {timestep}" for timestep, share in look.spread.items())
+    return (
+        f'<section><h2>What {escape(look.run)} looks at</h2><p class="soft">Where the {escape(look.readers)} read the '
+        "teacher's tokens, over what the teacher saw: their mean at each timestep, and those that differ most from it. "
+        f"One reader reads as if from this share of all places: {spread}; 100 % would be evenly. It shares "
+        f"{100 * (1 - look.apart):.0f} % of what it reads with the mean reader. Attention says what is read, not "
+        "what the result depends on.</p>"
+        f'<img alt="Attention over images" src="{look.figure}"></section>'
+    )
+
+
+def _told(result: dict[str, Any], name: str, form: str, unit: str = "") -> str:
+    return f"{result[name]:{form}}{unit}" if name in result else "–"
+
+
+def _interval(found: Interval | Difference) -> str:
+    return f'<br><span class="range">{100 * found.low:.1f} to {100 * found.high:.1f}</span>'
+
+
+def _notes(runs: Sequence[RunView]) -> str:
+    said = "Small: 95 % intervals over classes (bootstrap of whole classes), for gains paired image by image."
+    if any(run.scores["auxiliary"] for run in runs):
+        said += (
+            " The indented rows read the teacher's cached features of the test images, averaged over timesteps; the "
+            "students above them see pixels only."
+        )
+    return f'<p class="soft" style="margin-top: 12px">{said}</p>'
 
 
 def _group(group: Group, page: Page) -> str:

@@ -10,19 +10,24 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from cache_schema.settings import flatten
 from cache_schema.storage.files import write_file
 from trainer.config import TrainConfig
 from trainer.errors import TrainError
-from trainer.evaluation.embed import embed_students, open_test_split
+from trainer.evaluation.details import QueryScores, class_names, score_each_query
+from trainer.evaluation.embed import TestSplit, embed_students, open_test_split
 from trainer.evaluation.evaluate import evaluate_run, scored_embedding
+from trainer.evaluation.intervals import class_bootstrap, paired_class_bootstrap
 from trainer.evaluation.metrics import COLUMNS
 from trainer.evaluation.tables import auxiliary_condition, format_table, headline, reads_teacher
 from trainer.methods.registry import find_method
 from trainer.methods.settings import load_config
 from trainer.methods.trained import load_trained
 from trainer.models.student import load_student
+from trainer.reports.attention import Look, look
+from trainer.reports.embedding_map import map_figure
 from trainer.reports.figures import loss_figure, recall_figure
 from trainer.reports.gallery import make_gallery, thumbnails
 from trainer.reports.page import TEACHER, Page, RunView, render_page
@@ -118,33 +123,62 @@ def _with_teacher(run: FinishedRun) -> str:
 
 
 def _make_page(runs: Sequence[FinishedRun], cache: Cache, device: torch.device) -> Page:
-    embeddings = {}
+    embeddings, queries = {}, {}
     for run in runs:
-        if reads_teacher(run.scores):
-            scores, found, test = evaluate_run(run.path, cache, device, load_trained)
-            embeddings[run.name] = scored_embedding(scores, found)
-            continue
-        student = load_student(run.path).to(device)
-        test = open_test_split(cache, student.input_size, run.config.image_memory_gb)
-        embeddings[run.name] = embed_students(student, test, device)
+        embeddings[run.name], test = _embed(run, cache, device)
+        queries[run.name] = score_each_query(embeddings[run.name], test, device)
     gallery = make_gallery(embeddings, test.split.rows, test.labels)
     shown = [e.row for group in gallery for e in group.examples]
     shown += [hit.row for g in gallery for e in g.examples for hits in e.found.values() for hit in hits]
     names = cache.samples["class_name"]
     dataset = cache.manifest.dataset
+    first = queries[runs[0].name]
     return Page(
         title=f"DiT-Distill on {dataset.name}",
         subtitle=(
             f"{len(test.split.rows):,} test images of {test.split.classes} unseen classes of {dataset.superclass}; "
             f"cache {cache.manifest.cache_id[:12]}, {len(cache):,} rows of teacher features"
         ),
-        runs=[RunView(run.name, run.result, run.scores, flatten(run.config.model_dump())) for run in runs],
+        runs=[_view(run, queries[run.name], None if run is runs[0] else first) for run in runs],
         recall_figure=recall_figure({_with_teacher(run): headline(run.scores) for run in runs}),
         loss_figure=loss_figure({run.name: _log(run) for run in runs}, _loss_panels(runs)),
+        map_figure=map_figure(embeddings, test.split.labels, class_names(test), first.classes != first.nearest),
+        looks=[each for run in runs for each in _looks(run, cache, device)],
         gallery=gallery,
         images=thumbnails(cache, shown),
         classes={row: names[row].as_py() for row in shown},
     )
+
+
+def _embed(run: FinishedRun, cache: Cache, device: torch.device) -> tuple[Tensor, TestSplit]:
+    """The embeddings of the test images that a run is compared by, (N, C)."""
+    if reads_teacher(run.scores):
+        scores, found, test = evaluate_run(run.path, cache, device, load_trained)
+        return scored_embedding(scores, found), test
+    student = load_student(run.path).to(device)
+    test = open_test_split(cache, student.input_size, run.config.image_memory_gb, fit=student.fit)
+    return embed_students(student, test, device), test
+
+
+def _view(run: FinishedRun, queries: QueryScores, against: QueryScores | None) -> RunView:
+    """What the page shows of a run: with intervals over classes, and its gain over another on the same queries."""
+    recall, gain = queries.values["recall_at_1"], None
+    if against is not None:
+        gain = paired_class_bootstrap(recall, against.values["recall_at_1"], queries.classes)
+    return RunView(
+        run.name,
+        run.result,
+        run.scores,
+        flatten(run.config.model_dump()),
+        {name: class_bootstrap(queries.values[name], queries.classes) for name in COLUMNS},
+        gain,
+    )
+
+
+def _looks(run: FinishedRun, cache: Cache, device: torch.device) -> list[Look]:
+    if not find_method(run.config.method).readers:
+        return []
+    return look(run.name, load_trained(run.path, load_student(run.path).to(device), cache), cache, device)
 
 
 def _loss_panels(runs: Sequence[FinishedRun]) -> dict[str, dict[str, str]]:

@@ -34,6 +34,7 @@ def describe(
         "cache_id": parts.cache.manifest.cache_id,
         "seconds": round(seconds, 3),
         **timing.rates(batches.batch_rows),
+        "feature_bytes": done * batches.feature_bytes,
         "peak_memory_gb": round(peak_memory(parts.device) / 1e9, 3),
         "device": str(parts.device),
         "processes": processes.count(),

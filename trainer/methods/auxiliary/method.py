@@ -30,6 +30,7 @@ class Auxiliary(Method):
     loss_figures = {"DRC (task loss)": {"drc": "on E_D"}}  # noqa: RUF012
     auxiliary_names = {"unmasked": "E_D, the teacher's features read at test time"}  # noqa: RUF012
     scored = "unmasked"
+    readers = "queries of the GIM"
     files = (GIM_FILE,)
 
     def __init__(self, config: AuxiliaryConfig, student: Student, classes: int, shapes: Mapping[str, FeatureShape]):
@@ -77,6 +78,10 @@ class Auxiliary(Method):
         tokens = features[TEACHER]
         injected = self.gim.infuse(student, self.gim.bridge(tokens), False, self.gim.shortcut_of(tokens))
         return {"unmasked": injected}
+
+    def attention(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = self.gim.attention(features[TEACHER])
+        return {} if found is None else {TEACHER: found}
 
     def save(self, run: Path) -> None:
         save_weights(self.gim.state_dict(), run / GIM_FILE)

@@ -34,9 +34,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Keys and values (N, H, L, C/H), as `keys_and_values` gives them."""
-        q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, H, X, C/H)
-        read = F.scaled_dot_product_attention(q, keys, values)  # (N, H, X, C/H)
+        read = F.scaled_dot_product_attention(self._queries(x), keys, values)  # (N, H, X, C/H)
         return self.out(read.transpose(1, 2).flatten(2))  # (N, X, C)
+
+    def weights(self, x: Tensor, keys: Tensor) -> Tensor:
+        """How much of each token is read, mean over heads: (N, X, L), of which every row sums to 1."""
+        logits = self._queries(x) @ keys.transpose(-1, -2)  # (N, H, X, L)
+        return (logits / keys.shape[-1] ** 0.5).softmax(-1).mean(1)
+
+    def _queries(self, x: Tensor) -> Tensor:
+        return self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, H, X, C/H)
 
 
 def keys_and_values(attentions: Sequence[Attention], context: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -286,14 +293,30 @@ class GenerativeInjectionModule(nn.Module):
         context = self.tokens(tokens, drawn)  # (B, P, L, C)
         if self.queries is None:
             return context
-        B, P = tokens.shape[:2]
+        queries, layers = self._readers(context)
+        for layer, keys, values in layers:
+            queries = layer(queries, keys, values)
+        return queries.unflatten(0, tokens.shape[:2])  # (B, P, k, C)
+
+    def attention(self, tokens: Tensor) -> Tensor | None:
+        """What the queries read of tokens (B, P, L, C_t), mean over layers and heads: (B, P, k, L)."""
+        if self.queries is None:
+            return None
+        queries, layers = self._readers(self.tokens(tokens))
+        found = []
+        for layer, keys, values in layers:
+            found.append(layer.attention.weights(layer.norm(queries), keys))
+            queries = layer(queries, keys, values)
+        return torch.stack(found).mean(0).unflatten(0, tokens.shape[:2])
+
+    def _readers(self, context: Tensor) -> tuple[Tensor, list[tuple[BridgingLayer, Tensor, Tensor]]]:
+        """The queries (B*P, k, C) that begin, and what each layer has them read of a context (B, P, L, C)."""
+        assert self.queries is not None
         context = context.flatten(0, 1)  # (B*P, L, C)
-        queries = self.queries.expand(B * P, -1, -1)  # (B*P, k, C)
         layers = cast(list[BridgingLayer], list(self.bridge_layers))
         read = keys_and_values([layer.attention for layer in layers], context)
-        for layer, (keys, values) in zip(layers, read, strict=True):
-            queries = layer(queries, keys, values)
-        return queries.unflatten(0, (B, P))  # (B, P, k, C)
+        parts = [(layer, keys, values) for layer, (keys, values) in zip(layers, read, strict=True)]
+        return self.queries.expand(len(context), -1, -1), parts
 
     def shortcut_of(self, tokens: Tensor, drawn: Tensor | None = None) -> Tensor | None:
         """What of E_D goes around E_b and E_f: (B, P, L, C_t) -> (B, P, C), None with `residual="none"`."""

@@ -37,6 +37,7 @@ class Gcd(Method):
         "Regression of the teacher's features": {"regression": ""},
     }
     auxiliary_names = {"unmasked": "E_D, E_R unmasked", "masked": "E_D, E_R masked"}  # noqa: RUF012
+    readers = "queries of the GIM"
     files = (GIM_FILE,)
     advice = "lower --lr or --alpha, set optim.grad_clip=1, or use loss.cal=normalized"
 
@@ -195,6 +196,10 @@ class Gcd(Method):
         tokens = features[TEACHER]
         bridged, shortcut = self.gim.bridge(tokens), self.gim.shortcut_of(tokens)
         return {name: self.gim.infuse(student, bridged, name == "masked", shortcut) for name in self.auxiliary_names}
+
+    def attention(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = self.gim.attention(features[TEACHER])
+        return {} if found is None else {TEACHER: found}
 
     def save(self, run: Path) -> None:
         save_weights(self.gim.state_dict(), run / GIM_FILE)

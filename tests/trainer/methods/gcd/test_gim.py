@@ -83,6 +83,23 @@ class ProductsOverTokens(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_what_the_queries_look_at_is_what_they_read(inputs):
+    torch.manual_seed(0)
+    gim = GenerativeInjectionModule(L, CT, C, P, GimConfig(queries=4, bridge_layers=1, heads=1)).eval()
+    weights = gim.attention(inputs[1])
+    assert weights.shape == (B, P, 4, L)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(B, P, 4))
+    (layer,) = gim.bridge_layers
+    values = layer.attention.key_value(gim.tokens(inputs[1]))[..., C:]  # (B, P, L, C)
+    queries = gim.queries + layer.attention.out(weights @ values)
+    torch.testing.assert_close(queries + layer.ffn(queries), gim.bridge(inputs[1]))
+
+
+def test_layers_and_heads_are_averaged_and_without_queries_nothing_looks(inputs):
+    torch.testing.assert_close(make_gim().attention(inputs[1]).sum(-1), torch.ones(B, P, 4))
+    assert GenerativeInjectionModule(L, CT, C, P, GimConfig(bridge_layers=0, heads=2)).attention(inputs[1]) is None
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("timesteps", [1, 4])
 def test_tokens_are_read_as_often_whatever_the_number_of_layers_and_timesteps(layers, timesteps):
