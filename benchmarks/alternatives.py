@@ -87,10 +87,10 @@ def write_mds(folder: Path, workload: Workload, samples: Sequence[Array]) -> Non
     from streaming import MDSWriter
 
     shape = ",".join(str(size) for size in workload.shape)
-    columns = {"features": f"ndarray:{workload.dtype}:{shape}"}
+    columns = {"row": "int", "features": f"ndarray:{workload.dtype}:{shape}"}
     with MDSWriter(out=str(folder), columns=columns, size_limit=FILE_BYTES) as writer:
-        for sample in samples:
-            writer.write({"features": np.asarray(sample)})
+        for row, sample in enumerate(samples):
+            writer.write({"row": row, "features": np.asarray(sample)})
 
 
 def mds_by_index(folder: Path, workload: Workload) -> Read:

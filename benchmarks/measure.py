@@ -50,7 +50,7 @@ def in_turns(
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(-warm_up, rounds):
-        for name in _order(contenders, turn):
+        for name in shuffled_order(contenders, turn):
             before()
             started = time.perf_counter()
             contenders[name]()
@@ -85,7 +85,7 @@ def in_turns_apart(
             # One at a time: getting ready reads and checks data.
             results[name] = {way: [] for way in _answer(name, ours)}
         for turn in range(rounds):
-            for name in _order(contenders, turn):
+            for name in shuffled_order(contenders, turn):
                 for way, figures in results[name].items():
                     lines[name].send(way)
                     figures.append(_answer(name, lines[name]))
@@ -137,7 +137,8 @@ def save(name: str, results: Mapping[str, Any]) -> Path:
     return path
 
 
-def _order(contenders: Mapping[str, Any], turn: int) -> list[str]:
+def shuffled_order(contenders: Mapping[str, Any], turn: int) -> list[str]:
+    """Return the names of contenders in an order of this turn's own, the same every time."""
     return random.Random(turn).sample(list(contenders), len(contenders))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import alternatives, measure, reading, synthetic
+from benchmarks import alternatives, measure, reading, remote, synthetic
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,6 +80,17 @@ def test_what_does_not_fit_in_memory_is_measured_one_store_at_a_time():
 def test_a_contender_whose_process_fails_is_named():
     with pytest.raises(RuntimeError, match=r"(?s)broken failed: .*ZeroDivisionError"):
         measure.in_turns_apart({"broken": _broken}, rounds=1)
+
+
+def test_a_cache_is_pushed_pulled_and_streamed_from_the_benchmarks_own_server(capsys):
+    pytest.importorskip("obstore")
+    small = ["--small", "--samples", "40", "--rounds", "1", "--delays", "1"]
+    remote.main([*small, "--only", "plain,streaming`,FeatureLoader,dit-cache"])
+    rows = rows_of(capsys.readouterr().out)
+    for contender in remote.CONTENDERS:
+        ours = contender.distribution in ("", "dit-distill")
+        assert (rows[contender.name][0] == "not measured") != ours
+        assert bool(re.fullmatch(r"[0-9,.]+", rows[contender.name][1])) == ours
 
 
 def _broken() -> dict[str, measure.Work]:

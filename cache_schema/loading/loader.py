@@ -25,6 +25,9 @@ from cache_schema.read_ahead import PREFETCH, ReadAhead
 from cache_schema.reading.reader import Cache
 from cache_schema.storage.places import is_remote
 
+# Batches of a cache that is elsewhere, by threads: while one waits for its last answers the others' are on their way.
+_READ_AT_ONCE = 4
+
 
 class FeatureLoader:
     """Batches of encoded features in a reproducible order, epoch after epoch.
@@ -44,6 +47,7 @@ class FeatureLoader:
     `workers` processes read two batches each ahead, into shared memory that is used again as soon as nothing refers
     to a batch. A batch stays as it is for as long as it is kept; but let go of it after `decode` or `to`, for once
     all slots (two for each worker, and four) are kept, further batches are read into fresh memory, which is slower.
+    Of a cache that is elsewhere, threads of this process read several batches at once where there are no workers.
     `pin_memory` page-locks the slots where there is CUDA, so that `batch.to(device, non_blocking=True)` overlaps, on
     any stream of any device: the slot is not used again before that copy is done. If you copy a batch's tensors by
     other means, let go of it while the stream that does is the current one. `start_method` is multiprocessing's,
@@ -76,7 +80,9 @@ class FeatureLoader:
         views = view_numbers(cache, [view] if isinstance(view, int | str) else view)
         if not views or (seed is None and len(views) > 1):
             raise CacheRequestError("a loader needs a view; and a seed to draw from several")
-        slots = PREFETCH * workers + 4
+        remote = is_remote(cache.folder.location)
+        threads = _READ_AT_ONCE if remote and not workers else 0
+        slots = PREFETCH * workers + threads + 4
         dataset = CacheDataset(cache, tap, timesteps, views[0], rows, batch_size=batch_size, slots=slots)
         if not len(dataset):
             raise CacheRequestError(f"there are no rows of cache {cache.manifest.label} to load")
@@ -85,10 +91,12 @@ class FeatureLoader:
         self.sampler = EpochSampler(dataset.rows, batch_size, seed, drop_last=drop_last)
         self._dataset = dataset
         make = _Batches(dataset, self.sampler, views)
-        if start_method is None and is_remote(cache.folder.location):
+        if start_method is None and remote:
             # Clients of remote places have threads, which a forked process would wait for in vain.
             start_method = "spawn"
-        self._ahead = ReadAhead(make, processes=workers, start_method=start_method)
+        self._ahead = ReadAhead(
+            make, processes=workers, threads=threads, depth=threads or None, start_method=start_method
+        )
         self._stream: Iterator[FeatureBatch] | None = None  # from batch `_taken` on
         self._order = {
             "cache_id": cache.manifest.cache_id,

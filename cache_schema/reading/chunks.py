@@ -5,6 +5,7 @@ The loops over rows are plain Python on purpose: a batch has tens of rows, for w
 
 import itertools
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from cache_schema.format.damage import damaged, view_and_timestep
 from cache_schema.format.journal import Kind, Record, read_record, record_name
 from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Manifest
-from cache_schema.reading.fetching import FetchedFile, at_once, fetch, stretches
+from cache_schema.reading.fetching import at_once, fetched, stretches
 from cache_schema.reading.open_shards import Checksums, ChunkPlaces, OpenShard, OpenShards
 from cache_schema.storage.checksum import combine_crc32c, crc32c
 from cache_schema.storage.folder import Folder, ReadableFile
@@ -66,24 +67,26 @@ class ChunkRequest:
         for part in stretches([run[4] for run in self._runs]):
             runs = self._runs[part.start : part.stop]
             try:
-                self._read_runs(self._fetched(runs), target)
+                self._read_fetched(runs, target)
             except CacheCorrupt:
                 # What a line or a local disk garbled is right when it is fetched again; what is wrong there is not.
                 for file in {id(run[0].file): run[0].file for run in runs}.values():
                     self._source.forget(file)
-                self._read_runs(self._fetched(runs), target)
+                self._read_fetched(runs, target)
 
-    def _fetched(self, runs: list[_Run]) -> list[_Run]:
-        """Return runs whose bytes are in memory, fetched at once."""
-        try:
-            parts = fetch([(shard.file, offset, size) for shard, _, _, offset, size, _ in runs])
-        except CacheCorrupt as error:
-            raise self._damage(error, runs[0][5]) from error
-        found = []
-        for (shard, first, count, offset, size, out), data in zip(runs, parts, strict=True):
-            file: Any = FetchedFile(shard.file.path, offset, data)
-            found.append((replace(shard, file=file), first, count, offset, size, out))
-        return found
+    def _read_fetched(self, runs: list[_Run], target: Array) -> None:
+        """Fetch runs at once, and read and check them where they arrive."""
+        wanted: list[Any] = [(shard.file, offset, size) for shard, _, _, offset, size, _ in runs]
+        with ExitStack() as stack:
+            try:
+                parts = stack.enter_context(fetched(wanted))
+            except CacheCorrupt as error:
+                raise self._damage(error, runs[0][5]) from error
+            here: list[_Run] = []
+            for (shard, first, count, offset, size, out), stretch in zip(runs, parts, strict=True):
+                file: Any = stretch
+                here.append((replace(shard, file=file), first, count, offset, size, out))
+            self._read_runs(here, target)
 
     def _read_runs(self, runs: list[_Run], target: Array) -> None:
         if self._array.compression != "none":

@@ -4,30 +4,16 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
-from cache_schema.storage.folder import ReadableFile
+from cache_schema.storage.stretches import DistantFile, Stretch
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 AT_ONCE = 64 << 20  # bytes
-_FILES = 16  # read from at once, each by several requests
-
-
-@dataclass(frozen=True)
-class FetchedFile:
-    """A stretch of a file in memory, which is read as the file would be."""
-
-    path: str
-    offset: int
-    data: bytes
-
-    def read_into(self, view: memoryview, offset: int) -> None:
-        """Fill `view` from `offset` of the file, which is inside the stretch."""
-        start = offset - self.offset
-        view[:] = self.data[start : start + view.nbytes]
+_FILES = 16  # opened at once
 
 
 def stretches(sizes: Sequence[int]) -> Iterator[range]:
@@ -42,18 +28,22 @@ def stretches(sizes: Sequence[int]) -> Iterator[range]:
         yield range(start, len(sizes))
 
 
-def fetch(wanted: Sequence[tuple[ReadableFile, int, int]]) -> list[bytes]:
-    """Return the bytes of every (file, offset, size), in their order; raises what `read_ranges` raises."""
+@contextmanager
+def fetched(wanted: Sequence[tuple[DistantFile, int, int]]) -> Iterator[list[Stretch]]:
+    """Yield a stretch for every (file, offset, size), in their order; raises what `Asked.arrived` raises."""
     by_file: dict[int, list[int]] = {}
     for i, (file, _, _) in enumerate(wanted):
         by_file.setdefault(id(file), []).append(i)
-    groups = list(by_file.values())
-    parts = at_once(lambda group: wanted[group[0]][0].read_ranges([wanted[i][1:] for i in group]), groups)
-    found: list[bytes] = [b""] * len(wanted)
-    for group, part in zip(groups, parts, strict=True):
-        for i, data in zip(group, part, strict=True):
-            found[i] = data
-    return found
+    with ExitStack() as stack:
+        asked = []
+        # All files are asked before the first answer is waited for.
+        for group in by_file.values():
+            asked.append(wanted[group[0]][0].ask([wanted[i][1:] for i in group]))
+            stack.callback(asked[-1].close)
+        found: dict[int, Stretch] = {}
+        for group, each in zip(by_file.values(), asked, strict=True):
+            found |= dict(zip(group, each.arrived(), strict=True))
+        yield [found[i] for i in range(len(wanted))]
 
 
 def at_once(work: Callable[[T], R], items: Sequence[T]) -> list[R]:

@@ -12,6 +12,7 @@ from typing import Any
 from cache_schema.errors import CacheCorrupt, CacheError
 from cache_schema.format.identity import canonical_json
 from cache_schema.format.manifest_file import SIGNATURE_NAME
+from cache_schema.storage.checksum import Bytes
 from cache_schema.storage.extras import required
 from cache_schema.storage.folder import Folder
 
@@ -64,10 +65,10 @@ def signed_files(folder: Folder, key: Path) -> dict[str, str]:
 class Hashed:
     """Blocks that pass through, and their SHA-256."""
 
-    def __init__(self, blocks: Iterator[bytes]) -> None:
+    def __init__(self, blocks: Iterator[Bytes]) -> None:
         self._blocks, self._digest = blocks, hashlib.sha256()
 
-    def __iter__(self) -> Iterator[bytes]:
+    def __iter__(self) -> Iterator[Bytes]:
         for block in self._blocks:
             self._digest.update(block)
             yield block

@@ -8,6 +8,7 @@ from typing import TypeVar
 from cache_schema.errors import CacheCorrupt
 from cache_schema.format.journal import FileRecord
 from cache_schema.sharing.signing import Hashed
+from cache_schema.storage.checksum import Bytes
 from cache_schema.storage.files import FileDigest
 from cache_schema.storage.folder import Folder
 from cache_schema.storage.local import LocalFolder
@@ -87,7 +88,7 @@ def receive(source: Folder, target: LocalFolder, name: str, expected: FileRecord
     raise CacheCorrupt(f"{source.where(name)} is {wrong}, twice; have it pushed again")
 
 
-def blocks_of(folder: Folder, name: str, limit: int) -> Iterator[bytes]:
+def blocks_of(folder: Folder, name: str, limit: int) -> Iterator[Bytes]:
     """Yield the contents of a file of at most `limit` bytes; raises CacheCorrupt for a larger or missing one."""
     file = folder.open(name)
     if file.size > limit:

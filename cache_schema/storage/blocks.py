@@ -29,6 +29,7 @@ _NAME = re.compile(r"[0-9a-f]{40}")
 _HEAD = b"ditblk1\n"
 _THERE = 0x600D
 _PAGE = 4096
+_GRANT = 16 << 20  # bytes that a process counts as used before it has written them, of a large store
 _SHOW_USE = 60.0  # seconds between notes that a file is in use
 _FAR = ("nfs", "cifs", "smb", "fuse.sshfs", "lustre", "beegfs", "gpfs", "ceph", "9p")
 
@@ -51,6 +52,7 @@ class BlockStore:
                 "once; allow more"
             )
         self.root, self.bound = root, bound
+        self._begin()
         with storage_errors(root):
             make_directory(root)
         _refuse_foreign(root)
@@ -63,24 +65,40 @@ class BlockStore:
         key = hashlib.sha256(f"{url}\0{version}\0{size}".encode()).hexdigest()[:40]
         return BlockFile(self, self.root / key[:2] / key, size)
 
-    @contextlib.contextmanager
-    def room(self, size: int) -> Iterator[bool]:
-        """Say whether there is room for `size` bytes, and keep it for as long as the context lasts."""
+    def _begin(self) -> None:
+        self._process, self._threads, self._granted = os.getpid(), threading.Lock(), 0
+
+    def reserve(self, size: int) -> bool:
+        """Say whether there is room for `size` more bytes, which then count as used."""
+        if self._process != os.getpid():
+            # What was granted is the parent's, and a thread of it may have held the lock at the fork.
+            self._begin()
+        with self._threads:
+            if self._granted < size:
+                self._granted += self._grant(size - self._granted)
+            if self._granted < size:
+                return False
+            self._granted -= size
+        return True
+
+    def _grant(self, least: int) -> int:
+        """Return for how many bytes more there is room, and count them: a few blocks' at once, 0 for less than that."""
         fd = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
+            size = max(least, min(_GRANT, self.bound // 64))
             used = self._counted()
             if used is None or used + size > self.bound:
                 used = self._make_room(size)
-            fits = used + size <= self.bound
-            yield fits
-            (self.root / _USED).write_text(str(used + size if fits else used))
+            size = size if used + size <= self.bound else least
+            granted = size if used + size <= self.bound else 0
+            (self.root / _USED).write_text(str(used + granted))
+            return granted
         finally:
             os.close(fd)
 
     def _counted(self) -> int | None:
-        # A crash may leave a wrong number: too large, it is counted again when the bound is reached; the file is
-        # written in one piece and cannot be too small by more than what was being written.
+        # A crash leaves it too large, by what was granted and not written: it is counted again when the bound is met.
         try:
             return int((self.root / _USED).read_text())
         except (OSError, ValueError):
@@ -94,7 +112,8 @@ class BlockStore:
                 status = path.stat()
                 found.append((status.st_mtime, status.st_blocks * 512, path))
         used = sum(taken for _, taken, _ in found)
-        # A little more than is needed, so that not every block is a look at all files.
+        # A little more than is needed, so that not every block is a look at all files; and what others were granted and
+        # have not written yet is not seen here.
         goal = self.bound - size - min(self.bound // 10, LEAST)
         for _, taken, path in sorted(found):
             if used <= max(goal, 0):
@@ -162,8 +181,8 @@ class BlockFile:
     def put(self, blocks: Mapping[int, Bytes]) -> None:
         """Keep blocks, if there is room for them; a disk that is full is as if there were none."""
         size = sum(len(data) for data in blocks.values())
-        with contextlib.suppress(OSError), self._store.room(size) as fits:
-            if not fits:
+        with contextlib.suppress(OSError):
+            if not self._store.reserve(size):
                 return
             for number, data in blocks.items():
                 os.pwrite(self._fd, data, self._data + number * BLOCK)

@@ -47,17 +47,17 @@ class ObjectStorePlace:
             return None
         return Stat(meta["size"], _tag(meta))
 
-    def get(self, name: str, start: int, stop: int, tag: str) -> bytes:
+    def get(self, name: str, start: int, stop: int, tag: str) -> Bytes:
         """Return a range of an object; raises FileNotFoundError, ChangedWhileRead."""
 
-        def ask(obstore: Any, store: Any) -> bytes:
+        def ask(obstore: Any, store: Any) -> Bytes:
             options: dict[str, Any] = {"range": (start, stop)}
             if tag.startswith('"'):
                 options["if_match"] = tag
             result = obstore.get(store, name, options=options)
             if _tag(result.meta) != tag:
                 raise ChangedWhileRead
-            return bytes(result.bytes())
+            return memoryview(result.bytes())
 
         return self._ask(ask)
 

@@ -2,22 +2,24 @@
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
-from cache_schema.errors import CacheCorrupt, CacheStorageError
+from cache_schema.errors import CacheCorrupt, CacheStorageError, CacheUnreachable
 from cache_schema.storage.checksum import Bytes, crc32c
 from cache_schema.storage.files import FileDigest, digest
 from cache_schema.storage.folder import Signature
 from cache_schema.storage.names import check_listed
 from cache_schema.storage.retrying import Retrying
+from cache_schema.storage.stretches import AskedIntoMemory
 
 T = TypeVar("T")
 
-REQUESTS = 16  # in flight at once, for one process
+REQUESTS = 32  # in flight at once, for one process
 _BLOCK = 8 << 20  # of one request, where a whole file is read
 
 
@@ -45,7 +47,7 @@ class Place(Protocol):
     def stat(self, name: str) -> Stat | None:
         """Return size and tag of a file, None where there is none of this name."""
 
-    def get(self, name: str, start: int, stop: int, tag: str) -> bytes:
+    def get(self, name: str, start: int, stop: int, tag: str) -> Bytes:
         """Return bytes [start, stop) of a file, fewer where it ends before.
 
         Raises FileNotFoundError, ChangedWhileRead.
@@ -80,9 +82,20 @@ class CommittingPlace(Place, Protocol):
         """Say whether everybody can read what is here."""
 
 
+_ending = threading.Event()  # this process is about to end: nothing is asked for again
+
+
 @functools.cache
 def _requests(process: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(REQUESTS, thread_name_prefix=f"requests-{process}")
+    pool = ThreadPoolExecutor(REQUESTS, thread_name_prefix=f"requests-{process}")
+
+    def end() -> None:
+        _ending.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+    # A process waits for its pools when it ends, before `atexit` is heard: for minutes, if a server does not answer.
+    threading._register_atexit(end)  # type: ignore[attr-defined]
+    return pool
 
 
 def requests() -> ThreadPoolExecutor:
@@ -101,8 +114,12 @@ class RemoteFile:
 
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes from `offset`; raises CacheCorrupt where the file does not have them."""
+        return bytes(self.view(offset, size))
+
+    def view(self, offset: int, size: int) -> memoryview:
+        """Return what `read` does without a copy of it."""
         self._check(offset, size)
-        return self._get(offset, size) if size else b""
+        return memoryview(self._get(offset, size) if size else b"")
 
     def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Return the bytes of every (offset, size), in their order, several at once; raises CacheCorrupt."""
@@ -112,15 +129,22 @@ class RemoteFile:
             return [self.read(*each) for each in ranges]
         return list(requests().map(lambda each: self.read(*each), ranges))
 
+    def ask(self, ranges: Sequence[tuple[int, int]]) -> AskedIntoMemory:
+        """Have every (offset, size) fetched by several requests at once; raises CacheCorrupt for what it lacks."""
+        for offset, size in ranges:
+            self._check(offset, size)
+        answers = [requests().submit(self.view, *each) for each in ranges]
+        return AskedIntoMemory(self.path, [offset for offset, _ in ranges], answers)
+
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill `view` with the bytes from `offset`; raises CacheCorrupt where the file does not have them."""
-        view[:] = self.read(offset, view.nbytes)
+        view[:] = self.view(offset, view.nbytes)
 
     def _check(self, offset: int, size: int) -> None:
         if offset < 0 or size < 0 or offset + size > self.size:
             raise CacheCorrupt(f"{self.path} is truncated: it has no bytes {offset} to {offset + size}")
 
-    def _get(self, offset: int, size: int) -> bytes:
+    def _get(self, offset: int, size: int) -> Bytes:
         try:
             data = self._folder.get(self._name, offset, offset + size, self._tag)
         except FileNotFoundError:
@@ -166,13 +190,18 @@ class RemoteFolder:
         return RemoteFolder(self.url, self.place, retrying)
 
     def _call(self, where: str, ask: Callable[[], T]) -> T:
+        def ask_unless_ending() -> T:
+            if _ending.is_set():
+                raise CacheUnreachable(f"{where} is not asked for any more: this process ends")
+            return ask()
+
         # A place that never answered is more likely misspelt than busy.
         patience = self._retrying if self._answered else self._retrying.until_first_answer()
-        answer = patience.call(where, ask)
+        answer = patience.call(where, ask_unless_ending)
         self._answered = True
         return answer
 
-    def get(self, name: str, start: int, stop: int, tag: str) -> bytes:
+    def get(self, name: str, start: int, stop: int, tag: str) -> Bytes:
         """Return bytes [start, stop) of a file as it was when its `tag` was asked for; see `Place.get`."""
         return self._call(self.where(name), lambda: self.place.get(name, start, stop, tag))
 
@@ -213,13 +242,13 @@ class RemoteFolder:
             checksum = crc32c(block, checksum)
         return FileDigest(stat.size, f"{checksum:08x}")
 
-    def blocks(self, name: str, stat: Stat) -> Iterator[bytes]:
+    def blocks(self, name: str, stat: Stat) -> Iterator[Bytes]:
         """Yield the contents of a file, a block at a time, the next one on its way; raises CacheCorrupt."""
         file = RemoteFile(self, name, stat)
         ranges = ((start, min(_BLOCK, stat.size - start)) for start in range(0, stat.size, _BLOCK))
         pending = None
         for each in ranges:
-            following = requests().submit(file.read, *each)
+            following = requests().submit(file.view, *each)
             if pending is not None:
                 yield pending.result()
             pending = following

@@ -1,15 +1,20 @@
 """A remote folder whose files are read in blocks, which a local disk keeps: fetched once, then read as local ones."""
 
+import contextlib
 import os
+import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 from cache_schema.errors import CacheCorrupt, CacheError
-from cache_schema.storage.blocks import BLOCK, BlockStore, default_folder
+from cache_schema.storage.blocks import BLOCK, BlockFile, BlockStore, default_folder
 from cache_schema.storage.folder import Folder, Signature
 from cache_schema.storage.local import LocalFolder
 from cache_schema.storage.places import Location, folder_at
-from cache_schema.storage.remote import RemoteFile, RemoteFolder
+from cache_schema.storage.remote import RemoteFile, RemoteFolder, requests
 from cache_schema.storage.retrying import STREAMING_DEADLINE, Retrying, patience
+from cache_schema.storage.stretches import Stretch
 
 DEFAULT_BOUND = "10GB"
 _MOST_BLOCKS = 32  # of one request
@@ -29,17 +34,17 @@ class StreamedFolder(RemoteFolder):
 
 
 class StreamedFile:
-    """A remote file read by way of the blocks that are here; see `cache_schema.storage.folder.ReadableFile`.
+    """A remote file read by way of the blocks that are here; see `cache_schema.storage.stretches.DistantFile`.
 
-    Blocks that lie between two that are asked for are not fetched, so no more is moved than reading all of it moves.
+    Blocks that lie between two that are asked for are not fetched, nor twice what several threads ask for, so no more
+    is moved than reading all of it moves.
     """
 
     def __init__(self, file: RemoteFile, store: BlockStore) -> None:
         self.path, self.size = file.path, file.size
         self.signature: Signature = file.signature
         self._file, self._store = file, store
-        self._process = os.getpid()
-        self._blocks = store.file(file.path, str(file.signature[0]), file.size)
+        self._begin()
 
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes from `offset`; raises CacheCorrupt where the file does not have them."""
@@ -47,55 +52,120 @@ class StreamedFile:
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill `view` with the bytes from `offset`; raises CacheCorrupt where the file does not have them."""
-        view[:] = self.read(offset, view.nbytes)
+        with contextlib.closing(self.ask([(offset, view.nbytes)])) as asked:
+            asked.arrived()[0].read_into(view, offset)
 
     def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Return the bytes of every (offset, size), what is missing here fetched by several requests at once."""
+        found = []
+        with contextlib.closing(self.ask(ranges)) as asked:
+            for stretch, (offset, size) in zip(asked.arrived(), ranges, strict=True):
+                out = bytearray(size)
+                stretch.read_into(memoryview(out), offset)
+                found.append(bytes(out))
+        return found
+
+    def ask(self, ranges: Sequence[tuple[int, int]]) -> "AskedBlocks":
+        """Have fetched what is missing of every (offset, size); raises CacheCorrupt for what the file lacks."""
         for offset, size in ranges:
             if offset < 0 or size < 0 or offset + size > self.size:
                 raise CacheCorrupt(f"{self.path} is truncated: it has no bytes {offset} to {offset + size}")
-        wanted = sorted({n for offset, size in ranges if size for n in _blocks_of(offset, size)})
         if self._process != os.getpid():
-            # A lock on a file that was opened before a fork would be the parent's as well.
-            self._process = os.getpid()
-            self._blocks = self._store.file(self.path, str(self.signature[0]), self.size)
-        with self._blocks.lease():
-            fresh = self._fetch([number for number in wanted if not self._blocks.has(number)])
-            return [self._assemble(offset, size, fresh) for offset, size in ranges]
+            self._begin()
+        leases = contextlib.ExitStack()
+        leases.enter_context(self._blocks.lease())
+        try:
+            return AskedBlocks(self.path, self._blocks, self._on_their_way(ranges), len(ranges), leases)
+        except BaseException:
+            leases.close()
+            raise
 
     def forget(self) -> None:
         """Have everything fetched again."""
         self._blocks.forget()
 
-    def _fetch(self, missing: list[int]) -> dict[int, memoryview]:
-        spans = [(run[0], run[-1] + 1) for run in _runs(missing)]
-        places = [(first * BLOCK, min(stop * BLOCK, self.size) - first * BLOCK) for first, stop in spans]
-        fetched: dict[int, memoryview] = {}
-        for (first, stop), data in zip(spans, self._file.read_ranges(places), strict=True):
-            view = memoryview(data)
-            fetched |= {n: view[(n - first) * BLOCK : (n - first + 1) * BLOCK] for n in range(first, stop)}
-        if fetched:
-            self._blocks.put(fetched)
-        return fetched
+    def _begin(self) -> None:
+        # A lock on a file that was opened before a fork would be the parent's as well, and so are its requests.
+        self._process = os.getpid()
+        self._blocks = self._store.file(self.path, str(self.signature[0]), self.size)
+        self._lock = threading.Lock()
+        self._pending: dict[int, Future[Fetched]] = {}
 
-    def _assemble(self, offset: int, size: int, fresh: dict[int, memoryview]) -> bytes:
-        out = bytearray(size)
-        view = memoryview(out)
-        at = 0
+    def _on_their_way(self, ranges: Sequence[tuple[int, int]]) -> list["Future[Fetched]"]:
+        """Ask for the blocks of ranges that are neither here nor asked for; return what brings those not here."""
+        wanted = sorted({n for offset, size in ranges if size for n in _blocks_of(offset, size)})
+        awaited: dict[int, Future[Fetched]] = {}  # by its identity
+        with self._lock:
+            # First what is pending: a block is here before it ceases to be.
+            pending = [self._pending[n] for n in wanted if n in self._pending]
+            missing = [n for n in wanted if n not in self._pending and not self._blocks.has(n)]
+            awaited |= {id(future): future for future in pending}
+            for run in _runs(missing):
+                future = requests().submit(self._fetch, run[0], run[-1] + 1)
+                awaited[id(future)] = future
+                self._pending |= dict.fromkeys(run, future)
+        return list(awaited.values())
+
+    def _fetch(self, first: int, stop: int) -> "Fetched":
+        """Fetch blocks [first, stop), keep them if there is room, and return them."""
+        start = first * BLOCK
+        try:
+            data = self._file.view(start, min(stop * BLOCK, self.size) - start)
+            with self._blocks.lease():
+                self._blocks.put({n: data[n * BLOCK - start : (n + 1) * BLOCK - start] for n in range(first, stop)})
+            return Fetched(first, data)
+        finally:
+            with self._lock:
+                for number in range(first, stop):
+                    self._pending.pop(number, None)
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Blocks that follow each other, in memory, from number `first` on."""
+
+    first: int
+    data: memoryview
+
+
+class AskedBlocks:
+    """Ranges of a streamed file, all read at one place: from blocks that are here, others from where they arrive."""
+
+    def __init__(
+        self, path: str, blocks: BlockFile, awaited: Sequence[Future[Fetched]], count: int, leases: contextlib.ExitStack
+    ) -> None:
+        self.path = path
+        self._blocks, self._awaited, self._count, self._leases = blocks, awaited, count, leases
+        self._fresh: dict[int, memoryview] = {}
+
+    def arrived(self) -> Sequence[Stretch]:
+        """Return a stretch for every range, when all are here; raises what a request raised."""
+        for future in self._awaited:
+            fetched = future.result()
+            for number, start in enumerate(range(0, len(fetched.data), BLOCK), fetched.first):
+                self._fresh[number] = fetched.data[start : start + BLOCK]
+        return [self] * self._count
+
+    def close(self) -> None:
+        """Let the blocks be removed."""
+        self._leases.close()
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill `view` from `offset` of the file; raises CacheCorrupt where the local copy lacks something."""
+        at, size = 0, view.nbytes
         while at < size:
             number, inside = divmod(offset + at, BLOCK)
-            if number in fresh:
+            if number in self._fresh:
                 taken = min(BLOCK - inside, size - at)
-                view[at : at + taken] = fresh[number][inside : inside + taken]
+                view[at : at + taken] = self._fresh[number][inside : inside + taken]
             else:
                 stop = number + 1
-                while stop * BLOCK < offset + size and stop not in fresh:
+                while stop * BLOCK < offset + size and stop not in self._fresh:
                     stop += 1
                 taken = min(stop * BLOCK - offset - at, size - at)
                 if not self._blocks.read_into(view[at : at + taken], offset + at):
                     raise CacheCorrupt(f"the local copy of {self.path} is truncated; run the same command again")
             at += taken
-        return bytes(out)
 
 
 def _blocks_of(offset: int, size: int) -> range:

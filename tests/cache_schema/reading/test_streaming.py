@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cache_servers as servers
@@ -69,8 +70,10 @@ def test_a_cache_on_s3_reads_as_the_one_it_is_a_copy_of(
 def test_workers_of_a_loader_and_a_web_server_in_forked_processes_read_the_same(cache_of: CacheOf) -> None:
     root = cache_of(kind="int8")
     expected = [batch.payload for batch in FeatureLoader(open_cache(root), 3, seed=1)]
-    with FeatureLoader(open_cache(on_s3(root, "workers")), 3, seed=1, workers=1) as loader:
-        assert all(torch.equal(a, b.payload) for a, b in zip(expected, loader, strict=True))
+    there = on_s3(root, "workers")
+    for workers in (1, 0):
+        with FeatureLoader(open_cache(there), 3, seed=1, workers=workers) as loader:
+            assert all(torch.equal(a, b.payload) for a, b in zip(expected, loader, strict=True))
     url, files = servers.nginx()
     if not (files / "forked").exists():
         (files / "forked").symlink_to(root)
@@ -172,13 +175,17 @@ class _Memory:
     writable = False
 
     def __init__(self, files: dict[str, bytes]) -> None:
-        self.files, self.sent = files, 0
+        self.files, self._sent = files, [0]
+
+    @property
+    def sent(self) -> int:
+        return sum(self._sent)
 
     def stat(self, name: str) -> Stat | None:
         return Stat(len(self.files[name]), "1") if name in self.files else None
 
     def get(self, name: str, start: int, stop: int, tag: str) -> bytes:
-        self.sent += stop - start
+        self._sent.append(stop - start)
         return self.files[name][start:stop]
 
 
@@ -259,6 +266,19 @@ def test_many_threads_and_a_small_bound_end_and_read_what_is_there(tmp_path: Pat
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_what_several_threads_ask_for_at_once_is_fetched_once(tmp_path: Path) -> None:
+    data = bytes(range(256)) * (8 * BLOCK // 256)
+    place = _Memory({"a": data})
+    file = StreamedFolder(RemoteFolder("s3://x/y", place), BlockStore(tmp_path / "blocks", 8 * BLOCK, least=0)).open(
+        "a"
+    )
+    wanted = [(start, 3 * BLOCK // 2) for start in range(0, len(data) - 2 * BLOCK, BLOCK // 2)]
+    with ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(file.read_ranges, [wanted, *([[each] for each in wanted])]))
+    assert found[0] == [data[start : start + size] for start, size in wanted] == [each[0] for each in found[1:]]
+    assert place.sent == max(start + size for start, size in wanted)
 
 
 def test_a_bound_below_what_is_in_flight_and_a_folder_that_is_not_ours_are_refused(tmp_path: Path) -> None:
