@@ -93,6 +93,9 @@ def eval_run(
             classes = f"classes of {data}" if data is not None else _CLASSES[split]
             typer.echo(f"{run}{which}: {scores['queries']} queries of {scores['classes']} {classes}, percent")
             typer.echo(tables.format_scores(scores))
+            remark = tables.remark_on(scores)
+            if remark:
+                typer.echo(remark, err=True)
             typer.echo(tables.format_details(scores, per_class))
         saved = save_scores(scored, split, scores) if kept else None
         if saved is not None and not as_json:

@@ -40,6 +40,10 @@ class Auxiliary(Protocol):
         """The timesteps along axis P of embeddings (N, P, C)."""
 
     @property
+    def made_of_teacher(self) -> str | None:
+        """Which of `auxiliary_names` is made of the teacher's features alone, or nearly so."""
+
+    @property
     def scored(self) -> str:
         """The embedding that a run is scored by: "student", or one of `auxiliary_names`."""
 
@@ -150,13 +154,13 @@ def embed_auxiliary(auxiliary: Auxiliary, student: Tensor, test: TestSplit, devi
 
     Empty where it offers nothing, or where not every test image has the features it needs.
     """
-    sources = _sources(auxiliary, test)
+    sources = feature_sources(auxiliary, test)
     if sources is None:
         return {}
     auxiliary.eval()
     found: dict[str, list[Tensor]] = {name: [] for name in auxiliary.auxiliary_names}
     for at, rows in zip(_chunks(np.arange(len(student))), _chunks(test.split.rows), strict=True):
-        read = {name: _read(source, rows) for name, source in sources.items()}
+        read = {name: read_features(source, rows) for name, source in sources.items()}
         with full_precision(device):
             features = {name: part.decode(device=device, dtype=torch.float32) for name, part in read.items()}
             embedded = auxiliary.auxiliary(student[at].to(device), features)
@@ -194,7 +198,8 @@ def refuse_untelling(embeddings: Tensor, whose: str) -> None:
         )
 
 
-def _sources(auxiliary: Auxiliary, test: TestSplit) -> dict[str, FeatureSource] | None:
+def feature_sources(auxiliary: Auxiliary, test: TestSplit) -> dict[str, FeatureSource] | None:
+    """Where the features that `auxiliary` reads are; None unless every test image has all of them."""
     if not auxiliary.auxiliary_names:
         return None
     sources = open_sources(test.cache, auxiliary.needed)
@@ -205,7 +210,8 @@ def _sources(auxiliary: Auxiliary, test: TestSplit) -> dict[str, FeatureSource] 
     return sources
 
 
-def _read(source: FeatureSource, rows: np.ndarray) -> EncodedBatch:
+def read_features(source: FeatureSource, rows: np.ndarray) -> EncodedBatch:
+    """The features of rows of the run's cache, in the view that the stored images are of."""
     timesteps = list(source.shape.timesteps)
     return source.cache.read(source.rows(rows).tolist(), tap=source.tap, timesteps=timesteps, view="canonical")
 

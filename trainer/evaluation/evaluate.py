@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.data.splits import Split, hold_out_classes, select_split
 from trainer.errors import TrainError
 from trainer.evaluation.details import QueryScores, of_images, score_each_query
 from trainer.evaluation.embed import (
@@ -22,6 +23,7 @@ from trainer.evaluation.embed import (
     open_test_split,
     open_validation_split,
 )
+from trainer.evaluation.frozen import embed_frozen
 from trainer.evaluation.metrics import mean_scores, retrieval_scores, score_queries
 from trainer.models.opening import is_export, open_student
 from trainer.models.student import Student
@@ -125,6 +127,8 @@ def evaluate_queries(
     else:
         test = open_test_split(cache, student.input_size, fit=student.fit)
     scores, embeddings, queries = _evaluate(student, test, device, auxiliary)
+    if auxiliary is not None and scores["auxiliary"]:
+        scores |= _score_frozen(auxiliary, test, _trained_on(path, cache), device)
     about = {
         "cache_id": cache.manifest.cache_id,
         "split": split,
@@ -132,6 +136,19 @@ def evaluate_queries(
         "classes": test.split.classes,
     }
     return {**about, **scores}, embeddings, test, queries
+
+
+def _trained_on(path: Path, cache: Cache) -> Split:
+    """The rows of a cache that a run was trained on, where it was trained on that cache."""
+    return hold_out_classes(select_split(cache, "train", need_features=True), validation_share(path))[0]
+
+
+def _score_frozen(auxiliary: Auxiliary, test: TestSplit, trained: Split, device: torch.device) -> dict[str, Any]:
+    """Scores of the frozen features beside those of what is made of them; nothing where there are none."""
+    found = embed_frozen(auxiliary, test, trained, device)
+    labels, timesteps = test.labels.to(device), auxiliary.auxiliary_timesteps
+    scores = {name: _score_auxiliary(part.to(device), labels, timesteps) for name, part in found.items()}
+    return {"frozen": scores, "made_of_teacher": auxiliary.made_of_teacher} if scores else {}
 
 
 def evaluate_folder(

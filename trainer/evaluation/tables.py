@@ -9,6 +9,10 @@ from trainer.evaluation.metrics import COLUMNS, DETAILED
 
 SHOWN = 3  # confusions
 
+# What the teacher's features are scored as, without a method.
+POOLED, LINEAR = "pooled", "linear"
+FROZEN = {POOLED: "frozen features, mean over tokens", LINEAR: "linear head on them, of the training classes"}
+
 
 def headline(scores: Mapping[str, Any]) -> dict[str, float]:
     """The scores that a run is compared by: its student's, or those of the embedding it says it is scored by."""
@@ -29,6 +33,8 @@ def format_scores(scores: dict[str, Any]) -> str:
         for timestep, values in by_timestep.items():
             where = "mean over timesteps" if timestep == "mean" else f"timestep {timestep}"
             lines[f"auxiliary ({about})" + (f", {where}" if len(by_timestep) > 1 else "")] = values
+    for name, by_timestep in (scores.get("frozen") or {}).items():
+        lines[FROZEN[name]] = by_timestep["mean"]
     table = format_table(lines)
     if not reads_teacher(scores):
         return table
@@ -53,6 +59,22 @@ def format_table(lines: dict[str, dict[str, float]]) -> str:
     for name, scores in lines.items():
         rows.append(f"{name:{width}}" + "".join(f"{100 * scores[column]:8.1f}" for column in COLUMNS))
     return "\n".join(rows)
+
+
+def remark_on(scores: Mapping[str, Any]) -> str | None:
+    """What a reader should know of scores whose embedding of the teacher's features is behind the features."""
+    frozen, name = scores.get("frozen"), scores.get("made_of_teacher")
+    if not frozen or not scores.get("auxiliary") or name not in scores["auxiliary"]:
+        return None
+    own = scores["auxiliary"][name]["mean"]["recall_at_1"]
+    plain, linear = (frozen[kind]["mean"]["recall_at_1"] for kind in (POOLED, LINEAR))
+    about = f"{scores['auxiliary_names'][name]} has R@1 {100 * own:.1f}"
+    what = "it is not worth following as it is: train it faster (optim.gim_lr_scale) or longer"
+    if own < plain:
+        return f"warning: {about}, the frozen features that it reads have {100 * plain:.1f}; {what}"
+    if own < linear:
+        return f"note: {about}, a linear head on the features that it reads has {100 * linear:.1f}"
+    return None
 
 
 def format_details(scores: dict[str, Any], per_class: bool = False) -> str:

@@ -51,6 +51,8 @@ class Method(nn.Module, ABC):
     loss_figures: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     # What `auxiliary` returns: name → what a reader is told it is, its symbol first: "E_D, E_R masked".
     auxiliary_names: ClassVar[Mapping[str, str]] = {}
+    # Which of them is made of the teacher's features alone, or nearly so: what is to be ahead of those features.
+    made_of_teacher: ClassVar[str | None] = None
     # The embedding that a run is scored and compared by: E_R, or one of `auxiliary_names`, which needs the teacher's
     # features of every image at test time.
     scored: ClassVar[str] = "student"

@@ -3,13 +3,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from trainer.data.splits import select_split
 from trainer.errors import TrainError
 from trainer.evaluation import metrics
 from trainer.evaluation.embed import open_test_split, refuse_untelling
 from trainer.evaluation.evaluate import average_timesteps, evaluate_queries, evaluate_run
 from trainer.evaluation.metrics import retrieval_scores
-from trainer.evaluation.tables import format_scores
+from trainer.evaluation.tables import format_scores, remark_on
 from trainer.methods.trained import load_trained
+from trainer.models.discriminant import Discriminant
 from trainer.models.student import load_student
 from trainer.training.loop import train
 
@@ -30,6 +32,33 @@ def test_the_auxiliary_scores_are_those_of_the_gim_on_the_test_rows_features(run
         expected = gim(embeddings["student"], tokens, masked)
         torch.testing.assert_close(embeddings[name], expected)
         assert scores["auxiliary"][name]["22"] == retrieval_scores(embeddings[name][:, 1], test.labels)
+
+
+def test_the_frozen_features_are_scored_beside_what_is_made_of_them(run, cache):
+    scores, _, test = evaluate_run(run, cache, CPU, load_trained)
+    tokens = cache.read(test.split.rows.tolist(), tap="hidden", timesteps=[10, 22], view=0).decode().float()
+    pooled = tokens.mean(2)
+    assert scores["frozen"]["pooled"]["22"] == retrieval_scores(pooled[:, 1], test.labels)
+    assert scores["frozen"]["pooled"]["mean"] == retrieval_scores(average_timesteps(pooled), test.labels)
+    trained = select_split(cache, "train", need_features=True)
+    theirs = cache.read(trained.rows.tolist(), tap="hidden", timesteps=[10, 22], view=0).decode().float().mean(2)
+    head = Discriminant(2, pooled.shape[2], pooled.shape[2])
+    head.fit([(theirs, torch.from_numpy(trained.labels))])
+    linear = retrieval_scores(average_timesteps(head(pooled)), test.labels)
+    assert scores["frozen"]["linear"]["mean"] == pytest.approx(linear)
+    assert scores == evaluate_run(run, cache, CPU, load_trained)[0]
+    assert "linear head on them, of the training classes" in format_scores(scores)
+
+
+@pytest.mark.parametrize(("own", "said"), [(0.3, "warning: E_D"), (0.5, "note: E_D"), (0.7, None)])
+def test_an_embedding_that_is_behind_the_features_it_reads_is_told(own, said):
+    def at(recall):
+        return {"mean": {"recall_at_1": recall}}
+
+    scores = {"auxiliary": {"masked": at(own)}, "auxiliary_names": {"masked": "E_D"}, "made_of_teacher": "masked"}
+    remark = remark_on({**scores, "frozen": {"pooled": at(0.4), "linear": at(0.6)}})
+    assert remark is None if said is None else remark.startswith(said)
+    assert remark_on(scores) is None
 
 
 def test_the_students_queries_are_ranked_once_and_its_scores_are_their_means(run, cache, monkeypatch):

@@ -29,6 +29,7 @@ class Auxiliary(Method):
 
     loss_figures = {"DRC (task loss)": {"drc": "on E_D"}}  # noqa: RUF012
     auxiliary_names = {"unmasked": "E_D, the teacher's features read at test time"}  # noqa: RUF012
+    made_of_teacher = "unmasked"
     scored = "unmasked"
     readers = "queries of the GIM"
     files = (GIM_FILE,)

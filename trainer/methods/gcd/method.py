@@ -38,6 +38,7 @@ class Gcd(Method):
     }
     auxiliary_names = {"unmasked": "E_D, E_R unmasked", "masked": "E_D, E_R masked"}  # noqa: RUF012
     readers = "queries of the GIM"
+    made_of_teacher = "masked"
     files = (GIM_FILE,)
     advice = "lower --lr or --alpha, set optim.grad_clip=1, or use loss.cal=normalized"
 
