@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import cold
 from benchmarks.alternatives import READERS, WRITERS, Batch, Read, Reader, as_array
 from benchmarks.measure import Work, in_turns_apart, medians, save, table, version
 from benchmarks.synthetic import BFLOAT16, INT8, TAP, Workload, encoded_features, mapped_payloads, write_cache
@@ -288,16 +289,21 @@ def main(argv: list[str] | None = None) -> None:
         action=argparse.BooleanOptionalAction,
         help="all stores at once, or one at a time with the bound beside each; by default whether all fit in memory",
     )
+    parser.add_argument("--cold", action="store_true", help="from the disk, beside bare reads (benchmarks/cold.py)")
     parser.add_argument("--small", action="store_true", help="a tiny workload, to see that everything works")
     args = parser.parse_args(argv)
     results = []
     for name in args.workloads.split(","):
         workload = Workload(name, tokens=8, channels=16) if args.small else WORKLOADS[name]
+        if args.cold:
+            results.append(cold.measure(workload, args.samples, args.rounds, args.batch))
+            print(f"{cold.render(results[-1])}\n", flush=True)
+            continue
         results.append(measure(workload, args.samples, args.rounds, args.batch, args.least_seconds, args.together))
         print(render(results[-1]), flush=True)
         print()
     if not args.small:
-        save("reading", {"results": results})
+        save("cold" if args.cold else "reading", {"results": results})
 
 
 if __name__ == "__main__":

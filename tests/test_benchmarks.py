@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import alternatives, measure, reading, remote, synthetic
+from benchmarks import alternatives, cold, measure, reading, remote, synthetic
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,6 +35,12 @@ def test_every_reader_is_measured_or_said_to_be_missing(kind, stores):
         installed = not reader.distribution or measure.version(reader.distribution) is not None
         assert (cells[0] == "not installed") == (not installed)
         assert bool(re.fullmatch(r"[0-9,.]+", cells[1])) == installed
+
+
+def test_a_cold_disk_is_measured_beside_bare_reads_by_ever_more_threads(capsys):
+    reading.main(["--cold", "--small", "--workloads", "int8", "--samples", "6", "--rounds", "1", "--batch", "3"])
+    rows = rows_of(capsys.readouterr().out)
+    assert {f"`os.preadv`, {threads} threads" for threads in cold.THREADS} | {cold.OURS} <= set(rows)
 
 
 def test_every_writer_is_measured_or_said_to_be_missing():

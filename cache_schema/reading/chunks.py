@@ -18,6 +18,7 @@ from cache_schema.format.damage import damaged, view_and_timestep
 from cache_schema.format.journal import Kind, Record, read_record, record_name
 from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Manifest
+from cache_schema.reading.disk_pace import AskedAhead, DiskPace
 from cache_schema.reading.fetching import at_once, fetched, stretches
 from cache_schema.reading.open_shards import Checksums, ChunkPlaces, OpenShard, OpenShards
 from cache_schema.storage.checksum import combine_crc32c, crc32c
@@ -58,11 +59,19 @@ class ChunkRequest:
         self._source, self._array = source, array
         self._rows, self._views, self._steps = rows, views, steps
         self._runs = self._locate()
+        self._ahead: AskedAhead | None = None
+
+    def begin(self) -> None:
+        """Ask a slow disk for the first of the chunks, of several arrays before any is read."""
+        if self._source.pace.slow and not self._source.distant:
+            self._ahead = AskedAhead([(shard.file, offset, size) for shard, _, _, offset, size, _ in self._runs])
+            self._ahead.before(0)
 
     def read_into(self, target: Array) -> None:
         """Read and check the chunks into `target`, uint8, as long as all of them."""
         if not self._source.distant:
-            self._read_runs(self._runs, target)
+            with self._source.pace.over(len(target)):
+                self._read_runs(self._runs, target, self._ahead)
             return
         for part in stretches([run[4] for run in self._runs]):
             runs = self._runs[part.start : part.stop]
@@ -88,13 +97,15 @@ class ChunkRequest:
                 here.append((replace(shard, file=file), first, count, offset, size, out))
             self._read_runs(here, target)
 
-    def _read_runs(self, runs: list[_Run], target: Array) -> None:
-        if self._array.compression != "none":
-            for run in runs:
-                self._decompress_run(run, target)
-            return
+    def _read_runs(self, runs: list[_Run], target: Array, ahead: AskedAhead | None = None) -> None:
+        compressed = self._array.compression != "none"
         each, view = chunk_bytes(self._array), target.data
-        for run in runs:
+        for number, run in enumerate(runs):
+            if ahead is not None:
+                ahead.before(number)
+            if compressed:
+                self._decompress_run(run, target)
+                continue
             shard, first, count, offset, size, out = run
             at, checksums = out * each, shard.checksums
             if checksums is not None and (size > _BLOCK or shard.piece != 1):
@@ -255,6 +266,7 @@ class ChunkSource:
         self.folder, self.manifest, self.verify = folder, manifest, verify
         self.distant = not isinstance(folder, LocalFolder)
         self.opened = OpenShards(folder)
+        self.pace = DiskPace()
         self._store = store_of(manifest)
 
     def open_shard(self, array: ArrayLayout, number: int) -> OpenShard:
