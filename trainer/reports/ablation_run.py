@@ -16,8 +16,11 @@ from typing import Any
 import numpy as np
 
 from cache_schema import open_cache
+from cache_schema.format.manifest_file import load_manifest
 from cache_schema.storage.files import write_file
+from cache_schema.storage.places import folder_at
 from trainer.device import choose_device
+from trainer.errors import TrainError
 from trainer.evaluation.evaluate import evaluate_queries
 from trainer.methods.settings import load_config, settings_of
 from trainer.methods.trained import load_trained
@@ -41,13 +44,32 @@ class Scored:
 def run_cells(cells: Sequence[Cell], work: Path, split: SplitName, jobs: int) -> Iterator[Scored]:
     """Train and score what is not there yet, `jobs` at a time, and yield each cell as soon as it is there.
 
-    Interrupted, an ablation goes on where it stopped: runs resume from their checkpoints.
+    Interrupted, an ablation goes on where it stopped: runs resume from their checkpoints. Raises TrainError where runs
+    of another cache are in the same folder, which would be taken for these.
     """
+    _refuse_other_caches(cells, work)
     finished = [cell for cell in cells if _queries_file(work / cell.name, split).is_file()]
     yield from (read_cell(cell, work, split) for cell in finished)
     waiting = [cell for cell in cells if cell not in finished]
     for cell in _made(waiting, work, split, jobs):
         yield read_cell(cell, work, split)
+
+
+def _refuse_other_caches(cells: Sequence[Cell], work: Path) -> None:
+    """A cell's name says nothing of where its cache lies, for that may change; what is in it must not."""
+    ids: dict[str, str] = {}
+    for cell in cells:
+        place, run = cell.config.cache, work / cell.name
+        if not is_finished(run):
+            continue
+        if place not in ids:
+            ids[place] = load_manifest(folder_at(place)).cache_id
+        trained_on = load_result(run)["cache_id"]
+        if trained_on != ids[place]:
+            raise TrainError(
+                f"{run} is of cache {trained_on[:8]}, and {place} is {ids[place][:8]}: give another --output, or the "
+                "cache of the runs that are there"
+            )
 
 
 def _made(cells: Sequence[Cell], work: Path, split: SplitName, jobs: int) -> Iterator[Cell]:

@@ -1,6 +1,7 @@
 import csv
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def cells(cache, cache_path, tiny_settings):
     return make_cells(str(cache_path), variants, 2, "small", settings), variants
 
 
-def test_finished_runs_are_not_made_again_and_the_tables_pair_them(cells, tmp_path, monkeypatch):
+def test_finished_runs_are_not_made_again_and_the_tables_pair_them(cells, make_cache, tmp_path, monkeypatch):
     cells, variants = cells
     first = list(run_cells(cells, tmp_path, "test", 1))
     monkeypatch.setattr(ablation_run, "run_cell", None)
@@ -76,6 +77,10 @@ def test_finished_runs_are_not_made_again_and_the_tables_pair_them(cells, tmp_pa
         ("baseline", "0"), ("baseline", "1"), ("gcd", "0"), ("gcd", "1")
     ]  # fmt: skip
     assert float(lines[2]["ed_masked"]) == rows[1].auxiliary("masked")[0]
+    other = str(make_cache("other", content="other").root)  # whose runs would have the same names
+    elsewhere = [replace(cell, config=cell.config.model_copy(update={"cache": other})) for cell in cells]
+    with pytest.raises(TrainError, match="give another --output"):
+        list(run_cells(elsewhere, tmp_path, "test", 1))
 
 
 def test_the_command_makes_runs_and_tables(cache_path, tiny_settings, tmp_path):
