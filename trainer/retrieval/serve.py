@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,7 +76,9 @@ def make_app(served: Sequence[Served], config: ServeConfig) -> Starlette:
         # Else a page elsewhere could have its own name point here, and read what is answered.
         names = ["localhost", "127.0.0.1", "[::1]", config.host]
         middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False))
-    return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _as_json})
+    return Starlette(
+        routes=routes, middleware=middleware, exception_handlers={HTTPException: _as_json, TrainError: _hidden}
+    )
 
 
 def listen(config: ServeConfig) -> socket.socket:
@@ -229,6 +232,12 @@ def _file(name: str, kind: str) -> Any:
 async def _as_json(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, status_code=error.status_code, headers=error.headers)
+
+
+async def _hidden(request: Request, error: Exception) -> Response:
+    """What goes wrong here may name places on this machine: that is for whoever runs it."""
+    print(f"error: {error}", file=sys.stderr)
+    return JSONResponse({"error": "this cannot be answered; see where the page is served"}, status_code=500)
 
 
 def is_loopback(host: str) -> bool:

@@ -158,19 +158,22 @@ def test_a_page_elsewhere_can_neither_read_nor_frame_nor_rename_it(client):
         assert headers["x-content-type-options"] == "nosniff"
 
 
-def test_an_image_that_is_gone_is_said_without_its_place(indexes, pictures, tmp_path):
+def test_an_image_that_is_gone_is_said_without_its_place(indexes, pictures, tmp_path, capsys):
     served = opened(indexes["first"])
     lost = serving.Served(served.index, served.model, served.index.images(str(tmp_path)))
-    app = serving.make_app([lost], CONFIG)
+    app = serving.make_app([lost, opened(indexes["second"])], CONFIG)
     with serving.listen(CONFIG) as listening:
         server = serving.make_server(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         said = httpx.get(serving.address_of(listening) + "images/0/0")
+        also = httpx.get(serving.address_of(listening) + "neighbours/0/0")  # of images that may be others
         server.should_exit = True
         thread.join()
-    assert said.status_code == 404
-    assert str(tmp_path) not in said.text
+    assert (said.status_code, also.status_code) == (404, 500)
+    assert "cannot be answered" in also.json()["error"]
+    assert str(tmp_path) not in said.text + also.text
+    assert str(tmp_path) in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_said_in_one_line():
