@@ -18,7 +18,13 @@ class Trackers:
 
     def __init__(self, config: TrainConfig, run: Path, names: Sequence[str]):
         """Raises TrainError for a tracker whose package is missing, or that cannot be started."""
-        self.started = [_start(name, run) for name in names]
+        self.started: list[Any] = []
+        try:
+            for name in names:
+                self.started.append(_start(name, run))
+        except TrainError:
+            self.close()  # of those before it
+            raise
         values = {name: _plain(value) for name, value in flatten(config.model_dump()).items()}
         for tracker in self.started:
             tracker.store_init_configuration(values)

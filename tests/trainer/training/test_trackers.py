@@ -32,3 +32,16 @@ def test_a_tracker_is_told_the_config_and_every_number_of_the_log(tiny_config, t
     assert "loss.alpha: 2.0" in hyperparameters.read_text()
     events = EventAccumulator(str(tmp_path / PROJECT)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("losses/loss")] == [(1, 3.0), (2, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "left"), [("wandb", "wandb/offline-run-*/run-*.wandb"), ("mlflow", "mlruns/*/*/metrics/lr")]
+)
+def test_a_tracker_that_is_installed_has_the_numbers_of_a_run(cache, tiny_config, tmp_path, monkeypatch, name, left):
+    pytest.importorskip(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "run" / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    train(tiny_config(f"track={name}", updates=1, mode="baseline"), cache, tmp_path / "run")
+    (kept,) = (tmp_path / "run").glob(left)
+    assert kept.stat().st_size > 0
