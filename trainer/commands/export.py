@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from cache_schema import Cache
     from trainer.export.reduced import Bits
 
+MUCH = 0.02  # of R@1, lost by fewer bits
+
 
 def export(
     run: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
@@ -37,7 +39,24 @@ def export(
     bits = [each for each, wanted in chosen.items() if wanted]
     names = export_run(run, output, _cache_at_hand(run, cache), onnx, overwrite, bits)
     typer.echo(f"wrote {', '.join(names)} to {output}")
+    say_scores(output)
     typer.echo(f'next: timm.create_model("local-dir:{output}", pretrained=True)')
+
+
+def say_scores(output: Path) -> None:
+    """What the forms in fewer bits score on the test split, and where one loses more than a little, that it does."""
+    from trainer.models.opening import ABOUT, CONFIG
+    from trainer.runs import read_json
+
+    whole, *forms = read_json(output / CONFIG)[ABOUT]["onnx"] or [None]
+    for form in forms:
+        score, lost = form["scores"]["recall_at_1"], whole["scores"]["recall_at_1"] - form["scores"]["recall_at_1"]
+        typer.echo(
+            f"{form['name']}: R@1 {100 * score:.1f} %, {100 * lost:.1f} points less than {whole['name']}; "
+            f"{form['megabytes']:.1f} MB instead of {whole['megabytes']:.1f}"
+        )
+        if lost > MUCH:
+            typer.echo(f"note: {form['name']} is clearly worse than {whole['name']}: use that one", err=True)
 
 
 def _cache_at_hand(run: Path, named: str | None) -> Cache | None:

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from cache_schema import open_cache
+from trainer.commands.export import say_scores
 from trainer.data.images import fit_picture
 from trainer.errors import TrainError
 from trainer.evaluation.evaluate import evaluate_run
@@ -23,6 +24,7 @@ from trainer.export.export import export_run
 from trainer.export.reduced import BITS, write_reduced
 from trainer.export.timm_folder import timm_config, write_timm_folder
 from trainer.methods.settings import make_config
+from trainer.models.opening import ABOUT
 from trainer.models.student import Student, build_student, load_student
 from trainer.runs import load_result
 from trainer.training.loop import train
@@ -292,6 +294,29 @@ def test_fewer_bits_are_a_smaller_file_that_takes_and_gives_the_same(run, reduce
         np.testing.assert_allclose(found, expected, atol=difference)
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-3)
     assert (folder / "model.fp16.onnx").stat().st_size < 0.8 * whole
+
+
+def test_in_8_bits_the_first_and_the_last_product_stay_as_they_are(reduced):
+    import onnx
+
+    graph = onnx.load(reduced[0] / "model.int8.onnx").graph
+    made = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    products = [bool(made & set(node.input)) for node in graph.node if node.op_type in ("Conv", "MatMul", "Gemm")]
+    assert not products[0]
+    assert not products[-1]
+    assert sum(products) > 2
+
+
+def test_what_fewer_bits_lose_is_said_when_they_are_written(tmp_path, capsys):
+    def form(name: str, recall: float) -> dict:
+        return {"name": name, "megabytes": 4.0, "scores": {"recall_at_1": recall}}
+
+    forms = [form("model.onnx", 0.58), form("model.fp16.onnx", 0.579), form("model.int8.onnx", 0.5)]
+    (tmp_path / "config.json").write_text(json.dumps({ABOUT: {"onnx": forms}}))
+    say_scores(tmp_path)
+    said, warned = capsys.readouterr()
+    assert "model.int8.onnx: R@1 50.0 %, 8.0 points less than model.onnx" in said
+    assert warned.splitlines() == ["note: model.int8.onnx is clearly worse than model.onnx: use that one"]
 
 
 def test_what_each_file_scores_is_measured_on_the_test_images(run, reduced):
