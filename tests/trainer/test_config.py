@@ -100,10 +100,26 @@ def test_the_paper_preset_wants_weights_and_says_how_to_give_them():
 
 
 def test_the_recommended_preset_fine_tunes_whatever_network_is_named():
-    for name in (None, "resnet18"):
+    for name in (None, "vit_tiny_patch16_224"):
         config = make_config("recommended", student__name=name)
         assert config.student.pretrained
         assert (config.optim.name, config.optim.grad_clip, config.optim.warmup > 0) == ("adamw", 1.0, True)
         assert 1e-5 <= config.optim.lr <= 3e-5
         assert 10 <= config.optim.gim_lr_scale <= config.optim.proxy_lr_scale <= 100
     assert make_config("recommended", mode="baseline").optim.proxy_lr_scale == config.optim.proxy_lr_scale
+
+
+@pytest.mark.parametrize("mode", ["baseline", "regression", "relational", "distill", "auxiliary"])
+def test_the_recommended_rates_are_those_of_the_students_kind(mode):
+    convolutional = make_config("recommended", mode=mode, student__name="resnet18")
+    untrained = make_config("recommended", ["student.pretrained=false"], mode=mode)
+    weights = make_config("recommended", mode=mode, student__name="resnet18", student__weights="some.safetensors")
+    assert convolutional.optim.lr == weights.optim.lr == 2e-3
+    assert convolutional.student.batch_norm_momentum == 0.02
+    assert untrained.optim.lr == 1e-3
+    assert make_config("recommended", mode=mode, student__name="resnet18", optim__lr="1e-4").optim.lr == 1e-4
+    for config in (convolutional, untrained):  # proxies at 1e-2, whatever the student's rate
+        assert config.optim.lr * config.optim.proxy_lr_scale == pytest.approx(1e-2)
+    assert "lr" not in changes(convolutional, "recommended")
+    assert "student.name = resnet18" in changes(convolutional, "recommended")
+    assert make_config("small", mode=mode, student__name="resnet18").optim.lr == 5e-4

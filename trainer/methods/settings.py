@@ -10,13 +10,15 @@ from typing import Any
 from pydantic import BaseModel
 
 from cache_schema.settings import Settings, Values, merge, unflatten
-from trainer.config import PRESETS, TrainConfig
+from trainer.config import PRESETS, RECOMMENDED_FOR, StudentConfig, TrainConfig
 from trainer.errors import TrainError
 from trainer.methods.registry import DEFAULT, config_class, method_name
 from trainer.runs import read_config
 
 # The fields of a student that say how one network is built.
 ARCHITECTURE = ("name", "img_size", "patch_size", "depth", "embed_dim", "num_heads")
+# Those that say which of `RECOMMENDED_FOR` it is.
+_STUDENT = ("name", "pretrained", "weights")
 
 
 def settings_of(method: str) -> Settings[TrainConfig]:
@@ -39,10 +41,25 @@ def make_config(preset: str, settings: Iterable[str] = (), **flags: Any) -> Trai
         {name: known.parse(name, value) if isinstance(value, str) else value for name, value in named.items()}, rest
     )
     values = merge(PRESETS[preset], known.kind.presets.get(preset, {}))
+    if preset == "recommended":
+        values = merge(values, _known(RECOMMENDED_FOR.get(_student_kind(values, asked), {}), known.kind))
     if asked.get("student.name") not in (None, preset_student(preset)):
         for name in ARCHITECTURE:  # another network has another
             values.get("student", {}).pop(name, None)
     return known.validate(merge(values, unflatten(asked), {"method": method}))
+
+
+def _student_kind(values: Values, asked: Values) -> str:
+    """Which of `RECOMMENDED_FOR` the student of a config is, "" for the one that the preset itself is for."""
+    given = {name: value for name, value in asked.items() if name.startswith("student.")}
+    student = StudentConfig.model_validate({**values.get("student", {}), **unflatten(given).get("student", {})})
+    if not student.starts_trained:
+        return "untrained"
+    if student.name == StudentConfig().name:
+        return ""
+    from trainer.models.student import has_batch_norm
+
+    return "convolutional" if has_batch_norm(student.name) else ""
 
 
 def require_weights(config: TrainConfig, preset: str | None) -> None:
@@ -78,7 +95,11 @@ def differing_fields(a: TrainConfig, b: TrainConfig) -> list[str]:
 
 def changes(config: TrainConfig, preset: str) -> str:
     """What of a config its preset does not say, one `name = value` line per field."""
-    base = make_config(preset, method=config.method).model_copy(update={"cache": config.cache})
+    plain = make_config(preset, method=config.method).student
+    theirs = {name: getattr(config.student, name) for name in _STUDENT}  # they decide what the preset says of the rest
+    base = make_config(preset, method=config.method, **{f"student__{name}": value for name, value in theirs.items()})
+    named = base.student.model_copy(update={name: getattr(plain, name) for name in (*_STUDENT, *ARCHITECTURE)})
+    base = base.model_copy(update={"cache": config.cache, "student": named})
     return settings_of(config.method).changes(config, base)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -148,6 +149,17 @@ def build_student(config: StudentConfig) -> Student:
     student = _wrap(config.name, config.timm_kwargs(), network)
     _set_batch_norm(student, config)
     return student
+
+
+@functools.cache
+def has_batch_norm(name: str) -> bool:
+    """Whether timm's network of a name norms over the batch, as most convolutional ones do; False if unknown."""
+    try:
+        with torch.device("meta"):
+            network = _create(name, {})
+    except BUILD_ERRORS:
+        return False  # said when it is built
+    return any(isinstance(module, _BatchNorm) for module in network.modules())
 
 
 def _set_batch_norm(student: Student, config: StudentConfig) -> None:
