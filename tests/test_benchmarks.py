@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import alternatives, cold, measure, reading, remote, synthetic
+from benchmarks import alternatives, cold, measure, reading, remote, searching, synthetic
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,6 +41,14 @@ def test_a_cold_disk_is_measured_beside_bare_reads_by_ever_more_threads(capsys):
     reading.main(["--cold", "--small", "--workloads", "int8", "--samples", "6", "--rounds", "1", "--batch", "3"])
     rows = rows_of(capsys.readouterr().out)
     assert {f"`os.preadv`, {threads} threads" for threads in cold.THREADS} | {cold.OURS} <= set(rows)
+
+
+def test_a_graph_is_measured_beside_exact_search(capsys):
+    pytest.importorskip("usearch")
+    searching.main(["--small"])
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 1,000")]
+    assert [int(line[1]) for line in lines] == list(searching.EXPANSIONS)
+    assert all(float(line[2]) > 0.9 for line in lines)
 
 
 def test_every_writer_is_measured_or_said_to_be_missing():
