@@ -100,6 +100,13 @@ class BuildConfig:
     image_format: Annotated[Literal["jpeg", "png"], Setting("File format of the student's images.")] = "jpeg"
     image_quality: Annotated[int, Setting("JPEG quality of the student's images.", least=1, most=100)] = 95
     with_images: Annotated[bool, Setting("Store the student's images.", option="--images")] = True
+    batch_timeout: Annotated[
+        float | None,
+        Setting(
+            "Leave out a batch, or an image, that hangs for so many seconds; ten times as many for the first batch.",
+            above=0, resumable=True, metavar="SECONDS",
+        ),
+    ] = None  # fmt: skip
     samples_per_shard: Annotated[
         int | None, Setting("Samples in a file of features; default: about 64 MB, at most 512 samples.", least=1)
     ] = None

@@ -5,12 +5,14 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cache_schema.encoding.reduction import teacher_shape
 from cache_schema.read_ahead import ReadAhead
 from cache_schema.storage.buffers import empty
 from cache_schema.writing.claims import Claims
@@ -22,6 +24,9 @@ from pipeline.datasets.base import Sample
 from pipeline.inputs.feature_source import FeatureSource
 from pipeline.inputs.scan import ScannedSample
 from pipeline.inputs.tolerance import BadSamples, TooManyBadSamples
+from pipeline.watchdog import watched
+
+_PATIENCE_AT_FIRST = 10
 
 Rows = TypeVar("Rows", bound=Sequence[int])
 
@@ -47,11 +52,15 @@ class _OpenShard:
     features: dict[str, Tensor] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
 
-    def add(self, rows: range, computed: Mapping[str, Tensor], failures: Mapping[int, str]) -> None:
-        start = rows.start - self.rows.start
+    def add(self, rows: Sequence[int], computed: Mapping[str, Tensor], failed: Mapping[int, str]) -> None:
+        """Take the features of some rows, and which rows have none of use."""
+        places: slice | list[int] = [row - self.rows.start for row in rows]
+        if rows and rows[-1] - rows[0] + 1 == len(rows):
+            places = slice(rows[0] - self.rows.start, rows[-1] - self.rows.start + 1)
         for tap, tokens in computed.items():
-            self.features[tap][start : start + len(rows)].copy_(tokens)
-        self.failed |= {rows[i]: reason for i, reason in failures.items()}
+            room = self.features[tap]
+            room[places] = tokens.to(room)
+        self.failed |= failed
 
 
 class FeatureBuilder:
@@ -59,6 +68,7 @@ class FeatureBuilder:
 
     usable: the samples that are not quarantined, in cache row order. bad: counts the samples that the teacher fails on.
     check: called before every batch; may raise to end the build. part: which shards are built here, and until when.
+    hung: row → why it is not shown to the teacher and has no features.
     Memory does not depend on the data set: one shard is computed while the one before is encoded and written, and a
     store that is slower than the teacher makes the teacher wait.
     """
@@ -73,8 +83,11 @@ class FeatureBuilder:
         bad: BadSamples,
         check: Callable[[], None] = lambda: None,
         part: Part = WHOLE,
+        hung: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
-        self._part = part
+        self._part, self._hung = part, hung
+        # In the first pass weights are loaded and code is compiled.
+        self._patience = _PATIENCE_AT_FIRST
         self._writer, self._claims, self._source = writer, claims, source
         self._config, self._usable, self._bad, self._check = config, usable, bad, check
         self._calibration = CalibrationImages(writer.manifest, config.batch_images)
@@ -116,7 +129,7 @@ class FeatureBuilder:
             rows.update(*self._calibration.batches)
         else:
             rows.update(*(self._calibration.batch_of(row) for row in list(rows) if row in self._calibration))
-        needed = [self._usable[row] for row in sorted(rows)]
+        needed = [self._usable[row] for row in sorted(rows - self._hung.keys())]
         digests = {entry.sample.id: entry.sha256 for entry in needed}
         self._source.prepare([entry.sample for entry in needed], digests, self._check, self._bad.log)
 
@@ -127,7 +140,7 @@ class FeatureBuilder:
         if not self._claims.take("calibration"):
             self._bad.log("waiting for the other builder of this cache, which is calibrating it")
             self._claims.take("calibration", wait=True)
-        batches = self._calibration.batches
+        batches = [left for rows in self._calibration.batches if (left := self._good(rows))]
         count = sum(map(len, batches))
         with tqdm(total=count, desc="calibrate", unit="image") as bar, closing(self._ahead(batches)) as ahead:
             self._writer.calibrate(self._calibration_features(ahead, bar))
@@ -151,7 +164,8 @@ class FeatureBuilder:
                 nothing = False
             bar.update(len(rows))
         if nothing:
-            raise TooManyBadSamples(f"no image is left to calibrate the encoding on: {failures[0]}")
+            why = next(iter([*failures.values(), *self._hung.values()]), "none was given")
+            raise TooManyBadSamples(f"no image is left to calibrate the encoding on: {why}")
 
     def _build(self, shards: Iterable[int], pool: ThreadPoolExecutor, bar: tqdm) -> None:
         """Compute shards and hand each to the writing thread, where never more than one waits."""
@@ -161,15 +175,17 @@ class FeatureBuilder:
         with closing(self._ahead(self._batches(shards), self._fresh)) as ahead:
             for rows, given in ahead:
                 begun = time.monotonic()
-                computed = self._features(rows, given)
-                failures = find_failures(computed, self._config)
+                good = self._good(rows)
+                computed = self._features(good, given)
+                failed = {good[i]: reason for i, reason in find_failures(computed, self._config).items()}
+                failed |= {row: self._hung[row] for row in rows if row in self._hung}
                 number = rows.start // self._writer.manifest.store.samples_per_shard
                 if shard is None:
                     shard = _OpenShard(self._writer.shard_rows(number))
-                    shard.features = self._room(turn % 2, len(shard.rows), computed)
-                shard.add(rows, computed, failures)
-                for i, reason in failures.items():
-                    self._bad.add(self._usable[rows[i]].sample.source, reason)
+                    shard.features = self._room(turn % 2, len(shard.rows), computed or self._nothing())
+                shard.add(good, computed, failed)
+                for row, reason in failed.items():
+                    self._bad.add(self._usable[row].sample.source, reason)
                 self._bad.check()
                 bar.update(len(rows))
                 self._part.note(len(rows), time.monotonic() - begun)
@@ -206,20 +222,36 @@ class FeatureBuilder:
     def _samples(self, rows: Sequence[int]) -> list[Sample]:
         return [self._usable[row].sample for row in rows]
 
+    def _good(self, rows: Sequence[int]) -> list[int]:
+        """Those rows of a batch that are shown to the teacher at all."""
+        return [row for row in rows if row not in self._hung]
+
     def _fresh(self, rows: Sequence[int]) -> list[int]:
         """Those rows of a batch that are computed with it."""
-        return [row for row in rows if row not in self._calibration]
+        return [row for row in self._good(rows) if row not in self._calibration]
+
+    def _nothing(self) -> dict[str, Tensor]:
+        """{tap: (0, V, T, L, C)}: the shape of features of which there are none."""
+        manifest = self._writer.manifest
+        V, T = len(manifest.views), len(manifest.curriculum.timesteps)
+        shapes = {tap.name: teacher_shape(tap, manifest.encoding) for tap in manifest.taps}
+        return {name: torch.empty(0, V, T, *shape) for name, shape in shapes.items()}
 
     def _compute(self, rows: Sequence[int], given: Any) -> dict[str, Tensor]:
         self._check()
-        return self._source.compute(self._samples(rows), given)
+        samples = self._samples(rows)
+        ids, sources = [sample.id for sample in samples], [sample.source for sample in samples]
+        with watched("teacher", "the teacher's pass over its batch", ids, sources, self._patience):
+            computed = self._source.compute(samples, given)
+        self._patience = 1
+        return computed
 
     def _features(self, rows: Sequence[int], given: Any) -> dict[str, Tensor]:
         """{tap: (B, V, T, L, C)} of a batch of a shard; given: what the teacher needs of its fresh rows."""
         fresh = self._fresh(rows)
         computed = self._compute(fresh, given) if fresh else {}
         if len(fresh) == len(rows):
-            return computed
+            return computed  # nothing, where the teacher hung on the whole batch
         by_row = {row: {tap: tokens[i] for tap, tokens in computed.items()} for i, row in enumerate(fresh)}
         by_row |= {row: self._of_calibration(row) for row in rows if row in self._calibration}
         return {tap: torch.stack([by_row[row][tap].cpu() for row in rows]) for tap in self._config.taps}
@@ -228,7 +260,7 @@ class FeatureBuilder:
         """{tap: (V, T, L, C)} of a row, computed again with its calibration batch where somebody else calibrated."""
         kept = self._calibration.take(row)
         if kept is None:
-            batch = self._calibration.batch_of(row)
+            batch = self._good(self._calibration.batch_of(row))
             computed = self._compute(batch, self._source.read(self._samples(batch)))
             self._calibration.keep(batch, computed, self._missing())
             kept = self._calibration.take(row)

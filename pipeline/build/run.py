@@ -2,10 +2,11 @@
 
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
+from types import MappingProxyType
 
 from tqdm import tqdm
 
@@ -35,16 +36,24 @@ from pipeline.inputs.scan import ScannedSample, scan
 from pipeline.inputs.tolerance import BadSamples, Tolerance
 from pipeline.teachers.base import AnyTeacher, is_image_encoder
 from pipeline.teachers.passes import SMALLER_ENCODER, SMALLER_TRANSFORMER, Passes
+from pipeline.watchdog import known_hangs
 
 DEFAULT_TOLERANCE = Tolerance()
 
 
 def scan_for(
-    dataset: Dataset, config: BuildConfig, tolerance: Tolerance, log: Callable[[str], None] = tqdm.write
+    dataset: Dataset,
+    config: BuildConfig,
+    tolerance: Tolerance,
+    log: Callable[[str], None] = tqdm.write,
+    hung: Mapping[str, str] = MappingProxyType({}),
 ) -> list[ScannedSample]:
-    """Scan a data set for a build, which needs no teacher; raises TooManyBadSamples where it would stop."""
+    """Scan a data set for a build, which needs no teacher; raises TooManyBadSamples where it would stop.
+
+    hung: id → why an image is not looked at.
+    """
     bad = BadSamples(tolerance, len(dataset.samples), log)
-    return scan(dataset, config.feature_splits, use_captions=config.text == "caption", bad=bad)
+    return scan(dataset, config.feature_splits, use_captions=config.text == "caption", bad=bad, hung=hung)
 
 
 def build(
@@ -151,6 +160,7 @@ def _fill(
     """Write all that is missing: student images beside the teacher's work, which they would otherwise delay."""
     usable = [s for s in scanned if s.ok]
     quarantined = len(scanned) - len(usable)
+    hung = hung_rows(writer, usable)
     bad.recount(quarantined + count_failed(writer))
     stop = Event()
     with Claims(writer.folder) as claims, ThreadPoolExecutor(1) as pool:
@@ -162,13 +172,19 @@ def _fill(
                 images.result()
 
         try:
-            FeatureBuilder(writer, claims, source, config, usable, bad, check, part).run()
+            FeatureBuilder(writer, claims, source, config, usable, bad, check, part, hung).run()
             images.result()
             write_student_images(writer, claims, dataset, config, usable, stop=stop, wait=part.waits, part=part)
         finally:
             stop.set()
     bad.recount(quarantined + count_failed(writer))
     bad.check()
+
+
+def hung_rows(writer: CacheWriter, usable: Sequence[ScannedSample]) -> dict[int, str]:
+    """Row → why it is not shown to the teacher: on these it hung before."""
+    hung = known_hangs(writer.root, "teacher")
+    return {row: hung[entry.sample.id] for row, entry in enumerate(usable) if entry.sample.id in hung}
 
 
 def _is_whole(writer: CacheWriter, part: Part, log: Callable[[str], None]) -> bool:

@@ -6,7 +6,6 @@ same bytes. A step ends when its standard input does. So it stops in the same or
 interrupted or killed, and wherever a signal arrived: at the command alone, or at every process of a terminal or a job.
 """
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import threading
 from collections.abc import Sequence
 
 from cache_schema.errors import DitDistillError
+from pipeline.watchdog import end_with
 
 
 def start(arguments: Sequence[str], held: int) -> "subprocess.Popen[bytes]":
@@ -58,11 +58,4 @@ def run_process(step: str, arguments: Sequence[str], held: int) -> None:
 def end_with_standard_input() -> None:
     """Interrupt this process, as SIGTERM does, when whoever started it is gone or closes the pipe."""
 
-    def watch() -> None:
-        while os.read(0, 1):
-            pass
-        # The default action is set again once an interruption is under way; a second one would cut it short.
-        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=end_with, args=(0,), daemon=True).start()

@@ -18,6 +18,7 @@ from pipeline.chain.next_step import next_line
 from pipeline.config import RunConfig
 from pipeline.opening import open_data, open_teacher
 from pipeline.teachers.base import Teacher, is_image_encoder
+from pipeline.watchdog import known_hangs, under_watch
 
 if TYPE_CHECKING:
     from pipeline.build.engines.ray_engine import Cluster
@@ -96,12 +97,15 @@ def build_cache(
 
     part: which shards are built here and until when; None is all of them.
     """
+    if config.build.batch_timeout is not None:
+        # Before anything is imported or begun: from here on it is a child that works.
+        under_watch(config.build.batch_timeout, output)
     from pipeline.build.part import WHOLE
     from pipeline.build.run import build, scan_for
     from pipeline.inputs.decoded import DecodedImages
 
     opened = DecodedImages(open_data(config.data))
-    scanned = scan_for(opened, config.build, config.tolerance)
+    scanned = scan_for(opened, config.build, config.tolerance, hung=known_hangs(output, "scan"))
     loaded = open_teacher(config.teacher, lora)
     for remark in remarks_on(loaded, lora, config.build.num_steps):
         print(remark)
@@ -127,7 +131,7 @@ def build_cache_with_ray(
     the_library()
     # Workers have working directories of their own.
     data = replace(config.data, root=config.data.root and config.data.root.absolute())
-    scanned = scan_for(open_data(data), config.build, config.tolerance)
+    scanned = scan_for(open_data(data), config.build, config.tolerance, hung=known_hangs(output, "scan"))
     work = Work(
         open_teacher=partial(open_teacher, config.teacher, lora and lora.absolute()),
         open_dataset=partial(open_data, data, _say_nothing),

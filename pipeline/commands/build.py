@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     "build.taps", "build.timesteps", "build.num_steps", "build.views", "build.crops_scale",
     "build.crops_ratio", "build.feature_splits", "build.store",
     "build.encoding", "build.pool", "build.pca", "build.compression", "build.min_cosine", "build.text", "build.seed",
-    "build.batch", "build.image_size", "build.image_shape", "build.image_format", "build.image_quality",
-    "build.with_images", "build.samples_per_shard", "build.massive_channels", "build.massive_factor",
+    "build.batch", "build.batch_timeout", "build.image_size", "build.image_shape", "build.image_format",
+    "build.image_quality", "build.with_images", "build.samples_per_shard", "build.massive_channels",
+    "build.massive_factor",
     "tolerance.strict", "tolerance.max_bad", CONDITIONS, *PRECISION, *FORWARD,
     "teacher.offload", "teacher.compile",
 )  # fmt: skip
@@ -87,6 +88,8 @@ def build(
     if engine == "ray":
         if repair or part.shards is not None:
             raise typer.BadParameter("leave --repair and --shard-slice to the local engine", param_hint="--engine ray")
+        if given.get("build.batch_timeout") is not None:
+            raise typer.BadParameter("leave --batch-timeout to the local engine", param_hint="--engine ray")
         _with_ray(configure(given), lora, place, part, (workers, gpus_per_worker, address))
         return
     if (workers, gpus_per_worker, address) != (None, None, None):

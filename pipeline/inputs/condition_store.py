@@ -30,6 +30,7 @@ from pipeline.inputs.conditions import WHOLE, Conditions, Pixels, captions_of, r
 from pipeline.inputs.framing import Framing
 from pipeline.teachers.base import Part, Teacher, TextEmbedding
 from pipeline.teachers.passes import memory_errors
+from pipeline.watchdog import watched
 
 # Counts the changes of how pixels become latents or captions become embeddings.
 _RECIPE = 1
@@ -132,7 +133,10 @@ class ConditionStore:
                 check()
                 file = self._text_file(caption)
                 if not file.exists():
-                    with memory_errors("while encoding a caption", _NO_ROOM):
+                    with (
+                        watched("needed", f"encoding the caption {caption!r}", [], []),
+                        memory_errors("while encoding a caption", _NO_ROOM),
+                    ):
                         text = self._teacher.encode_text([caption])
                     _write(file, {"tokens": text.tokens[0], "pooled": text.pooled[0]})
             return time.monotonic() - started
@@ -158,7 +162,10 @@ class ConditionStore:
                     if self._latents_file(sample, view).exists():
                         continue
                     pair = torch.cat([pixels[view].object, pixels[view].context])
-                    with memory_errors("while encoding an image", _NO_ROOM):
+                    with (
+                        watched("teacher", "encoding it", [sample.id], [sample.source]),
+                        memory_errors("while encoding an image", _NO_ROOM),
+                    ):
                         latents = self._teacher.encode_images(pair)
                     _write(self._latents_file(sample, view), {"object": latents[0], "context": latents[1]})
             return time.monotonic() - started

@@ -10,6 +10,7 @@ from pipeline.datasets.base import DataError, Dataset, Sample
 from pipeline.inputs.decoded import DecodedImages
 from pipeline.inputs.pixel_range import PixelRangeError, is_sixteen_bits, to_rgb
 from pipeline.inputs.views import Box
+from pipeline.watchdog import watched
 
 # What PIL raises for bytes that are no image, or an image cut short or too large to be one.
 UNREADABLE = (
@@ -111,7 +112,8 @@ def read_image(dataset: Dataset, sample: Sample) -> tuple[Image.Image, Box]:
     if kept is not None:
         return kept
     try:
-        return decode_with_box(dataset.read(sample), sample.box)
+        with watched("needed", "reading and decoding what was read well before", [sample.id], [sample.source]):
+            return decode_with_box(dataset.read(sample), sample.box)
     except UNREADABLE as error:
         raise DataError(
             f"{sample.source} was intact a while ago and cannot be read now: {error}; put it back and run the same "

@@ -3,8 +3,9 @@
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from tqdm import tqdm
 
@@ -19,6 +20,7 @@ from pipeline.inputs.framing import Framing
 from pipeline.inputs.pixel_range import bits_used
 from pipeline.inputs.tolerance import BadSamples, TooManyBadSamples
 from pipeline.inputs.views import is_crop, object_view
+from pipeline.watchdog import watched
 
 _NO_BOX = (0.0, 0.0, 0.0, 0.0)
 
@@ -72,6 +74,11 @@ def has_captions(dataset: Dataset) -> bool:
 
 def scan_sample(dataset: Dataset, sample: Sample, needs_caption: bool = False) -> ScannedSample:
     """Read and decode one image. Whatever is wrong with it becomes the reason of its quarantine, never an exception."""
+    with watched("scan", "reading and decoding it", [sample.id], [sample.source]):
+        return _scan_sample(dataset, sample, needs_caption)
+
+
+def _scan_sample(dataset: Dataset, sample: Sample, needs_caption: bool) -> ScannedSample:
     caption = caption_of(sample, dataset.superclass)
     try:
         data = dataset.read(sample)
@@ -98,17 +105,23 @@ def scan_sample(dataset: Dataset, sample: Sample, needs_caption: bool = False) -
 
 
 def scan(
-    dataset: Dataset, feature_splits: Sequence[str], *, use_captions: bool = True, bad: BadSamples | None = None
+    dataset: Dataset,
+    feature_splits: Sequence[str],
+    *,
+    use_captions: bool = True,
+    bad: BadSamples | None = None,
+    hung: Mapping[str, str] = MappingProxyType({}),
 ) -> list[ScannedSample]:
     """Scan a whole data set into cache row order: rows with features first, then the others, quarantined rows last.
 
-    With use_captions an image without a caption is set aside if others have one. Bad samples are added to `bad`, which
-    may raise TooManyBadSamples, and checked at the end. What may be wrong with the others, the same file in two classes
-    or values of fewer bits than their files, is said with a count; where nothing bad is tolerated, such files raise it.
+    hung: id → why an image is set aside without being looked at. With use_captions an image without a caption is set
+    aside if others have one. Bad samples are added to `bad`, which may raise TooManyBadSamples, and checked at the end.
+    What may be wrong with the others, the same file in two classes or values of fewer bits than their files, is said
+    with a count; where nothing bad is tolerated, such files raise it.
     """
     needs_caption = use_captions and has_captions(dataset)
     scanned = []
-    for entry in tqdm(_scan_all(dataset, needs_caption), total=len(dataset.samples), desc="scan", unit="image"):
+    for entry in tqdm(_scan_all(dataset, needs_caption, hung), total=len(dataset.samples), desc="scan", unit="image"):
         scanned.append(entry)
         if bad and not entry.ok:
             bad.add(entry.sample.source, entry.reason)
@@ -144,10 +157,13 @@ def _say_duplicates(scanned: Sequence[ScannedSample], bad: BadSamples) -> None:
     bad.log(f"warning: {text}; `dit-cache info` names them")
 
 
-def _scan_all(dataset: Dataset, needs_caption: bool) -> Iterator[ScannedSample]:
+def _scan_all(dataset: Dataset, needs_caption: bool, hung: Mapping[str, str]) -> Iterator[ScannedSample]:
     """Scan with as many threads as there are processors (decoding and hashing let them run), in the given order."""
 
     def scan(sample: Sample) -> ScannedSample:
+        if sample.id in hung:
+            caption = caption_of(sample, dataset.superclass)
+            return ScannedSample(sample, "0" * 64, 0, 0, _NO_BOX, caption, hung[sample.id])
         return scan_sample(dataset, sample, needs_caption)
 
     with ReadAhead(scan, threads=os.cpu_count() or 1) as ahead:

@@ -105,7 +105,7 @@ class Worker:
 
     def _begin(self) -> "FeatureBuilder":
         from pipeline.build.features import FeatureBuilder
-        from pipeline.build.run import begin_cache
+        from pipeline.build.run import begin_cache, hung_rows
         from pipeline.build.source import source_for
         from pipeline.teachers.passes import Passes
 
@@ -121,7 +121,9 @@ class Worker:
         bad = BadSamples(work.tolerance, len(work.scanned))
         bad.recount(len(work.scanned) - len(usable))
         part = Part(self._assigned, None if work.until is None else Deadline(work.until))
-        return FeatureBuilder(writer, Claims(writer.folder), source, config, usable, bad, part=part)
+        return FeatureBuilder(
+            writer, Claims(writer.folder), source, config, usable, bad, part=part, hung=hung_rows(writer, usable)
+        )
 
 
 def build_with_ray(work: Work, cluster: Cluster, log: Callable[[str], None] = tqdm.write) -> CacheWriter:
