@@ -22,10 +22,26 @@ class FaultyProxy:
         self.stopped, self._going = threading.Event(), threading.Event()
         self._stop_method, self._stop_part, self._arrived = "", "", False
         self._going.set()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, urlsplit(target).netloc))
-        self._server.daemon_threads = True
+        self._target = urlsplit(target).netloc
+        self._listen(0)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def _listen(self, port: int) -> None:
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), _handler(self, self._target))
+        self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+
+    def go_away(self) -> None:
+        """Refuse connections and cut those there are, as a server that died."""
+        self._server.shutdown()
+        self._server.server_close()
+        self.fail("cut", "", 1 << 30)
+
+    def come_back(self) -> None:
+        """Listen where it listened, and pass everything on again."""
+        self.fail("none", "", 0)
+        self._listen(self._server.server_port)
+        self._thread.start()
 
     def fail(self, fault: str, part: str, times: int) -> None:
         """Fail the next so many requests whose path has `part` in it: cut, 500, 429, truncated, wrong bytes, slow."""

@@ -37,8 +37,8 @@ def refusing_port() -> Iterator[int]:
         yield bound.getsockname()[1]
 
 
-def start(command: list[str], port: int, log: Path, **options: object) -> None:
-    """Start a server that this process ends, and wait until it listens."""
+def start(command: list[str], port: int, log: Path, **options: object) -> subprocess.Popen:
+    """Start a server that this process ends, wait until it listens, and return its process."""
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, **options)  # type: ignore[call-overload]
     atexit.register(_end, process)
@@ -48,7 +48,7 @@ def start(command: list[str], port: int, log: Path, **options: object) -> None:
         with socket.socket() as client:
             client.settimeout(1)
             if client.connect_ex(("127.0.0.1", port)) == 0:
-                return
+                return process
         time.sleep(0.05)
     pytest.fail(f"{command[0]} did not start: {log.read_text()[-2000:]}")
 
@@ -68,17 +68,23 @@ def _scratch() -> Path:
     return folder
 
 
-@functools.cache
 def s3_endpoint() -> str:
     """The end point of an S3 server in a process of its own; credentials are in the environment."""
+    return s3_server()[0]
+
+
+@functools.cache
+def s3_server() -> tuple[str, subprocess.Popen]:
+    """The end point of that server, and its process."""
     pytest.importorskip("moto", reason="the S3 server of the tests is moto's")
     pytest.importorskip("obstore")
     port = free_port()
-    start([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port, _scratch() / "s3.log")
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = start(command, port, _scratch() / "s3.log")
     endpoint = f"http://127.0.0.1:{port}"
     for bucket in ("team", "other"):
         urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{bucket}", method="PUT")).close()
-    return endpoint
+    return endpoint, process
 
 
 def s3_environment(endpoint: str | None = None) -> dict[str, str]:

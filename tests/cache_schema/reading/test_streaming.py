@@ -1,6 +1,7 @@
 """A cache at a URL is read as one here is: what a batch needs is fetched, kept up to a bound, and never believed."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -100,6 +101,52 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     with FaultyProxy(servers.s3_endpoint()) as server:
         yield server
     _store.cache_clear()
+
+
+def rest_of_an_epoch(url: str, go: Callable[[], None], come: Callable[[], None]) -> list[torch.Tensor]:
+    """The batches of an epoch in the middle of which the server is gone for a second."""
+    batches = iter(FeatureLoader(open_cache(url), 1, seed=1))
+    found = [next(batches).payload.clone()]
+    go()
+    back = threading.Timer(1.0, come)
+    back.start()
+    found += [batch.payload.clone() for batch in batches]
+    back.join()
+    return found
+
+
+def test_a_server_that_dies_in_the_middle_of_an_epoch_costs_the_time_that_it_was_gone_and_not_the_run(
+    cache_of: CacheOf, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = cache_of(kind="int8")
+    expected = [batch.payload for batch in FeatureLoader(open_cache(root), 1, seed=1)]
+    url = on_s3(root, "dies")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    monkeypatch.setattr("cache_schema.storage.retrying._LONGEST_WAIT", 0.2)
+    _store.cache_clear()
+    found = rest_of_an_epoch(url, proxy.go_away, proxy.come_back)
+    assert proxy.failed  # requests were under way or made while it was gone
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_a_server_that_stands_still_in_the_middle_of_an_epoch_costs_that_time_and_not_the_run(
+    cache_of: CacheOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = cache_of(kind="int8")
+    expected = [batch.payload for batch in FeatureLoader(open_cache(root), 1, seed=1)]
+    url = on_s3(root, "stands-still")
+    process = servers.s3_server()[1]
+    # Silence counts as a lost connection long before the server goes on.
+    monkeypatch.setattr("cache_schema.storage.retrying._LONGEST_STALL", 0.3)
+    _store.cache_clear()
+    try:
+        found = rest_of_an_epoch(
+            url, lambda: process.send_signal(signal.SIGSTOP), lambda: process.send_signal(signal.SIGCONT)
+        )
+    finally:
+        process.send_signal(signal.SIGCONT)
+        _store.cache_clear()
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 FAULTS = ["cut", "500", "429", "truncated", "wrong bytes", "slow"]
