@@ -23,14 +23,14 @@ from cache_schema.stores.registry import store_of
 from cache_schema.writing.writer import CacheWriter
 
 
-def create_cache(path: str | os.PathLike[str], manifest: Manifest, samples: pa.Table) -> CacheWriter:
+def create_cache(path: str | os.PathLike[str] | LocalFolder, manifest: Manifest, samples: pa.Table) -> CacheWriter:
     """Create the cache at `path`, or continue the one that is there if it has the same cache id.
 
     An existing cache keeps its own shard sizes and compression, whatever `manifest` asks for; a sealed one comes back
     with nothing missing. Raises CacheMismatch where another cache, or the same with another samples table, is there;
     CacheError for a directory that holds something else; CacheStorageError where it cannot be written.
     """
-    folder = local_folder(path)
+    folder = path if isinstance(path, LocalFolder) else local_folder(path)
     planned = as_unsealed(manifest)
     check_samples(samples)
     check_against_manifest(samples, planned)

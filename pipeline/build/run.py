@@ -67,6 +67,7 @@ def build(
     repair: bool = False,
     conditions: Path | None = None,
     part: Part = WHOLE,
+    elsewhere: LocalFolder | None = None,
     log: Callable[[str], None] = tqdm.write,
 ) -> Manifest:
     """Build, or resume, the cache of a data set at `output` and seal it once it is whole.
@@ -74,10 +75,11 @@ def build(
     A shard that is already there is not computed again, nor one that another builder of the same cache is computing.
     scanned: what `scan_for` returned, if it was called before (of `DecodedImages`, so that no image need be decoded
     again). part: which shards are built here, and until when; the manifest is that of an unsealed cache where others
-    are still missing. repair: take out what is damaged first, so that exactly
-    that is built again. Raises CacheMismatch if another cache is at `output`, TooManyBadSamples if the scan or the
-    teacher finds more bad samples than `tolerance` allows, LowFidelity if the encoding loses more than
-    `config.min_cosine` permits, StoppedEarly where the time was up.
+    are still missing. elsewhere: the folder that is really built, by way of `output`, as of
+    `cache_schema.sharing.spool`. repair: take out what is damaged first, so that exactly that is built again. Raises
+    CacheMismatch if another cache is at `output`, TooManyBadSamples if the scan or the teacher finds more bad samples
+    than `tolerance` allows, LowFidelity if the encoding loses more than `config.min_cosine` permits, StoppedEarly where
+    the time was up.
     """
     started = time.monotonic()
     for tap in config.taps:
@@ -88,10 +90,10 @@ def build(
     quarantined = sum(not s.ok for s in scanned)
     if quarantined:
         log(f"{quarantined} of {len(scanned)} images are quarantined; `dit-cache info` names each and why")
-    writer = begin_cache(teacher, dataset, config, output, scanned, repair, log)
+    writer = begin_cache(teacher, dataset, config, output, scanned, repair, log, elsewhere)
     manifest = writer.manifest
     missing = len(writer.missing_shards())
-    log(f"cache {manifest.cache_id[:12]} at {output}: {missing} feature shards to compute")
+    log(f"cache {manifest.cache_id[:12]} at {writer.folder}: {missing} feature shards to compute")
     if missing or writer.missing_image_shards() or writer.needs_calibration():
         bad = BadSamples(tolerance, len(scanned), log)
         sigmas = manifest.curriculum.sigmas
@@ -107,7 +109,7 @@ def build(
         if not part.waits and not _is_whole(writer, part, log):
             return writer.manifest
     sealed = writer.seal(provenance_of(teacher.device, time.monotonic() - started), min_cosine=config.min_cosine)
-    log(f"sealed {output}: {sealed.dataset.feature_rows} images with features, {_megabytes(sealed)}")
+    log(f"sealed {writer.folder}: {sealed.dataset.feature_rows} images with features, {_megabytes(sealed)}")
     return sealed
 
 
@@ -135,17 +137,19 @@ def begin_cache(
     scanned: Sequence[ScannedSample],
     repair: bool = False,
     log: Callable[[str], None] = tqdm.write,
+    elsewhere: LocalFolder | None = None,
 ) -> CacheWriter:
     """Begin a cache at `output`, or find the one that was begun; arguments and errors as of `build`."""
     framing = framing_of(teacher, config)
     table = samples_table([s.row() | s.crops(config.views, framing) for s in scanned])
     manifest = describe_cache(teacher, dataset, config, table)
-    _stop_where_built(manifest, output, log)
+    if elsewhere is None:
+        _stop_where_built(manifest, output, log)
     # Another cache is not touched; create_cache refuses it.
     if repair and load_manifest(LocalFolder(output)).cache_id == manifest.cache_id:
         for found in mend(output):
             log(str(found))
-    return create_cache(output, manifest, table)
+    return create_cache(output if elsewhere is None else elsewhere, manifest, table)
 
 
 def _fill(

@@ -7,7 +7,7 @@ is a command of its own (`alone`) ends with where its result is and what comes n
 """
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -21,8 +21,25 @@ from pipeline.teachers.base import Teacher, is_image_encoder
 from pipeline.watchdog import known_hangs, under_watch
 
 if TYPE_CHECKING:
+    from cache_schema.sharing.spool import SpooledFolder
     from pipeline.build.engines.ray_engine import Cluster
     from pipeline.build.part import Part
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A place on another machine that a cache is built into. take_over: of a builder there that was given up."""
+
+    url: str
+    take_over: bool = False
+
+    def folder(self, spool: Path, part: "Part") -> "SpooledFolder":
+        """The folder to build the part in, by way of a folder here."""
+        from cache_schema.sharing.spool import spooled_folder
+        from pipeline.build.part import ShardSlice
+
+        index, count = (part.shards.index, part.shards.count) if isinstance(part.shards, ShardSlice) else (0, 1)
+        return spooled_folder(self.url, spool, index, count, self.take_over)
 
 
 def annotate_images(
@@ -92,10 +109,12 @@ def build_cache(
     repair: bool = False,
     alone: bool = True,
     part: "Part | None" = None,
+    elsewhere: "Elsewhere | None" = None,
 ) -> None:
-    """The cache into the folder `output`. repair: look for damage first, and build again exactly what is damaged.
+    """The cache into the folder `output`, or by way of it to `elsewhere`.
 
-    part: which shards are built here and until when; None is all of them.
+    repair: look for damage first, and build again exactly what is damaged. part: which shards are built here and until
+    when; None is all of them.
     """
     if config.build.batch_timeout is not None:
         # Before anything is imported or begun: from here on it is a child that works.
@@ -109,11 +128,15 @@ def build_cache(
     loaded = open_teacher(config.teacher, lora)
     for remark in remarks_on(loaded, lora, config.build.num_steps):
         print(remark)
+    part = part or WHOLE
     built = build(
         loaded, opened, config.build, output,
-        tolerance=config.tolerance, scanned=scanned, repair=repair, conditions=config.conditions, part=part or WHOLE,
+        tolerance=config.tolerance, scanned=scanned, repair=repair, conditions=config.conditions, part=part,
+        elsewhere=None if elsewhere is None else elsewhere.folder(output, part),
     )  # fmt: skip
-    if alone and built.sealed:
+    if elsewhere is not None and built.sealed:
+        print(f"built {elsewhere.url}; next: dit-train run --cache {elsewhere.url}")
+    elif alone and built.sealed:
         print(next_line("build", config, output))
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cache_schema.settings import Values
+from cache_schema.storage.places import is_remote
 from pipeline.commands.options import (
     ANNOTATIONS,
     CONDITIONS,
@@ -42,7 +43,20 @@ def build(
         Path | None,
         typer.Option(help="LoRA of Stage I (folder or file); without it the original DiT is cached."),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder of the cache; default runs/<dataset>/cache.")] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder of the cache, or where it is built at s3, gs, az or sftp; default runs/<dataset>/cache.",
+        ),
+    ] = None,
+    spool: Annotated[
+        Path | None,
+        typer.Option(help="With an --output elsewhere: folder for what is under way; default below ~/.cache."),
+    ] = None,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="With an --output elsewhere: replace a builder that was given up.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a begun cache, and fail if there is none; without it, do either.")
     ] = False,
@@ -82,7 +96,14 @@ def build(
         None if shard_slice is None else read_slice(shard_slice),
         None if until is None else Deadline(read_time(until)),
     )
-    place = output or run_folder(given["data.name"]) / "cache"
+    if output is not None and is_remote(output):
+        if engine == "ray" or repair or resume:
+            raise typer.BadParameter("leave --engine ray, --repair and --resume to folders", param_hint="--output")
+        _elsewhere(configure(given), lora, output, spool, part, take_over)
+        return
+    if spool is not None or take_over:
+        raise typer.BadParameter("are for an --output elsewhere", param_hint="--spool, --take-over")
+    place = run_folder(given["data.name"]) / "cache" if output is None else Path(output)
     if resume or repair:
         _check_begun(place, "--repair" if repair else "--resume")
     if engine == "ray":
@@ -97,6 +118,21 @@ def build(
     from pipeline.chain.steps import build_cache
 
     build_cache(configure(given), lora, place, repair=repair, part=part)
+
+
+def _elsewhere(
+    config: RunConfig, lora: Path | None, url: str, spool: Path | None, part: "Part", take_over: bool
+) -> None:
+    import hashlib
+    import os
+
+    from pipeline.chain.steps import Elsewhere, build_cache
+
+    url = url.rstrip("/")
+    slice_of = f"{url} {part.shards}"
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-distill/builds"
+    here = spool or default / hashlib.sha256(slice_of.encode()).hexdigest()[:16]
+    build_cache(config, lora, here, part=part, elsewhere=Elsewhere(url, take_over))
 
 
 def _with_ray(
