@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cache_schema.settings import Values
-from cache_schema.storage.places import is_remote
 from pipeline.commands.options import (
     ANNOTATIONS,
     CONDITIONS,
@@ -90,6 +89,7 @@ def build(
     debug: DebugOption = False,
 ) -> None:
     """Build the cache, or resume it: a shard that is there is not computed again."""
+    from cache_schema.storage.places import is_remote
     from pipeline.build.part import Deadline, Part, read_slice, read_time
 
     part = Part(
