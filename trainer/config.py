@@ -226,6 +226,13 @@ class TrainConfig(Frozen):
     eval_every: Annotated[
         int, Setting("Epochs between measurements of recall on validation classes; 0: only at the end.", resumable=True)
     ] = Field(default=0, ge=0)
+    against: Annotated[
+        str | None,
+        Setting(
+            "A run, the baseline say, whose recall on validation classes is held beside this one's at the same update.",
+            resumable=True,
+        ),
+    ] = None
     checkpoint_every: Annotated[
         int, Setting("Epochs between checkpoints; 0: only when interrupted.", resumable=True)
     ] = Field(default=1, ge=0)

@@ -24,7 +24,7 @@ DEFAULT_CACHE = Path("runs/demo/cache")
 SHOWN = (
     Exposed("cache", shown=str(DEFAULT_CACHE)),
     "epochs", "updates", "batch_size", "sampler", "classes_per_batch", "images_per_class", "seed",
-    "validation_classes", "eval_every", "keep_checkpoints",
+    "validation_classes", "eval_every", "against", "keep_checkpoints",
     Exposed("optim.lr", shown="of the preset", help="Peak learning rate."),
     Exposed("loss.alpha", shown="of the preset", help="Weight of CAL (method gcd)."),
     Exposed("loss.tau", help="Temperature of DRC."),

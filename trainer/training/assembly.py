@@ -30,6 +30,7 @@ from trainer.models.student import Student, build_student
 from trainer.training.checkpoint import Progress, latest_checkpoint, load_checkpoint
 from trainer.training.distributed import join, synchronise_batch_norm
 from trainer.training.optim import make_optimizer
+from trainer.training.rival import open_rival
 from trainer.training.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
         raise TrainError(
             "eval_every: recall is followed on classes held out of the training split; add --validation-classes 0.2"
         )
+    open_rival(config)  # what is wrong with it is said before the first update
     validation = None
     if config.validation_classes:
         validation = open_rows(cache, batches.validation, student.input_size, config.image_memory_gb, student.fit)

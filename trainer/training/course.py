@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from trainer.training.checkpoint import Progress, save_checkpoint
 from trainer.training.divergence import refuse_broken
 from trainer.training.logs import MetricsLog, NoLog
 from trainer.training.pace import Pace
+from trainer.training.rival import open_rival
 from trainer.training.summary import describe
 
 
@@ -29,6 +31,7 @@ class Course:
         self.parts, self.run, self.log, self.pace = parts, run, log, pace
         self.progress, self.done, self.best = progress, progress.update, best_so_far(run) if processes.leads() else None
         self.began = time.monotonic() - progress.seconds
+        self.rival = open_rival(parts.config)
         self.rate = 0.0  # the learning rate of the last update
 
     @property
@@ -101,11 +104,20 @@ class Course:
 
     def _note(self, scores: dict[str, Any]) -> None:
         """Remember a score if it is the best; where recall is followed on the way, with the weights that had it."""
+        self._compare(scores)
         recall = headline(scores)["recall_at_1"]
         if self.best is None or recall > self.best.recall_at_1:
             self.best = Best(recall, self.done)
             if self.parts.config.eval_every and processes.leads():
                 keep_best(self.run, self.parts.result, self.parts.config, self._describe({"validation": scores}))
+
+    def _compare(self, scores: dict[str, Any]) -> None:
+        """Say how the student does beside the run that it is held against, where it is."""
+        if self.rival is None or not processes.leads():
+            return
+        remark = self.rival.remark(self.done, scores["student"]["recall_at_1"])
+        if remark:
+            print(f"\n{remark}", file=sys.stderr)  # below the bar of progress
 
     def _describe(self, scores: dict[str, Any]) -> dict[str, Any]:
         best = {} if self.best is None else {"best": asdict(self.best)}

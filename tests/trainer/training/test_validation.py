@@ -10,6 +10,7 @@ from trainer.errors import TrainError
 from trainer.runs import load_result, read_metrics
 from trainer.training.assembly import assemble
 from trainer.training.loop import train
+from trainer.training.rival import open_rival
 
 HELD = "validation_classes=0.4"
 
@@ -40,6 +41,28 @@ def test_a_run_says_how_it_does_on_the_classes_it_held_out(tiny_config, wide_cac
     scores = json.loads((tmp_path / "run/eval-validation.json").read_text())
     assert (scores["split"], scores["student"]) == ("validation", result["validation"]["student"])
     assert not (tmp_path / "run/eval.json").exists()
+
+
+def test_a_run_is_held_beside_anothers_curve_and_told_once_that_it_is_behind(tiny_config, wide_cache, tmp_path, capsys):
+    with pytest.raises(TrainError, match=r"against: .* add --validation-classes 0.2 --eval-every 1"):
+        train(tiny_config(HELD, f"against={tmp_path}"), wide_cache, tmp_path / "run")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text('{"validation_classes": 0.4}')
+    with pytest.raises(TrainError, match="was not measured on the way"):
+        train(tiny_config(HELD, "eval_every=1", f"against={tmp_path / 'base'}"), wide_cache, tmp_path / "run")
+    per_epoch = assemble(tiny_config(HELD), wide_cache).batches.per_epoch
+    curve = [{"update": n * per_epoch, "eval": {"student": {"recall_at_1": 1.5}}} for n in (1, 2)]
+    (tmp_path / "base/metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in curve))
+    train(tiny_config(HELD, "eval_every=1", "epochs=2", f"against={tmp_path / 'base'}"), wide_cache, tmp_path / "run")
+    said = capsys.readouterr().err
+    assert said.count("updates R@1 on validation classes is") == 2
+    assert said.count("warning: after") == 1
+    assert f"that of {tmp_path / 'base'} was 150.0" in said
+    finished = open_rival(tiny_config(HELD, "eval_every=1", f"against={tmp_path / 'run'}"))
+    assert sorted(finished.recalls) == [per_epoch, 2 * per_epoch]
+    (tmp_path / "base/config.json").write_text('{"validation_classes": 0.2}')
+    with pytest.raises(TrainError, match=r"held out 0.2 of the training classes, not 0.4"):
+        assemble(tiny_config(HELD, "eval_every=1", f"against={tmp_path / 'base'}"), wide_cache)
 
 
 def test_following_recall_without_such_classes_is_refused(tiny_config, wide_cache, tmp_path):
