@@ -48,7 +48,7 @@ class Auxiliary(Method):
     @classmethod
     def needs(cls, config: AuxiliaryConfig) -> Needs:
         shuffled = config.seed if config.shuffle_features else None
-        whole = config.gim.residual == "pca" or config.gim.token_norm == "whiten"
+        whole = config.gim.fits_all
         return Needs(
             {TEACHER: FeatureNeed(config.tap, config.timesteps, shuffled=shuffled)},
             fit_on="all" if whole else "few",
@@ -73,7 +73,7 @@ class Auxiliary(Method):
         ]
 
     def fit(self, batches: Iterable[Batch]) -> None:
-        self.gim.fit(_Tokens(batches))
+        self.gim.fit(_Tokens(batches), ((batch.features[TEACHER], batch.labels) for batch in batches))
 
     def auxiliary(self, student: Tensor, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tokens = features[TEACHER]

@@ -32,8 +32,11 @@ class GimConfig(Frozen):
         default=None, ge=1
     )
     residual: Annotated[
-        Literal["none", "pca"],
-        Setting("pca: E_D is the pooled tokens' principal components, trained on, plus a gated GIM that starts at 0."),
+        Literal["none", "pca", "discriminant"],
+        Setting(
+            "What E_D starts as, with a gated GIM beside it that starts at 0. pca: the pooled tokens' principal "
+            "components, trained on; discriminant: a linear head on them, of the training classes, that stays."
+        ),
     ] = "none"
     token_norm: Annotated[
         Literal["layer", "standardize", "whiten"],
@@ -51,6 +54,11 @@ class GimConfig(Frozen):
     final_norm: bool = True  # LayerNorm on E_D, so that it lives on the scale of a ViT's own output
     mask_student: float = Field(default=0.0, ge=0, le=1)  # probability that E_f sees a mask token instead of E_R
     detach_student: bool = False  # True: E_f reads E_R but sends it no gradient
+
+    @property
+    def fits_all(self) -> bool:
+        """Whether the features of every row are measured before the first update."""
+        return self.residual != "none" or self.token_norm == "whiten"
 
 
 class LossConfig(Frozen):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trainer.errors import TrainError
 from trainer.methods.gcd.config import GimConfig
 from trainer.models.components import PrincipalComponents, by_kind, of_kinds
+from trainer.models.discriminant import Discriminant
 from trainer.models.weights import load_weights
 
 GIM_FILE = "gim.safetensors"  # of a run's folder
@@ -200,18 +201,24 @@ def _normalised_as_they_are(norm: nn.LayerNorm, tokens: Tensor) -> Tensor:
 
 
 class Shortcut(nn.Module):
-    """Pooled teacher tokens, linearly: principal components at the start, trained from there on.
+    """Pooled teacher tokens, linearly: principal components, trained from there on, or a discriminant, that stays.
 
     What the GIM makes of the tokens starts as nothing beside it and has to earn its place. Source of the gate: ReZero
     (Bachlechner et al., UAI 2021).
     """
 
     mean: Tensor
+    weight: Tensor
 
-    def __init__(self, timesteps: int, channels: int, dim: int):
+    def __init__(self, timesteps: int, channels: int, dim: int, stays: bool = False):
         super().__init__()
+        self.stays = stays
         self.register_buffer("mean", torch.zeros(timesteps, 1, channels))
-        self.weight = nn.Parameter(torch.zeros(timesteps, channels, dim))
+        weight = torch.zeros(timesteps, channels, dim)
+        if stays:
+            self.register_buffer("weight", weight)
+        else:
+            self.weight = nn.Parameter(weight)
         self.gate = nn.Parameter(torch.zeros(()))
 
     def no_weight_decay(self) -> set[str]:
@@ -219,9 +226,15 @@ class Shortcut(nn.Module):
         return {"gate"}
 
     @torch.no_grad()
-    def fit(self, samples: Iterable[Tensor]) -> None:
-        """Start from the half-whitened principal components of samples (B, P, L, C_t), pooled over L."""
+    def fit(self, samples: Iterable[Tensor], labelled: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Start from samples (B, P, L, C_t), pooled over L; a discriminant from those with labels (B,)."""
         timesteps, channels, dim = self.weight.shape
+        if self.stays:
+            head = Discriminant(timesteps, channels, dim).to(self.weight.device)
+            head.fit((tokens.float().mean(2), labels) for tokens, labels in labelled)
+            self.mean.copy_(head.mean)
+            self.weight.copy_(head.weight)
+            return
         components = PrincipalComponents(timesteps, channels, dim, power=0.5).to(self.weight.device)
         components.fit(tokens.float().mean(2, keepdim=True) for tokens in samples)
         self.mean.copy_(components.mean)
@@ -267,14 +280,18 @@ class GenerativeInjectionModule(nn.Module):
         # What is not always there comes last: what is draws the same numbers with it and without.
         self.read_student = nn.Linear(student_dim, dim) if student_dim != dim else nn.Identity()
         self.out = nn.Linear(dim, out_dim) if out_dim != dim else nn.Identity()
-        self.shortcut = Shortcut(timesteps, channels, out_dim) if config.residual == "pca" else None
+        stays = config.residual == "discriminant"
+        self.shortcut = Shortcut(timesteps, channels, out_dim, stays) if config.residual != "none" else None
         self.drop = DropPath(config.drop_path)
 
-    def fit(self, samples: Iterable[Tensor]) -> None:
-        """Measure what must be known of the teacher's tokens (B, P, L, C_t); samples may be gone through twice."""
+    def fit(self, samples: Iterable[Tensor], labelled: Iterable[tuple[Tensor, Tensor]] = ()) -> None:
+        """Measure what must be known of the teacher's tokens (B, P, L, C_t); samples may be gone through twice.
+
+        labelled: the same with labels (B,), -1 where there is none; only `residual="discriminant"` asks for them.
+        """
         self.tokens.fit(samples)
         if self.shortcut is not None:
-            self.shortcut.fit(samples)
+            self.shortcut.fit(samples, labelled)
 
     def no_weight_decay(self) -> set[str]:
         """Where weight decay would do harm."""

@@ -80,7 +80,7 @@ class Gcd(Method):
         if config.loss.target_views == "mean":
             features[OTHER_VIEW] = FeatureNeed(config.tap, config.timesteps, next_view=True, shuffled=shuffled)
         gim, loss = config.gim, config.loss
-        whole = gim.residual == "pca" or gim.token_norm == "whiten" or loss.align_target == "pooled"
+        whole = gim.fits_all or loss.align_target == "pooled"
         return Needs(
             features,
             unlabelled=config.unlabeled_per_batch,
@@ -179,7 +179,7 @@ class Gcd(Method):
 
     def fit(self, batches: Iterable[Batch]) -> None:
         features = _Features(batches)
-        self.gim.fit(features)
+        self.gim.fit(features, ((batch.features[TEACHER], batch.labels) for batch in batches))
         if self.pooled is not None:
             self.pooled.fit(tokens.float().mean(2, keepdim=True) for tokens in features)
         if self.regression is not None:

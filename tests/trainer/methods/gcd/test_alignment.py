@@ -12,7 +12,7 @@ from trainer.methods.gcd.alignment import gradient_alpha
 from trainer.methods.gcd.method import OTHER_VIEW, TEACHER
 from trainer.methods.registry import find_method
 from trainer.methods.trained import load_trained
-from trainer.models.student import build_student
+from trainer.models.student import build_student, load_student
 from trainer.runs import read_metrics
 from trainer.training import loop
 from trainer.training.loop import train
@@ -78,6 +78,29 @@ def test_at_the_start_a_residual_is_the_pooled_tokens_components_and_nothing_of_
     method(batch)["loss"].backward()
     assert method.gim.shortcut.gate.grad.abs() > 0
     assert method.gim.shortcut.weight.grad.any()
+
+
+def test_a_discriminant_is_the_linear_head_of_the_training_classes_and_is_not_trained(build):
+    method, batch = build("gim.residual=discriminant", "gim.width=16", "gim.heads=2", "loss.align=projector")
+    found = method.auxiliary(method.student(batch.images), batch.features)
+    shortcut = method.gim.shortcut
+    pooled = batch.features[TEACHER].float().mean(2)
+    expected = torch.einsum("bpc,pck->bpk", pooled - shortcut.mean[:, 0], shortcut.weight)
+    torch.testing.assert_close(found["masked"], expected, atol=1e-5, rtol=1e-5)
+    assert expected.any()
+    method(batch)["loss"].backward()
+    assert shortcut.gate.grad.abs() > 0
+    assert "gim.shortcut.weight" in method.state_dict()
+    assert "gim.shortcut.weight" not in dict(method.named_parameters())
+
+
+def test_a_run_of_a_discriminant_is_read_again_as_it_was(cache, tiny_config, tmp_path):
+    settings = ("gim.residual=discriminant", "gim.token_norm=whiten", "gim.token_dropout=0.5", "updates=2")
+    train(tiny_config(*settings), cache, tmp_path / "run")
+    scores = evaluate_run(tmp_path / "run", cache, CPU, load_trained)[0]
+    assert scores["auxiliary"]["masked"]["mean"]["recall_at_1"] >= 0
+    weight = load_trained(tmp_path / "run", load_student(tmp_path / "run"), cache).gim.shortcut.weight
+    assert weight.any()
 
 
 def test_what_a_method_measures_is_every_row_in_every_view_and_none_that_is_held_out(cache, wide_cache, tiny_config):
