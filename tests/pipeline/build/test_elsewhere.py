@@ -35,7 +35,7 @@ def test_two_machines_that_build_a_part_each_make_there_what_one_makes_here(
             elsewhere=Elsewhere(url).folder(spool, part), log=said.append,
         )  # fmt: skip
         assert manifest.sealed == (i == 1)
-        assert not list(spool.glob("features/hidden/c/**/0"))
+        assert not [path for path in spool.glob("features/hidden/c/**/0") if path.is_file()]
     assert any(line.startswith(f"this part of {url} is done") for line in said)
     assert any(line.startswith(f"sealed {url}: ") for line in said)
     pull(plan_pull(url, str(tmp_path / "copy"), Selection(), None))
