@@ -111,7 +111,7 @@ def measure(workload: Workload, samples: int, rounds: int, batch: int) -> dict[s
             f"`os.preadv`, {threads} threads": functools.partial(contenders.bare, threads) for threads in THREADS
         }
         ways |= {OURS: contenders.reader}
-        seconds = medians(in_turns(ways, rounds, before=lambda: drop(contenders.paths)))
+        seconds = medians(in_turns(ways, rounds, warm_up=0, before=lambda: drop(contenders.paths)))
         contenders.close()
     read = samples * workload.sample_bytes
     return {"workload": str(workload), "samples": samples, "batch": batch, "rounds": rounds,

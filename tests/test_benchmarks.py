@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import alternatives, cold, measure, reading, remote, searching, synthetic
+from benchmarks import alternatives, cluster, cold, measure, reading, remote, searching, synthetic
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,6 +105,20 @@ def test_a_cache_is_pushed_pulled_and_streamed_from_the_benchmarks_own_server(ca
         ours = contender.distribution in ("", "dit-distill")
         assert (rows[contender.name][0] == "not measured") != ours
         assert bool(re.fullmatch(r"[0-9,.]+", rows[contender.name][1])) == ours
+
+
+def test_a_build_on_a_cluster_is_bound_by_its_gpus_or_by_the_store_and_a_killed_worker_costs_time():
+    free = {"latency": 0.0, "uneven": 0.0, "lost_after": 1e12}
+    store = cluster.stored(synthetic.INT8, 2000)
+    few = cluster.Assumptions(images=2000, gpus=4, **free)
+    ideal = store.shards / 4 * store.images_per_shard / few.images_per_second
+    assert cluster.simulate(store, few).seconds == pytest.approx(ideal, rel=0.2)
+    narrow = cluster.Assumptions(images=2000, gpus=4, store=1e6, **free)
+    assert cluster.simulate(store, narrow).seconds == pytest.approx(store.bytes / 1e6, rel=0.1)
+    dying = cluster.Assumptions(images=2000, gpus=4, **{**free, "lost_after": 100.0})
+    killed = cluster.simulate(store, dying)
+    assert killed.workers_killed > 0
+    assert killed.seconds > ideal
 
 
 def _broken() -> dict[str, measure.Work]:

@@ -2,6 +2,7 @@
 
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -55,12 +56,18 @@ def _train(scene: Scene, cache: Cache, student: list[str], workers: str) -> tupl
 def _cache(scene: Scene) -> tuple[Cache, list[str]]:
     """A sealed cache with images, and the student that fits it."""
     tokens, channels, samples, side = (1024, 3072, 128, 224) if scene.real else (16, 32, 14, 32)
-    workload, grid = Workload("int8", tokens, channels), math.isqrt(tokens)
+    folder = write_fed_cache(scene.scratch / "fed", Workload("int8", tokens, channels), samples, side)
+    small = ["student.name=vit_tiny_patch16_224", "student.img_size=32", "student.patch_size=16", "student.depth=1"]
+    return open_cache(folder), ["student.name=vit_base_patch16_224"] if scene.real else small
+
+
+def write_fed_cache(folder: Path, workload: Workload, samples: int, side: int) -> Path:
+    """Write a sealed cache whose rows have the same features and the same image (side, side); returns its folder."""
+    grid = math.isqrt(workload.tokens)
     changes = {
         "images": ImagesInfo(size=side, format="png"),
-        "taps": [TapInfo(name=TAP, tokens=tokens, channels=channels, grid=(grid, grid))],
+        "taps": [TapInfo(name=TAP, tokens=workload.tokens, channels=workload.channels, grid=(grid, grid))],
     }
-    folder = scene.scratch / "fed"
     writer = begin_cache(folder, workload, samples, **changes)
     one, picture = features(workload, [0]), io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)).save(picture, "PNG")
@@ -69,8 +76,7 @@ def _cache(scene: Scene) -> tuple[Cache, list[str]]:
     for shard in writer.missing_image_shards():
         writer.write_images(shard, [picture.getvalue()] * len(writer.image_rows(shard)))
     writer.seal()
-    small = ["student.name=vit_tiny_patch16_224", "student.img_size=32", "student.patch_size=16", "student.depth=1"]
-    return open_cache(folder), ["student.name=vit_base_patch16_224"] if scene.real else small
+    return folder
 
 
 def _decode(scene: Scene) -> str:
