@@ -37,6 +37,7 @@ from cache_schema.encoding.number_formats import Array
 BATCH = 32
 REQUESTS = 16  # of the plain copies, at once
 _RANGE, _PART = 8 << 20, 16 << 20  # bytes of one request of a plain download, of one part of a plain upload
+_PAUSE = 0.5  # seconds
 _UNSEEN = 1 << 20  # no stored value
 BUCKET = "bench"
 # Of each (number of the row, its sample); one call is one epoch.
@@ -279,6 +280,7 @@ def _take_epochs(line: Connection, contender: Contender, scene: Scene, expected:
             seconds.append(time.perf_counter() - started)
             if not contender.copies:
                 _check(contender.name, seen, expected)
+                time.sleep(_PAUSE)  # in which a tool finishes what it reads ahead
             started = time.perf_counter()
         line.send(seconds)
     except Exception:  # noqa: BLE001 - the parent raises it again

@@ -30,14 +30,16 @@ from pipeline.curriculum import add_noise, sample_noise
 from pipeline.datasets import open_dataset
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.inputs.condition_store import ConditionStore
-from pipeline.inputs.conditions import caption_of, decode_with_box
+from pipeline.inputs.conditions import caption_of
+from pipeline.inputs.decoding import decode_with_box
 from pipeline.inputs.feature_source import teacher_features
-from pipeline.inputs.views import object_view, resize_square, to_signed
+from pipeline.inputs.views import object_view, resize_square
 from pipeline.refine.pretrain_demo import build_text_encoders
 from pipeline.teachers import quiet_libraries
 from pipeline.teachers.architecture import Place
 from pipeline.teachers.capture import capture
 from pipeline.teachers.flux import FluxTeacher, image_ids
+from pipeline.teachers.pixels import to_signed
 
 TIMESTEPS = (10, 16, 22, 28)
 DEMO = Path(__file__).parents[1] / "pipeline/teachers/demo_weights"

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import alternatives, cluster, cold, measure, reading, remote, searching, synthetic
+from benchmarks import alternatives, cluster, cold, measure, reading, remote, searching, synthetic, training_speed
+from benchmarks.gpu_check.feeding import write_fed_cache
 
 ROOT = Path(__file__).parent.parent
 
@@ -119,6 +120,15 @@ def test_a_build_on_a_cluster_is_bound_by_its_gpus_or_by_the_store_and_a_killed_
     killed = cluster.simulate(store, dying)
     assert killed.workers_killed > 0
     assert killed.seconds > ideal
+
+
+def test_steps_that_stream_and_embedding_are_measured_beside_what_they_are_held_against(tmp_path):
+    folder = write_fed_cache(tmp_path / "fed", synthetic.Workload("int8", 16, 32), 8, 32)
+    (row,) = training_speed.feeding({training_speed.WIDE: folder}, steps=1, rounds=1)
+    assert row["images"] == 4
+    assert min(row["streamed"], row["memory"], row["baseline"]) > 0
+    rates = training_speed.embedding(folder, tmp_path, images=3, rounds=1)
+    assert min(rates["embed"], rates["decoding"], rates["student"]) > 0
 
 
 def _broken() -> dict[str, measure.Work]:

@@ -8,9 +8,11 @@ training process still has to finish its step and write a checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -23,7 +25,9 @@ from cache_schema.loading.dataset import CacheDataset, FeatureBatch, View, view_
 from cache_schema.loading.sampler import VIEWS, EpochSampler, Rows, generator
 from cache_schema.read_ahead import PREFETCH, ReadAhead
 from cache_schema.reading.reader import Cache
+from cache_schema.storage.blocks import BlockStore
 from cache_schema.storage.places import is_remote
+from cache_schema.storage.streamed import StreamedFolder
 
 # Batches of a cache that is elsewhere, by threads: while one waits for its last answers the others' are on their way.
 _READ_AT_ONCE = 4
@@ -90,7 +94,9 @@ class FeatureLoader:
             dataset.pin_memory()
         self.sampler = EpochSampler(dataset.rows, batch_size, seed, drop_last=drop_last)
         self._dataset = dataset
-        make = _Batches(dataset, self.sampler, views)
+        make: Callable[[int], FeatureBatch] = _Batches(dataset, self.sampler, views)
+        if threads and isinstance(cache.folder, StreamedFolder):
+            make = _SideBySide(make, cache.folder.blocks_here)
         if start_method is None and remote:
             # Clients of remote places have threads, which a forked process would wait for in vain.
             start_method = "spawn"
@@ -156,6 +162,23 @@ class FeatureLoader:
             raise
         self._taken += 1
         return batch
+
+
+class _SideBySide:
+    """Threads that read side by side as long as something has to be fetched, and in turns once all of it is here.
+
+    What a local disk or memory holds already is copied faster by one thread than by several.
+    """
+
+    def __init__(self, make: Callable[[int], FeatureBatch], blocks: BlockStore) -> None:
+        self._make, self._blocks = make, blocks
+        self._turn, self._fetched = threading.Lock(), -1
+
+    def __call__(self, update: int) -> FeatureBatch:
+        fetched, before = self._blocks.fetched, self._fetched
+        self._fetched = fetched
+        with self._turn if fetched == before else contextlib.nullcontext():
+            return self._make(update)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from cache_schema.format.damage import damaged, view_and_timestep
 from cache_schema.format.journal import Kind, Record, read_record, record_name
 from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Manifest
-from cache_schema.reading.disk_pace import AskedAhead, DiskPace
+from cache_schema.reading.disk_pace import SIDE_BY_SIDE, DiskPace
 from cache_schema.reading.fetching import at_once, fetched, stretches
 from cache_schema.reading.open_shards import Checksums, ChunkPlaces, OpenShard, OpenShards
 from cache_schema.storage.checksum import combine_crc32c, crc32c
@@ -59,19 +59,15 @@ class ChunkRequest:
         self._source, self._array = source, array
         self._rows, self._views, self._steps = rows, views, steps
         self._runs = self._locate()
-        self._ahead: AskedAhead | None = None
-
-    def begin(self) -> None:
-        """Ask a slow disk for the first of the chunks, of several arrays before any is read."""
-        if self._source.pace.slow and not self._source.distant:
-            self._ahead = AskedAhead([(shard.file, offset, size) for shard, _, _, offset, size, _ in self._runs])
-            self._ahead.before(0)
 
     def read_into(self, target: Array) -> None:
         """Read and check the chunks into `target`, uint8, as long as all of them."""
         if not self._source.distant:
-            with self._source.pace.over(len(target)):
-                self._read_runs(self._runs, target, self._ahead)
+            with self._source.pace.over(len(target), len(self._runs)):
+                # Where threads have to wait for a disk, several of them wait together.
+                threads = SIDE_BY_SIDE if self._source.pace.slow else 1
+                shares = [self._runs[i::threads] for i in range(threads)]
+                at_once(lambda share: self._read_runs(share, target), [share for share in shares if share])
             return
         for part in stretches([run[4] for run in self._runs]):
             runs = self._runs[part.start : part.stop]
@@ -97,15 +93,13 @@ class ChunkRequest:
                 here.append((replace(shard, file=file), first, count, offset, size, out))
             self._read_runs(here, target)
 
-    def _read_runs(self, runs: list[_Run], target: Array, ahead: AskedAhead | None = None) -> None:
-        compressed = self._array.compression != "none"
-        each, view = chunk_bytes(self._array), target.data
-        for number, run in enumerate(runs):
-            if ahead is not None:
-                ahead.before(number)
-            if compressed:
+    def _read_runs(self, runs: list[_Run], target: Array) -> None:
+        if self._array.compression != "none":
+            for run in runs:
                 self._decompress_run(run, target)
-                continue
+            return
+        each, view = chunk_bytes(self._array), target.data
+        for run in runs:
             shard, first, count, offset, size, out = run
             at, checksums = out * each, shard.checksums
             if checksums is not None and (size > _BLOCK or shard.piece != 1):
@@ -164,6 +158,8 @@ class ChunkRequest:
         each = len(self._steps[0]) if self._steps else 0
         for index, row in enumerate(self._rows):
             first.setdefault(row // self._array.samples_per_shard, index * each)
+        known = self._source.opened.shards
+        first = {number: out for number, out in first.items() if known.get((self._array.name, number)) is None}
         if not each:
             return {}
         return dict(zip(first, at_once(lambda number: self._open(number, first[number]), list(first)), strict=True))

@@ -1,52 +1,32 @@
-"""Reading from a disk that is slower than memory: what a batch needs next is asked for while it reads what is there."""
+"""Whether reading waits for a disk, so that it is worth to have several threads wait at once."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cache_schema.storage.folder import ReadableFile
-from cache_schema.storage.open_file import OpenFile
-
-# Bytes that the disk is asked for before they are read: tens of requests in flight, small beside a page cache.
-_AHEAD = 32 << 20
-# Bytes a second. Slower, and some of it came from a disk; the page cache gives several times as much.
-_SLOW = 3e9
+# Threads that share a batch. Two are enough for the disks that were tried; more cost nothing while they wait.
+SIDE_BY_SIDE = 4
+# Bytes a second, and seconds that a read takes besides: what is slower came from a disk, for the page cache gives
+# several times as much. Neither does a disk answer as quickly as a system call.
+_SLOW, _CALL = 3e9, 20e-6
+_ENOUGH = 8 << 20  # bytes, of which the time says something: of few, a single answer of the disk decides
 
 
 class DiskPace:
-    """Whether the disk is to be asked ahead, by how long reading took last; asking in vain costs a few per cent."""
+    """How fast the last reads were. From the page cache one thread is the fastest, above all beside other work."""
 
     def __init__(self) -> None:
         self.slow = True
-        self._size, self._seconds = 0, 0.0
+        self._size, self._reads, self._seconds = 0, 0, 0.0
 
     @contextmanager
-    def over(self, size: int) -> Iterator[None]:
-        """Note how long reading `size` bytes takes."""
+    def over(self, size: int, reads: int) -> Iterator[None]:
+        """Note how long reading `size` bytes takes, by so many system calls."""
         started = time.perf_counter()
         yield
         self._size += size
+        self._reads += reads
         self._seconds += time.perf_counter() - started
-        # Of little, a single answer of the disk says nothing.
-        if self._size >= _AHEAD // 4:
-            self.slow = self._size < _SLOW * self._seconds
-            self._size, self._seconds = 0, 0.0
-
-
-class AskedAhead:
-    """The places of a batch, of which the disk is asked for so many bytes beyond the one that is read."""
-
-    def __init__(self, places: Sequence[tuple[ReadableFile, int, int]]) -> None:
-        self._places, self._asked, self._read, self._beyond = places, 0, 0, 0
-
-    def before(self, index: int) -> None:
-        """Ask for what follows the place that is read next: indices ascend."""
-        while self._read < index:
-            self._beyond -= self._places[self._read][2]
-            self._read += 1
-        while self._asked < len(self._places) and self._beyond < _AHEAD:
-            file, offset, size = self._places[self._asked]
-            if isinstance(file, OpenFile):
-                file.ask_disk(offset, size)
-            self._asked += 1
-            self._beyond += size
+        if self._size >= _ENOUGH:
+            self.slow = self._seconds > self._size / _SLOW + self._reads * _CALL
+            self._size, self._reads, self._seconds = 0, 0, 0.0

@@ -189,10 +189,8 @@ class Cache:
             self._layouts[tap] = layout.feature_layouts(self.manifest, info)
         parts: dict[str, torch.Tensor] = {}
         dtype = TORCH_DTYPES[self.manifest.encoding.kind]
-        requests = [ChunkRequest(self._opened, array, samples, views, each) for array in self._layouts[tap]]
-        for request in requests:
-            request.begin()
-        for array, request in zip(self._layouts[tap], requests, strict=True):
+        for array in self._layouts[tap]:
+            request = ChunkRequest(self._opened, array, samples, views, each)
             shape = (len(samples), steps.shape[-1], *array.inner)
             payload = array.part == "payload"
             tensor = output(out, shape, dtype) if payload else torch.empty(shape, dtype=torch.float32)

@@ -52,6 +52,7 @@ class BlockStore:
                 "once; allow more"
             )
         self.root, self.bound = root, bound
+        self.fetched = 0  # blocks that this process had to ask for
         self._begin()
         with storage_errors(root):
             make_directory(root)

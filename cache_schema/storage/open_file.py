@@ -1,6 +1,5 @@
 """A file open for reading, at any place of it, by any number of threads."""
 
-import contextlib
 import os
 import stat
 from collections.abc import Sequence
@@ -43,11 +42,6 @@ class OpenFile:
     def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Return the bytes of every (offset, size), in their order; raises CacheCorrupt as `read` does."""
         return [self.read(offset, size) for offset, size in ranges]
-
-    def ask_disk(self, offset: int, size: int) -> None:
-        """Have the system begin to read what is not in memory; only a hint, which is not waited for."""
-        with contextlib.suppress(OSError, AttributeError):
-            os.posix_fadvise(self._fd, offset, size, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill `view` with the bytes from `offset`; raises CacheCorrupt where the file does not have them."""

@@ -100,6 +100,7 @@ class StreamedFile:
             pending = [self._pending[n] for n in wanted if n in self._pending]
             missing = [n for n in wanted if n not in self._pending and not self._blocks.has(n)]
             awaited |= {id(future): future for future in pending}
+            self._store.fetched += len(missing)
             for run in _runs(missing):
                 future = requests().submit(self._fetch, run[0], run[-1] + 1)
                 awaited[id(future)] = future
