@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from cache_schema.errors import DitDistillError
+from cache_schema.storage.files import write_file
 
 # Of a scan, a file may be left out; of a teacher's work, the batch. Anything else is needed, and can only be named.
 Kind = Literal["scan", "teacher", "needed"]
@@ -104,10 +105,7 @@ def _note(output: Path, work: _Work, reason: str) -> None:
     path = notes_of(output)
     entries = json.loads(path.read_bytes())["hung"] if path.exists() else []
     entries.append({"kind": work.kind, "ids": work.ids, "sources": work.sources, "reason": reason})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    aside.write_text(json.dumps({"hung": entries}, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
+    write_file(path, (json.dumps({"hung": entries}, indent=1) + "\n").encode())
 
 
 def under_watch(seconds: float, output: Path) -> None:

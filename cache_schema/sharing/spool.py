@@ -19,7 +19,6 @@ from cache_schema.format.journal import (
     Record,
     is_committed,
     parse_record,
-    record_name,
     render_record,
 )
 from cache_schema.format.manifest_file import MANIFEST_NAME, load_manifest
@@ -204,4 +203,4 @@ def _read(mark: Path) -> dict | None:
 
 
 def _is_of_a_shard(name: str) -> bool:
-    return name.startswith((f"{record_name('features')[:-10]}", f"{record_name('images')[:-10]}"))
+    return name.startswith((f"{JOURNAL_FOLDER}/features-", f"{JOURNAL_FOLDER}/images-"))

@@ -19,6 +19,7 @@ from pathlib import Path
 from cache_schema.errors import CacheError
 from cache_schema.storage.checksum import Bytes, crc32c
 from cache_schema.storage.files import make_directory, storage_errors, write_file
+from cache_schema.storage.local import user_cache
 
 BLOCK = 256 << 10
 # What one process may have in flight: a bound below it could not hold what is being read.
@@ -39,7 +40,7 @@ def default_folder() -> Path:
     chosen = os.environ.get("DIT_CACHE_LOCAL")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-distill/blocks"
+    return user_cache("blocks")
 
 
 class BlockStore:

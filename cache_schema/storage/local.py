@@ -12,6 +12,11 @@ from cache_schema.storage.files import AsideFile, FileDigest
 from cache_schema.storage.open_file import OpenFile
 
 
+def user_cache(name: str) -> Path:
+    """Return the folder of the user's cache directory that we keep one kind of thing in."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-distill" / name
+
+
 class LocalFolder:
     """A directory, `path`; see `cache_schema.storage.folder.Folder`. What a builder needs besides begins at `lock`."""
 

@@ -18,7 +18,7 @@ from pipeline.build.encoding import encoding_of
 from pipeline.build.student_images import student_images_info
 from pipeline.datasets.base import SPLITS, Dataset
 from pipeline.inputs.views import is_crop
-from pipeline.teachers.base import AnyTeacher, is_image_encoder
+from pipeline.teachers.base import AnyTeacher, input_of
 from pipeline.teachers.lora import lora_file
 from pipeline.teachers.weights import file_digest
 
@@ -58,7 +58,7 @@ def describe_cache(teacher: AnyTeacher, dataset: Dataset, config: BuildConfig, s
             guidance=teacher.guidance,
             context=teacher.context,
             quantization=teacher.quantization,
-            input=teacher.input if is_image_encoder(teacher) else "object",
+            input=input_of(teacher),
             crop=teacher.crop,
         ),
         curriculum=Curriculum(

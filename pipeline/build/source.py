@@ -10,14 +10,13 @@ from pipeline.inputs.condition_store import ConditionStore
 from pipeline.inputs.conditions import WHOLE
 from pipeline.inputs.feature_source import DiffusionSource, EncoderSource, FeatureSource, Wanted
 from pipeline.inputs.framing import Framing
-from pipeline.teachers.base import AnyTeacher, Teacher, is_image_encoder
+from pipeline.teachers.base import AnyTeacher, Teacher, input_of, is_image_encoder
 from pipeline.teachers.passes import Passes
 
 
 def framing_of(teacher: AnyTeacher, config: BuildConfig) -> Framing:
     """Which parts of photographs a build shows the teacher."""
-    shown = teacher.input if is_image_encoder(teacher) else "object"
-    return Framing(shown, config.seed, config.crops_scale, config.crops_ratio, teacher.crop)
+    return Framing(input_of(teacher), config.seed, config.crops_scale, config.crops_ratio, teacher.crop)
 
 
 def wanted_of(config: BuildConfig, sigmas: Sequence[float], framing: Framing = WHOLE) -> Wanted:

@@ -124,14 +124,13 @@ def _elsewhere(
     config: RunConfig, lora: Path | None, url: str, spool: Path | None, part: "Part", take_over: bool
 ) -> None:
     import hashlib
-    import os
 
+    from cache_schema.storage.local import user_cache
     from pipeline.chain.steps import Elsewhere, build_cache
 
     url = url.rstrip("/")
     slice_of = f"{url} {part.shards}"
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-distill/builds"
-    here = spool or default / hashlib.sha256(slice_of.encode()).hexdigest()[:16]
+    here = spool or user_cache("builds") / hashlib.sha256(slice_of.encode()).hexdigest()[:16]
     build_cache(config, lora, here, part=part, elsewhere=Elsewhere(url, take_over))
 
 

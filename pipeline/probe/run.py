@@ -33,7 +33,7 @@ from pipeline.probe.scores import (
     standardise,
     treat_places,
 )
-from pipeline.teachers.base import AnyTeacher, Teacher, is_image_encoder
+from pipeline.teachers.base import AnyTeacher, Teacher, input_of, is_image_encoder
 from pipeline.teachers.passes import memory_errors
 
 DEFAULT_TAP = "hidden"
@@ -132,7 +132,7 @@ def _sources(
 ) -> Callable[[float], FeatureSource]:
     """What computes the features at a noise level, of the taps and the canonical view."""
 
-    framing = Framing(teacher.input if is_image_encoder(teacher) else "object", object_crop=teacher.crop)
+    framing = Framing(input_of(teacher), object_crop=teacher.crop)
 
     def wanted(sigma: float) -> Wanted:
         return Wanted(tuple(taps), ("canonical",), (sigma,), seed, framing)

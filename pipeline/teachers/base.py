@@ -23,6 +23,7 @@ __all__ = [
     "Teacher",
     "TeacherError",
     "TextEmbedding",
+    "input_of",
     "is_image_encoder",
 ]
 
@@ -111,6 +112,11 @@ class ImageEncoder(AnyTeacher, Protocol):
 def is_image_encoder(teacher: "AnyTeacher") -> TypeGuard[ImageEncoder]:
     """Whether a teacher reads images in one pass rather than noisy latents."""
     return hasattr(teacher, "encode")
+
+
+def input_of(teacher: "AnyTeacher") -> EncoderInput:
+    """What a teacher is shown of a photograph: always the object, but for image encoders that were asked for more."""
+    return teacher.input if is_image_encoder(teacher) else "object"
 
 
 class Teacher(AnyTeacher, Protocol):

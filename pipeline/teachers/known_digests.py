@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from cache_schema.storage.local import user_cache
+
 WORTH = 64 << 20  # bytes: smaller files are read faster than anything is looked up
 _SETTLED = 3.0  # seconds since the last change: coarse clocks give two changes the same time
 
@@ -49,7 +51,7 @@ def known_digest(path: Path, compute: Callable[[Path], str]) -> str:
 
 
 def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-distill/digests"
+    return user_cache("digests")
 
 
 def _state(path: Path) -> list[int]:

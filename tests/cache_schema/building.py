@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from cache_schema import (
     plan_manifest,
 )
 from cache_schema.encoding.reduction import teacher_shape
+from cache_schema.errors import CacheError
 from cache_schema.format.journal import file_record, read_record, write_record
 from cache_schema.storage.files import digest
 from cache_schema.storage.local import LocalFolder
@@ -169,6 +171,24 @@ def build(path: Path, provenance: Provenance | None = None, **options: Any) -> P
     """Build and seal a tiny cache; return its path."""
     fill(start(path, **options)).seal(provenance)
     return path
+
+
+def failures_of_two_at_once(work: Callable[[], object]) -> list[CacheError]:
+    """Do the same in two threads at once, and return what went wrong."""
+    failures: list[CacheError] = []
+
+    def go() -> None:
+        try:
+            work()
+        except CacheError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=go) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return failures
 
 
 def tree(root: Path) -> dict[str, bytes]:

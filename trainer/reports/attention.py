@@ -18,6 +18,7 @@ from torch import Tensor
 from trainer.data.features import FeatureSource, open_sources
 from trainer.data.regions import Regions
 from trainer.device import full_precision
+from trainer.evaluation.embed import read_features
 from trainer.methods.method import Method
 from trainer.reports.figures import STYLE, data_uri
 
@@ -63,7 +64,8 @@ def look(run: str, method: Method, cache: Cache, device: torch.device) -> list[L
         return []
     method.eval()
     with torch.inference_mode(), full_precision(device):
-        features = {name: _read(source, rows, device) for name, source in sources.items()}
+        read = {name: read_features(source, rows) for name, source in sources.items()}
+        features = {name: part.decode(device=device, dtype=torch.float32) for name, part in read.items()}
         weights = {name: found.float().cpu() for name, found in method.attention(features).items()}
     return [
         Look(
@@ -91,12 +93,6 @@ def _rows(cache: Cache, sources: Sequence[FeatureSource]) -> np.ndarray:
             some = others[np.unique(np.linspace(0, len(others) - 1, MEASURED).astype(int))] if len(others) else others
             return np.concatenate([drawn, some])
     return np.zeros(0, dtype=np.int64)
-
-
-def _read(source: FeatureSource, rows: np.ndarray, device: torch.device) -> Tensor:
-    timesteps = list(source.shape.timesteps)
-    read = source.cache.read(source.rows(rows).tolist(), tap=source.tap, timesteps=timesteps, view=_VIEW)
-    return read.decode(device=device, dtype=torch.float32)
 
 
 def _spread(weights: Tensor, source: FeatureSource) -> dict[int, float]:

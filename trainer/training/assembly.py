@@ -30,7 +30,7 @@ from trainer.models.student import Student, build_student
 from trainer.training.checkpoint import Progress, latest_checkpoint, load_checkpoint
 from trainer.training.distributed import join, synchronise_batch_norm
 from trainer.training.optim import make_optimizer
-from trainer.training.rival import open_rival
+from trainer.training.rival import Rival, open_rival
 from trainer.training.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Parts:
     method: Method
     optimizer: torch.optim.Optimizer
     average: ModelEmaV3 | None  # of the method's weights, where the config asks for one
+    rival: Rival | None  # the run that this one is held against, where there is one
 
     @property
     def updates(self) -> int:
@@ -92,7 +93,7 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
         raise TrainError(
             "eval_every: recall is followed on classes held out of the training split; add --validation-classes 0.2"
         )
-    open_rival(config)  # what is wrong with it is said before the first update
+    rival = open_rival(config)  # what is wrong with it is said before the first update
     validation = None
     if config.validation_classes:
         validation = open_rows(cache, batches.validation, student.input_size, config.image_memory_gb, student.fit)
@@ -106,7 +107,7 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
     optimizer = make_optimizer(method, config.optim)
     if config.compile:
         student.network.compile()  # after the average was copied: that one only evaluates
-    return Parts(config, cache, device, batches, validation, method, optimizer, average)
+    return Parts(config, cache, device, batches, validation, method, optimizer, average, rival)
 
 
 def _loading(batches: TrainingBatches) -> str:

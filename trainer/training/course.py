@@ -20,7 +20,6 @@ from trainer.training.checkpoint import Progress, save_checkpoint
 from trainer.training.divergence import refuse_broken
 from trainer.training.logs import MetricsLog, NoLog
 from trainer.training.pace import Pace
-from trainer.training.rival import open_rival
 from trainer.training.summary import describe
 
 
@@ -31,7 +30,6 @@ class Course:
         self.parts, self.run, self.log, self.pace = parts, run, log, pace
         self.progress, self.done, self.best = progress, progress.update, best_so_far(run) if processes.leads() else None
         self.began = time.monotonic() - progress.seconds
-        self.rival = open_rival(parts.config)
         self.rate = 0.0  # the learning rate of the last update
 
     @property
@@ -113,9 +111,9 @@ class Course:
 
     def _compare(self, scores: dict[str, Any]) -> None:
         """Say how the student does beside the run that it is held against, where it is."""
-        if self.rival is None or not processes.leads():
+        if self.parts.rival is None or not processes.leads():
             return
-        remark = self.rival.remark(self.done, scores["student"]["recall_at_1"])
+        remark = self.parts.rival.remark(self.done, scores["student"]["recall_at_1"])
         if remark:
             print(f"\n{remark}", file=sys.stderr)  # below the bar of progress
 

@@ -6,14 +6,13 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import cache_servers as servers
 import pytest
 import torch
-from cache_building import build, tiny_manifest, tiny_samples, tree
+from cache_building import build, failures_of_two_at_once, tiny_manifest, tiny_samples, tree
 from cache_hub import LARGE, HubServer, Repository
 from cache_proxy import FaultyProxy
 
@@ -133,20 +132,7 @@ def test_a_killed_push_moves_no_file_again_and_nobody_sees_a_cache_meanwhile(hub
 
 
 def test_two_who_push_at_once_end_with_one_good_cache(hub: HubServer, root: Path) -> None:
-    failures: list[Exception] = []
-
-    def go() -> None:
-        try:
-            send(root)
-        except CacheError as error:
-            failures.append(error)
-
-    pushers = [threading.Thread(target=go) for _ in range(2)]
-    for pusher in pushers:
-        pusher.start()
-    for pusher in pushers:
-        pusher.join()
-    assert failures == []
+    assert failures_of_two_at_once(lambda: send(root)) == []
     assert verify(URL) == []
 
 

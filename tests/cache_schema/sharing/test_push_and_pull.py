@@ -5,14 +5,23 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import cache_servers as servers
 import pytest
 import torch
-from cache_building import build, damage, features_of, fill, start, tiny_manifest, tiny_samples, tree
+from cache_building import (
+    build,
+    damage,
+    failures_of_two_at_once,
+    features_of,
+    fill,
+    start,
+    tiny_manifest,
+    tiny_samples,
+    tree,
+)
 from cache_proxy import FaultyProxy
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -118,20 +127,7 @@ def test_two_who_push_at_once_end_with_one_good_cache_and_another_build_is_refus
     secretive: Path, tmp_path: Path
 ) -> None:
     url = f"file://{tmp_path}/team/cache"
-    failures: list[Exception] = []
-
-    def go() -> None:
-        try:
-            send(secretive, url)
-        except CacheError as error:
-            failures.append(error)
-
-    pushers = [threading.Thread(target=go) for _ in range(2)]
-    for pusher in pushers:
-        pusher.start()
-    for pusher in pushers:
-        pusher.join()
-    assert failures == []
+    assert failures_of_two_at_once(lambda: send(secretive, url)) == []
     assert verify(url) == []
     other = build(tmp_path / "other", Provenance(created="2026-05-05T00:00:00+00:00"), kind="int8")
     with pytest.raises(CacheMismatch, match="from another build"):
