@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import sys
@@ -25,7 +24,6 @@ __all__ = [
     "decide_precision",
     "feature_dtype",
     "full_precision",
-    "keep_freed_memory",
     "peak_memory",
     "resumes_exactly",
     "set_deterministic",
@@ -36,8 +34,6 @@ __all__ = [
 
 Precision = Literal["auto", "float32", "bfloat16"]
 _WORKERS = 8  # that load, at most
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
-_KEPT_BLOCK = 1 << 30  # bytes; what is larger is still given back at once
 
 
 def autocast(device: torch.device, precision: Precision, network: nn.Module) -> AbstractContextManager[Any]:
@@ -120,18 +116,6 @@ def watch_memory(device: torch.device) -> None:
     """Have `peak_memory` tell of what comes from here on."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU, have malloc keep what a step has freed for the next one, which asks for the same blocks again.
-
-    By default glibc gives every block beyond 32 MB back to the system, which fills it with zeros again, page by page:
-    to decode a batch of wide features took 22 ms and takes 5. Nothing is done where malloc is another library's.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if device.type == "cpu" and mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_BLOCK)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BLOCK)
 
 
 def set_deterministic(wanted: bool) -> None:

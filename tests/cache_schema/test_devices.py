@@ -1,6 +1,8 @@
 """A command runs on the device that was asked for, or says what there is."""
 
 import os
+import platform
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -132,3 +134,15 @@ def test_a_training_runs_attention_without_cudnn_whose_backward_pass_is_wrong_an
     with sound_gradients():
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is told so in glibc's way")
+def test_memory_that_a_batch_has_freed_is_not_asked_of_the_system_again():
+    def pages_touched() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.empty(48 << 18).fill_(1.0)  # 48 MB, which glibc would give back at once
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    use_device(torch.device("cpu"))
+    # malloc asks for a little more than it will use, so that the first hole may be too small for the second block.
+    assert min(pages_touched() for _ in range(5)) < 1000  # of 12 288

@@ -1,21 +1,12 @@
 """In which precision a run computes, and what may be said of its being repeated."""
 
 import os
-import platform
-import resource
 
 import pytest
 import torch
 
 from trainer import device
-from trainer.device import (
-    choose_workers,
-    full_precision,
-    keep_freed_memory,
-    resumes_exactly,
-    set_deterministic,
-    usable_cores,
-)
+from trainer.device import choose_workers, full_precision, resumes_exactly, set_deterministic, usable_cores
 
 
 def test_scores_are_computed_in_float32_whatever_surrounds_them():
@@ -67,15 +58,3 @@ def test_a_gpu_is_fed_by_half_of_the_cores_and_a_cpu_by_one_thread_unless_told_o
         monkeypatch.setattr(device, "usable_cores", lambda cores=cores: cores)
         assert (choose_workers("auto", gpu), choose_workers("auto", cpu)) == (workers, 0)
     assert (choose_workers(0, gpu), choose_workers(5, cpu)) == (0, 5)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is told so in glibc's way")
-def test_memory_that_a_step_has_freed_is_not_asked_of_the_system_again():
-    def pages_touched() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.empty(48 << 18).fill_(1.0)  # 48 MB, which glibc would give back at once
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    keep_freed_memory(torch.device("cpu"))
-    pages_touched()
-    assert pages_touched() < 1000  # of 12 288

@@ -17,7 +17,6 @@ from trainer.data.images import choose_fit
 from trainer.device import (
     choose_device,
     feature_dtype,
-    keep_freed_memory,
     resumes_exactly,
     set_deterministic,
     use_device,
@@ -78,7 +77,6 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
     device = choose_device(config.device)
     named = use_device(device)
     watch_memory(device)
-    keep_freed_memory(device)
     join(device)
     check_trackers(config.track)
     set_deterministic(config.deterministic)
