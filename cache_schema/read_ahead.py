@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -37,6 +37,8 @@ class ReadAhead(Generic[T, R]):
     when its result is asked for. Items are drawn in the caller's thread, none before it is among the next `depth`. What
     `make` raises arrives where its result would have. Processes are given `make` once, by fork or pickled, as
     `start_method` has it; they leave Ctrl-C to this process, and end with it.
+
+    `unless`: while it says so nothing is made ahead, as where making takes no waiting that could be shared.
     """
 
     def __init__(
@@ -47,8 +49,9 @@ class ReadAhead(Generic[T, R]):
         processes: int = 0,
         depth: int | None = None,
         start_method: str | None = None,
+        unless: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._make, self._threads, self._processes = make, threads, processes
+        self._make, self._threads, self._processes, self._unless = make, threads, processes, unless
         workers = processes or threads
         self.depth = PREFETCH * workers if depth is None or not workers else depth
         self._context = multiprocessing.get_context(start_method)
@@ -60,15 +63,10 @@ class ReadAhead(Generic[T, R]):
         Workers stay for a next call. What was made ahead for a loop that is not run to its end is dropped.
         """
         source, pending = iter(items), deque[Future[R]]()
-        if not self.depth:
-            for item in source:
-                yield self._make(item)
-            return
         try:
-            pending.extend(map(self._start, islice(source, self.depth)))
-            while pending:
-                result = [pending.popleft().result()]
-                pending.extend(map(self._start, islice(source, 1)))
+            self._start_more(pending, source)
+            while result := self._next(pending, source):
+                self._start_more(pending, source)
                 yield result.pop()  # not kept here: its memory may be used again as soon as the loop lets go of it
         except BrokenProcessPool as error:
             self.close()
@@ -88,6 +86,16 @@ class ReadAhead(Generic[T, R]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+    def _start_more(self, pending: deque[Future[R]], source: Iterator[T]) -> None:
+        depth = 0 if self._unless() else self.depth
+        pending.extend(map(self._start, islice(source, max(0, depth - len(pending)))))
+
+    def _next(self, pending: deque[Future[R]], source: Iterator[T]) -> list[R]:
+        """Return the next result alone in a list, which is empty after the last."""
+        if pending:
+            return [pending.popleft().result()]
+        return [self._make(item) for item in islice(source, 1)]
 
     def _start(self, item: T) -> Future[R]:
         if self._executor is None:

@@ -8,11 +8,9 @@ training process still has to finish its step and write a checkpoint.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -25,9 +23,7 @@ from cache_schema.loading.dataset import CacheDataset, FeatureBatch, View, view_
 from cache_schema.loading.sampler import VIEWS, EpochSampler, Rows, generator
 from cache_schema.read_ahead import PREFETCH, ReadAhead
 from cache_schema.reading.reader import Cache
-from cache_schema.storage.blocks import BlockStore
 from cache_schema.storage.places import is_remote
-from cache_schema.storage.streamed import StreamedFolder
 
 # Batches of a cache that is elsewhere, by threads: while one waits for its last answers the others' are on their way.
 _READ_AT_ONCE = 4
@@ -51,7 +47,8 @@ class FeatureLoader:
     `workers` processes read two batches each ahead, into shared memory that is used again as soon as nothing refers
     to a batch. A batch stays as it is for as long as it is kept; but let go of it after `decode` or `to`, for once
     all slots (two for each worker, and four) are kept, further batches are read into fresh memory, which is slower.
-    Of a cache that is elsewhere, threads of this process read several batches at once where there are no workers.
+    Of a cache that is elsewhere, threads of this process read several batches at once where there are no workers, as
+    long as something has to be fetched.
     `pin_memory` page-locks the slots where there is CUDA, so that `batch.to(device, non_blocking=True)` overlaps, on
     any stream of any device: the slot is not used again before that copy is done. If you copy a batch's tensors by
     other means, let go of it while the stream that does is the current one. `start_method` is multiprocessing's,
@@ -94,14 +91,17 @@ class FeatureLoader:
             dataset.pin_memory()
         self.sampler = EpochSampler(dataset.rows, batch_size, seed, drop_last=drop_last)
         self._dataset = dataset
-        make: Callable[[int], FeatureBatch] = _Batches(dataset, self.sampler, views)
-        if threads and isinstance(cache.folder, StreamedFolder):
-            make = _SideBySide(make, cache.folder.blocks_here)
         if start_method is None and remote:
             # Clients of remote places have threads, which a forked process would wait for in vain.
             start_method = "spawn"
         self._ahead = ReadAhead(
-            make, processes=workers, threads=threads, depth=threads or None, start_method=start_method
+            _Batches(dataset, self.sampler, views),
+            processes=workers,
+            threads=threads,
+            depth=threads or None,
+            start_method=start_method,
+            # What is here is read when it is asked for, as of a local cache: one thread is the fastest then.
+            unless=(lambda: not cache.waits) if threads else lambda: False,
         )
         self._stream: Iterator[FeatureBatch] | None = None  # from batch `_taken` on
         self._order = {
@@ -162,23 +162,6 @@ class FeatureLoader:
             raise
         self._taken += 1
         return batch
-
-
-class _SideBySide:
-    """Threads that read side by side as long as something has to be fetched, and in turns once all of it is here.
-
-    What a local disk or memory holds already is copied faster by one thread than by several.
-    """
-
-    def __init__(self, make: Callable[[int], FeatureBatch], blocks: BlockStore) -> None:
-        self._make, self._blocks = make, blocks
-        self._turn, self._fetched = threading.Lock(), -1
-
-    def __call__(self, update: int) -> FeatureBatch:
-        fetched, before = self._blocks.fetched, self._fetched
-        self._fetched = fetched
-        with self._turn if fetched == before else contextlib.nullcontext():
-            return self._make(update)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ The loops over rows are plain Python on purpose: a batch has tens of rows, for w
 """
 
 import itertools
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from cache_schema.reading.open_shards import Checksums, ChunkPlaces, OpenShard, 
 from cache_schema.storage.checksum import combine_crc32c, crc32c
 from cache_schema.storage.folder import Folder, ReadableFile
 from cache_schema.storage.local import LocalFolder
-from cache_schema.storage.streamed import StreamedFile
+from cache_schema.storage.streamed import StreamedFile, StreamedFolder
 from cache_schema.stores.base import PieceChecksums
 from cache_schema.stores.compression import decompress
 from cache_schema.stores.registry import store_of
@@ -32,6 +32,9 @@ from cache_schema.stores.shard import chunk_bytes
 
 # What is read before it is checked: small enough to stay in a core's own cache, large enough for few system calls.
 _BLOCK = 1 << 20
+
+# Reads in a row that found all they wanted here, after which the next is expected to.
+_CALM = 4
 
 # Chunks that follow each other in one shard file and in the output: (shard, first, count, offset, size, out) with the
 # number there of the first one, how many, where their bytes are, and the number of the first one in the output.
@@ -58,40 +61,72 @@ class ChunkRequest:
     ) -> None:
         self._source, self._array = source, array
         self._rows, self._views, self._steps = rows, views, steps
+        self._shards: list[OpenShard] = []
         self._runs = self._locate()
 
     def read_into(self, target: Array) -> None:
         """Read and check the chunks into `target`, uint8, as long as all of them."""
         if not self._source.distant:
-            with self._source.pace.over(len(target), len(self._runs)):
-                # Where threads have to wait for a disk, several of them wait together.
-                threads = SIDE_BY_SIDE if self._source.pace.slow else 1
-                shares = [self._runs[i::threads] for i in range(threads)]
-                at_once(lambda share: self._read_runs(share, target), [share for share in shares if share])
+            self._read_from_disk(self._runs, target)
             return
+        try:
+            if self._read_kept(target):
+                return
+        except CacheCorrupt:
+            self._forget(self._runs)
         for part in stretches([run[4] for run in self._runs]):
             runs = self._runs[part.start : part.stop]
             try:
                 self._read_fetched(runs, target)
             except CacheCorrupt:
                 # What a line or a local disk garbled is right when it is fetched again; what is wrong there is not.
-                for file in {id(run[0].file): run[0].file for run in runs}.values():
-                    self._source.forget(file)
+                self._forget(runs)
                 self._read_fetched(runs, target)
+
+    def _forget(self, runs: list[_Run]) -> None:
+        for file in {id(run[0].file): run[0].file for run in runs}.values():
+            self._source.forget(file)
+
+    def _read_kept(self, target: Array) -> bool:
+        """Read what lies whole in the local copy, as files here are read; say whether it does."""
+        kept: list[StreamedFile] = []
+        try:
+            for shard in self._shards:
+                file = shard.file
+                if not isinstance(file, StreamedFile):
+                    return False
+                if not file.keep(run[3:5] for run in self._runs if run[0] is shard):
+                    return False
+                kept.append(file)
+            self._read_from_disk(self._runs, target)
+            return True
+        finally:
+            for file in kept:
+                file.let_go()
 
     def _read_fetched(self, runs: list[_Run], target: Array) -> None:
         """Fetch runs at once, and read and check them where they arrive."""
-        wanted: list[Any] = [(shard.file, offset, size) for shard, _, _, offset, size, _ in runs]
+        by_shard: dict[int, list[_Run]] = {}
+        for run in runs:
+            by_shard.setdefault(id(run[0]), []).append(run)
+        wanted: list[Any] = [(some[0][0].file, [run[3:5] for run in some]) for some in by_shard.values()]
         with ExitStack() as stack:
             try:
-                parts = stack.enter_context(fetched(wanted))
+                stretches_here: list[Any] = stack.enter_context(fetched(wanted))
             except CacheCorrupt as error:
                 raise self._damage(error, runs[0][5]) from error
             here: list[_Run] = []
-            for (shard, first, count, offset, size, out), stretch in zip(runs, parts, strict=True):
-                file: Any = stretch
-                here.append((replace(shard, file=file), first, count, offset, size, out))
+            for some, stretch in zip(by_shard.values(), stretches_here, strict=True):
+                shard = replace(some[0][0], file=stretch)
+                here += [(shard, *run[1:]) for run in some]
             self._read_runs(here, target)
+
+    def _read_from_disk(self, runs: list[_Run], target: Array) -> None:
+        """Read and check runs of files here: where threads have to wait for a disk, several of them wait together."""
+        with self._source.pace.over(len(target), len(runs)):
+            threads = SIDE_BY_SIDE if self._source.pace.slow else 1
+            shares = [runs[i::threads] for i in range(threads)]
+            at_once(lambda share: self._read_runs(share, target), [share for share in shares if share])
 
     def _read_runs(self, runs: list[_Run], target: Array) -> None:
         if self._array.compression != "none":
@@ -140,6 +175,7 @@ class ChunkRequest:
                 else:
                     runs += self._listed(shard, chunk + step, count, out)
                 out += count
+        self._shards = list(opened.values())
         return _joined(runs)
 
     def _listed(self, shard: OpenShard, first: int, count: int, out: int) -> list[_Run]:
@@ -263,6 +299,7 @@ class ChunkSource:
         self.distant = not isinstance(folder, LocalFolder)
         self.opened = OpenShards(folder)
         self.pace = DiskPace()
+        self._calm = 0  # reads since the last that had to fetch something
         self._store = store_of(manifest)
 
     def open_shard(self, array: ArrayLayout, number: int) -> OpenShard:
@@ -291,6 +328,24 @@ class ChunkSource:
             joint = _joint_checksums(checksums, T, size)
         shard = OpenShard(file, places, checksums, piece, joint)
         return self.opened.shards.put((array.name, number), shard, places.nbytes + (joint.nbytes if joint else 0))
+
+    @property
+    def waits(self) -> bool:
+        """Whether one of the last reads had to be fetched from a distance."""
+        return self.distant and self._calm < _CALM
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Note whether what is read meanwhile has to be fetched."""
+        before = self._fetched
+        yield
+        if self._fetched is not None:
+            self._calm = self._calm + 1 if self._fetched == before else 0
+
+    @property
+    def _fetched(self) -> int | None:
+        """How many blocks were fetched so far; None where nothing is kept here."""
+        return self.folder.blocks_here.fetched if isinstance(self.folder, StreamedFolder) else None
 
     def forget(self, file: ReadableFile) -> None:
         """Have a distant file that is not what it should be fetched again."""

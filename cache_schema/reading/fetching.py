@@ -29,21 +29,15 @@ def stretches(sizes: Sequence[int]) -> Iterator[range]:
 
 
 @contextmanager
-def fetched(wanted: Sequence[tuple[DistantFile, int, int]]) -> Iterator[list[Stretch]]:
-    """Yield a stretch for every (file, offset, size), in their order; raises what `Asked.arrived` raises."""
-    by_file: dict[int, list[int]] = {}
-    for i, (file, _, _) in enumerate(wanted):
-        by_file.setdefault(id(file), []).append(i)
+def fetched(wanted: Sequence[tuple[DistantFile, Sequence[tuple[int, int]]]]) -> Iterator[list[Stretch]]:
+    """Yield for every file what its ranges (offset, size) can be read from; raises what `Asked.arrived` raises."""
     with ExitStack() as stack:
         asked = []
         # All files are asked before the first answer is waited for.
-        for group in by_file.values():
-            asked.append(wanted[group[0]][0].ask([wanted[i][1:] for i in group]))
+        for file, ranges in wanted:
+            asked.append(file.ask(ranges))
             stack.callback(asked[-1].close)
-        found: dict[int, Stretch] = {}
-        for group, each in zip(by_file.values(), asked, strict=True):
-            found |= dict(zip(group, each.arrived(), strict=True))
-        yield [found[i] for i in range(len(wanted))]
+        yield [each.arrived() for each in asked]
 
 
 def at_once(work: Callable[[T], R], items: Sequence[T]) -> list[R]:

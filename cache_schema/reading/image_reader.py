@@ -54,7 +54,8 @@ class ImageReader:
                 self._source.forget(self._source.opened.file(layout.image_file(row // per_shard)))
                 return self.read(row)
 
-        return at_once(read, rows)
+        with self._source.noting():
+            return at_once(read, rows)
 
     def _places(self, shard: int) -> Array:
         """Return where the images of a shard are, int64 (rows, 2)."""

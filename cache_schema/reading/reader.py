@@ -164,6 +164,11 @@ class Cache:
             return False
         return self._built is None or row // self.manifest.store.samples_per_shard in self._built
 
+    @property
+    def waits(self) -> bool:
+        """Whether what was read last had to be waited for, so that several batches are best read at once."""
+        return self._opened.waits
+
     def read(
         self,
         rows: Sequence[int] | Array,
@@ -189,13 +194,14 @@ class Cache:
             self._layouts[tap] = layout.feature_layouts(self.manifest, info)
         parts: dict[str, torch.Tensor] = {}
         dtype = TORCH_DTYPES[self.manifest.encoding.kind]
-        for array in self._layouts[tap]:
-            request = ChunkRequest(self._opened, array, samples, views, each)
-            shape = (len(samples), steps.shape[-1], *array.inner)
-            payload = array.part == "payload"
-            tensor = output(out, shape, dtype) if payload else torch.empty(shape, dtype=torch.float32)
-            request.read_into(tensor.reshape(-1).view(torch.uint8).numpy())
-            parts[array.part] = tensor
+        source = self._opened
+        with source.noting():
+            for array in self._layouts[tap]:
+                request = ChunkRequest(source, array, samples, views, each)
+                shape, payload = (len(samples), steps.shape[-1], *array.inner), array.part == "payload"
+                tensor = output(out, shape, dtype) if payload else torch.empty(shape, dtype=torch.float32)
+                request.read_into(tensor.reshape(-1).view(torch.uint8).numpy())
+                parts[array.part] = tensor
         channel = self._channel(info, steps) if "scale" in parts else None
         return EncodedBatch(parts["payload"], parts.get("scale"), channel, self.manifest.encoding.kind)
 
@@ -275,8 +281,7 @@ class Cache:
         if self.manifest.images is None:
             raise CacheRequestError(f"cache {self.manifest.label} was built without images")
         wanted = self._row_indices(rows, self._image_count, "an image")
-        self._leave_parents_files()
-        if self._source.distant:
+        if self._opened.distant:
             return self._image_reader.read_at_once(wanted)
         return [self._image_reader.read(row) for row in wanted]
 
@@ -299,13 +304,10 @@ class Cache:
 
     @property
     def _opened(self) -> ChunkSource:
-        self._leave_parents_files()
-        return self._source
-
-    def _leave_parents_files(self) -> None:
         if self._pid != os.getpid():
             # Another thread may have held a lock at the moment of the fork.
             self._open_nothing()
+        return self._source
 
     def _open_nothing(self) -> None:
         self._pid = os.getpid()

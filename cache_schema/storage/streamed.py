@@ -8,13 +8,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from cache_schema.errors import CacheCorrupt, CacheError
-from cache_schema.storage.blocks import BLOCK, BlockFile, BlockStore, default_folder
+from cache_schema.storage.blocks import BLOCK, BlockFile, BlockStore, blocks_of, default_folder
 from cache_schema.storage.folder import Folder, Signature
 from cache_schema.storage.local import LocalFolder
 from cache_schema.storage.places import Location, folder_at
 from cache_schema.storage.remote import RemoteFile, RemoteFolder, requests
 from cache_schema.storage.retrying import STREAMING_DEADLINE, Retrying, patience
-from cache_schema.storage.stretches import Stretch
 
 DEFAULT_BOUND = "10GB"
 _MOST_BLOCKS = 32  # of one request
@@ -52,14 +51,17 @@ class StreamedFile:
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill `view` with the bytes from `offset`; raises CacheCorrupt where the file does not have them."""
+        if self._process == os.getpid() and self._blocks.read_seen(view, offset):
+            return
         with contextlib.closing(self.ask([(offset, view.nbytes)])) as asked:
-            asked.arrived()[0].read_into(view, offset)
+            asked.arrived().read_into(view, offset)
 
     def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Return the bytes of every (offset, size), what is missing here fetched by several requests at once."""
         found = []
         with contextlib.closing(self.ask(ranges)) as asked:
-            for stretch, (offset, size) in zip(asked.arrived(), ranges, strict=True):
+            stretch = asked.arrived()
+            for offset, size in ranges:
                 out = bytearray(size)
                 stretch.read_into(memoryview(out), offset)
                 found.append(bytes(out))
@@ -72,13 +74,27 @@ class StreamedFile:
                 raise CacheCorrupt(f"{self.path} is truncated: it has no bytes {offset} to {offset + size}")
         if self._process != os.getpid():
             self._begin()
-        leases = contextlib.ExitStack()
-        leases.enter_context(self._blocks.lease())
+        self._blocks.acquire()
         try:
-            return AskedBlocks(self.path, self._blocks, self._on_their_way(ranges), len(ranges), leases)
+            awaited = [] if self._blocks.has_seen(ranges) else self._on_their_way(ranges)
         except BaseException:
-            leases.close()
+            self._blocks.release()
             raise
+        return AskedBlocks(self.path, self._blocks, awaited)
+
+    def keep(self, ranges: Iterable[tuple[int, int]]) -> bool:
+        """Have every (offset, size) stay here until `let_go`, if all of them are known to be; say whether they are."""
+        if self._process != os.getpid():
+            return False
+        self._blocks.acquire()
+        if self._blocks.has_seen(ranges):
+            return True
+        self._blocks.release()
+        return False
+
+    def let_go(self) -> None:
+        """Let be removed what `keep` kept."""
+        self._blocks.release()
 
     def forget(self) -> None:
         """Have everything fetched again."""
@@ -93,7 +109,7 @@ class StreamedFile:
 
     def _on_their_way(self, ranges: Sequence[tuple[int, int]]) -> list["Future[Fetched]"]:
         """Ask for the blocks of ranges that are neither here nor asked for; return what brings those not here."""
-        wanted = sorted({n for offset, size in ranges if size for n in _blocks_of(offset, size)})
+        wanted = sorted({n for offset, size in ranges if size for n in blocks_of(offset, size)})
         awaited: dict[int, Future[Fetched]] = {}  # by its identity
         with self._lock:
             # First what is pending: a block is here before it ceases to be.
@@ -132,28 +148,30 @@ class Fetched:
 class AskedBlocks:
     """Ranges of a streamed file, all read at one place: from blocks that are here, others from where they arrive."""
 
-    def __init__(
-        self, path: str, blocks: BlockFile, awaited: Sequence[Future[Fetched]], count: int, leases: contextlib.ExitStack
-    ) -> None:
+    def __init__(self, path: str, blocks: BlockFile, awaited: Sequence[Future[Fetched]]) -> None:
+        """`blocks` are held by a lease, which `close` gives back."""
         self.path = path
-        self._blocks, self._awaited, self._count, self._leases = blocks, awaited, count, leases
+        self._blocks, self._awaited = blocks, awaited
         self._fresh: dict[int, memoryview] = {}
 
-    def arrived(self) -> Sequence[Stretch]:
-        """Return a stretch for every range, when all are here; raises what a request raised."""
+    def arrived(self) -> "AskedBlocks":
+        """Return itself, when all are here; raises what a request raised."""
         for future in self._awaited:
             fetched = future.result()
             for number, start in enumerate(range(0, len(fetched.data), BLOCK), fetched.first):
                 self._fresh[number] = fetched.data[start : start + BLOCK]
-        return [self] * self._count
+        return self
 
     def close(self) -> None:
         """Let the blocks be removed."""
-        self._leases.close()
+        self._blocks.release()
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill `view` from `offset` of the file; raises CacheCorrupt where the local copy lacks something."""
         at, size = 0, view.nbytes
+        if not self._fresh:
+            self._read_here(view, offset)
+            return
         while at < size:
             number, inside = divmod(offset + at, BLOCK)
             if number in self._fresh:
@@ -164,13 +182,12 @@ class AskedBlocks:
                 while stop * BLOCK < offset + size and stop not in self._fresh:
                     stop += 1
                 taken = min(stop * BLOCK - offset - at, size - at)
-                if not self._blocks.read_into(view[at : at + taken], offset + at):
-                    raise CacheCorrupt(f"the local copy of {self.path} is truncated; run the same command again")
+                self._read_here(view[at : at + taken], offset + at)
             at += taken
 
-
-def _blocks_of(offset: int, size: int) -> range:
-    return range(offset // BLOCK, -(-(offset + size) // BLOCK))
+    def _read_here(self, view: memoryview, offset: int) -> None:
+        if not self._blocks.read_into(view, offset):
+            raise CacheCorrupt(f"the local copy of {self.path} is truncated; run the same command again")
 
 
 def _runs(numbers: Iterable[int]) -> list[list[int]]:

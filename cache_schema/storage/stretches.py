@@ -1,30 +1,30 @@
 """Stretches of files that were asked for from a distance: read as the files would be, once they are here."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Protocol
 
 from cache_schema.storage.folder import ReadableFile
 
 
 class Stretch(Protocol):
-    """A part of a file that is on this machine. `path` says in messages where the file is."""
+    """Ranges of a file that are on this machine. `path` says in messages where the file is."""
 
     path: str
 
     def read_into(self, view: memoryview, offset: int) -> None:
-        """Fill `view` with the bytes from `offset` of the file, which lie in the stretch; raises CacheCorrupt."""
+        """Fill `view` with the bytes from `offset` of the file, which lie in one of the ranges; raises CacheCorrupt."""
 
 
 class Asked(Protocol):
     """Ranges of a file that are on their way."""
 
-    def arrived(self) -> Sequence[Stretch]:
-        """Return a stretch for every range, when all are here; raises CacheCorrupt, CacheUnreachable."""
+    def arrived(self) -> Stretch:
+        """Return what to read them from, when all are here; raises CacheCorrupt, CacheUnreachable."""
 
     def close(self) -> None:
-        """Let go of what is kept here for them; their stretches are not read any more."""
+        """Let go of what is kept here for them, which is not read any more."""
 
 
 class DistantFile(ReadableFile, Protocol):
@@ -34,32 +34,27 @@ class DistantFile(ReadableFile, Protocol):
         """Have every (offset, size) fetched by several requests at once; raises CacheCorrupt for what it lacks."""
 
 
-@dataclass(frozen=True)
-class InMemory:
-    """A stretch whose bytes are in memory, from `offset` of the file on."""
-
-    path: str
-    offset: int
-    data: memoryview
-
-    def read_into(self, view: memoryview, offset: int) -> None:
-        """Fill `view` from `offset` of the file."""
-        start = offset - self.offset
-        view[:] = self.data[start : start + view.nbytes]
-
-
 class AskedIntoMemory:
-    """Ranges that arrive in memory, each by a request of its own."""
+    """Ranges that arrive in memory, each by a request of its own, to be read there."""
 
     def __init__(self, path: str, offsets: Sequence[int], answers: Sequence[Future[memoryview]]) -> None:
-        self._path, self._offsets, self._answers = path, offsets, answers
+        self.path = path
+        order = sorted(range(len(offsets)), key=offsets.__getitem__)
+        self._offsets, self._answers = [offsets[i] for i in order], [answers[i] for i in order]
+        self._data: list[memoryview] = []
 
-    def arrived(self) -> list[InMemory]:
-        """Return a stretch for every range, when all are here; raises what its request raised."""
-        pairs = zip(self._offsets, self._answers, strict=True)
-        return [InMemory(self._path, offset, answer.result()) for offset, answer in pairs]
+    def arrived(self) -> "AskedIntoMemory":
+        """Return itself, when all ranges are here; raises what a request raised."""
+        self._data = [answer.result() for answer in self._answers]
+        return self
 
     def close(self) -> None:
         """Drop what nobody waits for any more."""
         for answer in self._answers:
             answer.cancel()
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill `view` from `offset` of the file."""
+        place = bisect_right(self._offsets, offset) - 1
+        start = offset - self._offsets[place]
+        view[:] = self._data[place][start : start + view.nbytes]

@@ -93,6 +93,31 @@ def test_no_more_is_drawn_from_the_items_than_is_made_ahead(threads: int, depth:
     assert number == 100
 
 
+@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(1, 4))
+def test_nothing_is_made_ahead_while_it_would_not_pay_and_the_order_is_the_same(quick: list[bool], depth: int) -> None:
+    drawn = taken_so_far = 0
+
+    def items() -> Iterator[int]:
+        nonlocal drawn
+        for item in range(len(quick)):
+            drawn += 1
+            yield item
+
+    here = threading.get_ident()
+    makers: list[int] = []
+    ahead = ReadAhead(
+        lambda item: (item, threading.get_ident()), threads=2, depth=depth, unless=lambda: quick[taken_so_far]
+    )
+    with ahead:
+        for item, maker in ahead.over(items()):
+            assert (item, quick[item:] and drawn <= item + 1 + depth) == (taken_so_far, True)
+            makers.append(maker)
+            taken_so_far = min(taken_so_far + 1, len(quick) - 1)
+    assert len(makers) == len(quick)
+    assert not all(quick) or set(makers) == {here}
+    assert any(quick) or here not in makers
+
+
 def test_endless_items_end_with_their_loop_and_the_workers_go_on() -> None:
     with ReadAhead(Square(), processes=1) as ahead:
         for _ in range(3):

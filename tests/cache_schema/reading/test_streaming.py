@@ -17,7 +17,15 @@ from cache_proxy import FaultyProxy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_schema import CacheCorrupt, CacheError, CacheUnreachable, FeatureLoader, open_cache
+from cache_schema import (
+    CacheCorrupt,
+    CacheDataset,
+    CacheError,
+    CacheUnreachable,
+    FeatureBatch,
+    FeatureLoader,
+    open_cache,
+)
 from cache_schema.care.describe import describe
 from cache_schema.care.verify import verify
 from cache_schema.storage import blocks as stored
@@ -292,6 +300,59 @@ def test_a_block_that_a_crash_left_torn_is_fetched_again(tmp_path: Path) -> None
             torn.write(bytes(1000))
         (store.root / "used").write_bytes(b"")
     assert place.sent == 3 * BLOCK
+
+
+def test_a_block_that_was_garbled_after_it_was_read_is_found_by_its_checksum_and_fetched_again(
+    cache_of: CacheOf, own_blocks: Path
+) -> None:
+    root = cache_of(kind="int8")
+    here, there = open_cache(root), open_cache(on_s3(root, "garbled"))
+    rows = list(range(FEATURE_ROWS))
+    for _ in range(2):
+        assert torch.equal(there.read(rows).decode(), here.read(rows).decode())
+        for path in BlockStore(own_blocks, 1 << 30).files():
+            with path.open("r+b") as file:
+                file.seek(-50, os.SEEK_END)
+                file.write(bytes(50))
+
+
+def test_a_block_that_is_removed_while_it_is_read_is_read_to_the_end(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path / "blocks", 8 * BLOCK, least=0)
+    file = _one_block(store, "aa")
+    found = bytearray(BLOCK)
+    with file.lease():
+        next(store.files()).unlink()
+        assert file.read_seen(memoryview(found), 0)
+    assert found == b"a" * BLOCK
+    with file.lease():  # and whoever comes next finds that it is gone
+        assert not file.has(0)
+        assert not file.read_seen(memoryview(found), 0)
+
+
+def test_what_an_epoch_left_here_is_read_by_the_loop_itself_and_without_a_request(
+    cache_of: CacheOf, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = cache_of(kind="int8")
+    url = on_s3(root, "second-epoch")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    _store.cache_clear()
+    readers: list[str] = []
+    read = CacheDataset.read
+
+    def noted(self: CacheDataset, *args: object) -> FeatureBatch:
+        readers.append(threading.current_thread().name)
+        return read(self, *args)
+
+    monkeypatch.setattr(CacheDataset, "read", noted)
+    with FeatureLoader(open_cache(url), 2, seed=1) as loader:
+        whole = [batch.payload.clone() for _ in range(3) for batch in loader]
+        assert all(name.startswith("ahead") for name in readers[: len(loader)])
+        proxy.go_away()
+        readers.clear()
+        assert len([batch for _ in range(2) for batch in loader]) == 2 * len(loader)
+        assert set(readers) == {threading.current_thread().name}
+    expected = FeatureLoader(open_cache(root), 2, seed=1)
+    assert all(torch.equal(a, b.payload) for a, b in zip(whole, (b for _ in range(3) for b in expected), strict=True))
 
 
 def test_many_threads_and_a_small_bound_end_and_read_what_is_there(tmp_path: Path) -> None:
