@@ -34,6 +34,7 @@ ExtraRowsFrom = Annotated[
 TimestepsPerStep = Annotated[
     int | None, Setting("Timesteps drawn anew for each image at each update, of those above; all by default.")
 ]
+FeaturesFrom = Annotated[str | None, Setting("Another cache to read them from, of the same images: a folder or a URL.")]
 ShuffleFeatures = Annotated[bool, Setting("A control: every image is given the features of another one of its split.")]
 
 

@@ -30,6 +30,13 @@ def ablate(
     unrefined_teacher: Annotated[
         str | None, typer.Option(help="Cache of the same images by the teacher before Stage I: row ② of the paper.")
     ] = None,
+    other_features: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=CACHE",
+            help="gcd with the features of another cache of the same images, say of another teacher; repeatable.",
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, … of every variant.")] = 3,
     jobs: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
     preset: Annotated[str, typer.Option(help="Preset of every run.")] = "recommended",
@@ -54,7 +61,7 @@ def ablate(
     names = [name for name in variants.split(",") if name]
     unrefined_teacher = unrefined_teacher and _absolute(unrefined_teacher)
     opened = open_for(cache, allow_partial)
-    chosen = choose_variants(opened, names, sweep or [], random_teacher, unrefined_teacher, split)
+    chosen = choose_variants(opened, names, sweep or [], random_teacher, unrefined_teacher, split, other_features or [])
     targets = target_folders(opened, chosen, output)
     cells = make_cells(cache, chosen, seeds, preset, settings or [], targets)
     for reason in left_out(opened, split) if not names else ():

@@ -32,7 +32,7 @@ class Variant:
     method: str
     settings: tuple[str, ...] = ()
     cache: str | None = None  # another one than the ablation's
-    target: str | None = None  # what is regressed in the features' place, of `control_targets`
+    target: str | None = None  # what is read in the features' place, of `control_targets`
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ VARIANTS = {
         Variant(FULL, "row ④: distilled through the GIM", "gcd"),
         Variant("regression", "control: the same features, plain regression", "regression"),
         Variant("crop-pixels", "control: no teacher, regression of the object's pixels", "regression", target=PIXELS),
+        Variant("pixels-by-gim", "control: no teacher, the object's pixels through the GIM", FULL, target=PIXELS),
         Variant("caption-words", "control: no teacher, regression of the caption's words", "regression",
                 ("regression.tokens=0", "regression.pooled=1"), target=WORDS),
         Variant("relational", "control: the same features, similarities alone", "relational"),
@@ -85,8 +86,8 @@ VARIANTS = {
 }  # fmt: skip
 NEED_UNLABELLED = ("pseudo-labels", "consistency", "no-unlabelled")
 BY_DEFAULT = (
-    BASELINE, AUXILIARY, FULL, "regression", "crop-pixels", "caption-words", "relational", "shuffled", "pseudo-labels",
-    "consistency", "no-unlabelled",
+    BASELINE, AUXILIARY, FULL, "regression", "crop-pixels", "pixels-by-gim", "caption-words", "relational", "shuffled",
+    "pseudo-labels", "consistency", "no-unlabelled",
 )  # fmt: skip
 # Sweeps of the paper's tables by the letter it uses; those of `stages` and `tap` depend on the cache.
 SWEEPS = {
@@ -105,9 +106,11 @@ def choose_variants(
     random_teacher: str | None,
     unrefined_teacher: str | None = None,
     split: SplitName = "test",
+    others: Iterable[str] = (),
 ) -> list[Variant]:
     """The variants asked for (by default all controls that the cache allows), and one for each value of each sweep.
 
+    others: `NAME=CACHE`, gcd with the features of another cache of the same images.
     The baseline is always among them. Raises TrainError for names and sweeps that do not exist, and for variants asked
     for that the cache does not allow.
     """
@@ -127,6 +130,7 @@ def choose_variants(
         variants.insert(1, Variant("auxiliary-unrefined", about, "auxiliary", cache=unrefined_teacher))
     if random_teacher is not None:
         variants.append(Variant("random-teacher", "control: a teacher of random weights", "gcd", cache=random_teacher))
+    variants += [_with_other_features(other) for other in others]
     return [*variants, *(variant for sweep in sweeps for variant in read_sweep(sweep, cache))]
 
 
@@ -151,6 +155,16 @@ def _reason_against(cache: Cache, variant: Variant, split: SplitName) -> str | N
         except TrainError as error:
             return str(error)
     return None
+
+
+def _with_other_features(other: str) -> Variant:
+    name, equals, cache = other.partition("=")
+    if not (name and equals and cache) or name in VARIANTS:
+        raise TrainError(
+            f"other-features: write NAME=CACHE, with a name of its own, e.g. latents=runs/latents (got {other!r})"
+        )
+    where = cache if "://" in cache else str(Path(cache).resolve())
+    return Variant(name, "the same with other features", FULL, (f"features={where}",))
 
 
 def _named_by_teacher(variant: Variant, cache: Cache) -> Variant:

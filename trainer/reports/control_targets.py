@@ -1,4 +1,4 @@
-"""Targets that no teacher made, as caches that a control regresses like features: pixels of the object, caption words.
+"""Targets that no teacher made, as caches that a control reads like features: pixels of the object, caption words.
 
 Made from what a cache holds beside its features, for the same rows and views, and read by the same loader, so that
 nothing but the target differs.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,12 +65,15 @@ def check_target(cache: Cache, kind: str) -> None:
 
 
 def make_target(cache: Cache, kind: str, folder: Path) -> None:
-    """Make the targets of all rows that may be trained on, or what is missing of them; raises TrainError."""
+    """Make the targets of all rows with features, or what is missing of them; raises TrainError.
+
+    Those of test images are for an embedding that reads them at test time, as the features it is held against.
+    """
     check_target(cache, kind)
     views = [view for view in cache.manifest.views if is_paired(view)]
     target = _pixels(cache, views) if kind == PIXELS else _words(cache, views)
-    rows = _rows(cache)
-    samples, count = make_samples(cache.samples.take(rows).to_pylist(), ("train", "unlabeled"))
+    rows = _rows(cache, {"train", "unlabeled", "test"})
+    samples, count = make_samples(cache.samples.take(rows).to_pylist(), ("train", "unlabeled", "test"))
     manifest = plan_manifest(
         dataset=_dataset(cache, samples, count),
         teacher=TeacherInfo(
@@ -102,7 +105,10 @@ def vocabulary(cache: Cache) -> list[str]:
 
     A word of all captions or of one alone tells nothing of the others.
     """
-    captions = [str(caption or "") for caption in cache.samples["caption"].take(_rows(cache)).to_pylist()]
+    captions = [
+        str(caption or "")
+        for caption in cache.samples["caption"].take(_rows(cache, {"train", "unlabeled"})).to_pylist()
+    ]
     counts = Counter(word for caption in captions for word in _words_of(caption))
     kept = [word for word, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
     kept = [word for word in kept if 1 < counts[word] < len(captions)][:MOST_WORDS]
@@ -116,10 +122,10 @@ def vocabulary(cache: Cache) -> list[str]:
     return kept
 
 
-def _rows(cache: Cache) -> np.ndarray:
-    """Rows that may be trained on and have features; of others a run reads none."""
+def _rows(cache: Cache, of: Collection[str]) -> np.ndarray:
+    """Rows of some splits that have features."""
     splits = cache.samples["split"].to_pylist()
-    usable = [row for row, split in enumerate(splits) if split != "test" and cache.has_features(row)]
+    usable = [row for row, split in enumerate(splits) if split in of and cache.has_features(row)]
     return np.array(usable, dtype=np.int64)
 
 
@@ -184,6 +190,6 @@ def _dataset(cache: Cache, samples: Any, feature_rows: int) -> DatasetInfo:
         fingerprint=fingerprint_samples(samples),
         superclass=about.superclass,
         counts=dict(counts),
-        feature_splits=[split for split in ("train", "unlabeled") if counts[split]],
+        feature_splits=[split for split in ("train", "unlabeled", "test") if counts[split]],
         feature_rows=feature_rows,
     )

@@ -1,4 +1,4 @@
-"""What a control regresses in the place of features: pixels of the object, words of the caption."""
+"""What a control reads in the place of features: pixels of the object, words of the caption."""
 
 import io
 
@@ -11,6 +11,7 @@ from trainer.data.batches import TrainingBatches
 from trainer.errors import TrainError
 from trainer.methods.registry import find_method
 from trainer.reports.ablation_plan import choose_variants, left_out, make_cells, read_sweep, target_folders
+from trainer.reports.ablation_run import run_cells
 from trainer.reports.control_targets import SIDE, check_target, make_target, vocabulary
 
 COLOURS = ("red", "green", "blue")
@@ -80,7 +81,7 @@ def test_captions_that_tell_nothing_are_refused_in_a_line(make_cache, caption, s
 
 
 def test_a_control_reads_its_target_and_the_images_of_the_ablations_cache(told, tmp_path, tiny_settings):
-    variants = choose_variants(told, ["crop-pixels", "caption-words"], [], None)
+    variants = choose_variants(told, ["crop-pixels", "caption-words", "pixels-by-gim"], [], None)
     folders = target_folders(told, variants, tmp_path)
     settings = [*tiny_settings[1::2], "tap=hidden", "timesteps=10,22"]  # of the other runs
     cells = make_cells(str(told.root), variants, 1, "small", settings, folders)
@@ -88,10 +89,24 @@ def test_a_control_reads_its_target_and_the_images_of_the_ablations_cache(told, 
     assert [cell.name for cell in cells] == [cell.name for cell in elsewhere]
     for kind, folder in folders.items():
         make_target(told, kind, folder)
-    for cell, kind in zip(cells[1:], ("pixels", "words"), strict=True):
-        batches = TrainingBatches(told, cell.config, 24, find_method("regression").needs(cell.config))
+    for cell, kind in zip(cells[1:], ("pixels", "words", "pixels"), strict=True):
+        batches = TrainingBatches(told, cell.config, 24, find_method(cell.config.method).needs(cell.config))
         assert batches.sources["teacher"].tap == kind
         assert batches[0].images.any()
+
+
+def test_the_gim_reads_another_caches_features_beside_the_images_of_the_ablations_cache(
+    told, targets, tmp_path, tiny_settings
+):
+    other = f"pixels-again={targets['pixels'].root}"
+    variants = choose_variants(told, ["gcd"], [], None, others=[other])
+    assert [variant.name for variant in variants] == ["baseline", "gcd", "pixels-again"]
+    cells = make_cells(str(told.root), variants, 1, "small", tiny_settings[1::2])
+    scores = next(run_cells(cells[2:], tmp_path, "test", 1)).scores
+    assert scores["auxiliary"]["masked"].keys() == {"mean", "1"}  # E_D, of the one timestep that the other cache has
+    for wrong in ("pixels", "=there", "gcd=there"):
+        with pytest.raises(TrainError, match="other-features: write NAME=CACHE"):
+            choose_variants(told, ["gcd"], [], None, others=[wrong])
 
 
 def test_rows_two_and_three_go_by_how_the_teacher_was_made(told, make_cache):

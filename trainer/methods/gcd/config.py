@@ -9,6 +9,7 @@ from pydantic import Field
 from cache_schema.fields import Setting
 from trainer.config import (
     ExtraRowsFrom,
+    FeaturesFrom,
     Frozen,
     OptimConfig,
     RegressionConfig,
@@ -165,6 +166,7 @@ class GcdConfig(TrainConfig):
     method: Literal["gcd"] = "gcd"
     unlabeled_per_batch: int = Field(default=0, ge=0)  # extra rows per batch that only CAL sees
     unlabeled_from: ExtraRowsFrom = "unlabeled"
+    features: FeaturesFrom = None
     tap: str | None = None  # None: hidden where the cache has it, otherwise its first
     timesteps: tuple[int, ...] | None = None  # None: all that the cache has
     timesteps_per_step: TimestepsPerStep = Field(default=None, ge=1)

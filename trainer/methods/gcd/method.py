@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,9 @@ class Gcd(Method):
     @classmethod
     def needs(cls, config: GcdConfig) -> Needs:
         shuffled = config.seed if config.shuffle_features else None
-        features = {TEACHER: FeatureNeed(config.tap, config.timesteps, shuffled=shuffled)}
+        features = {TEACHER: FeatureNeed(config.tap, config.timesteps, config.features, shuffled=shuffled)}
         if config.loss.target_views == "mean":
-            features[OTHER_VIEW] = FeatureNeed(config.tap, config.timesteps, next_view=True, shuffled=shuffled)
+            features[OTHER_VIEW] = replace(features[TEACHER], next_view=True)
         gim, loss = config.gim, config.loss
         whole = gim.fits_all or loss.align_target == "pooled"
         return Needs(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from cache_schema.fields import Setting
-from trainer.config import ExtraRowsFrom, RegressionConfig, ShuffleFeatures, TimestepsPerStep, TrainConfig
+from trainer.config import ExtraRowsFrom, FeaturesFrom, RegressionConfig, ShuffleFeatures, TimestepsPerStep, TrainConfig
 from trainer.methods.baseline.config import BaselineLossConfig, BaselineOptimConfig
 
 
@@ -33,9 +32,7 @@ class RegressionRunConfig(TrainConfig):
     method: Literal["regression"] = "regression"
     unlabeled_per_batch: int = Field(default=0, ge=0)  # extra rows per batch that are regressed alone
     unlabeled_from: ExtraRowsFrom = "unlabeled"
-    features: Annotated[
-        str | None, Setting("Another cache to read them from, of the same images: a folder or a URL.")
-    ] = None
+    features: FeaturesFrom = None
     tap: str | None = None  # None: hidden where the cache has it, otherwise its first
     timesteps: tuple[int, ...] | None = None  # None: all that the cache has
     timesteps_per_step: TimestepsPerStep = Field(default=None, ge=1)
