@@ -296,9 +296,9 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.workloads.split(","):
         workload = Workload(name, tokens=8, channels=16) if args.small else WORKLOADS[name]
         if args.cold:
-            # As many bytes of each, and three batches at least.
+            # As many bytes of each, and six batches at least.
             alike = args.samples * WORKLOADS["int8"].sample_bytes // WORKLOADS[name].sample_bytes
-            results.append(cold.measure(workload, max(alike, 3 * args.batch), args.rounds, args.batch))
+            results.append(cold.measure(workload, max(alike, 6 * args.batch), args.rounds, args.batch))
             print(f"{cold.render(results[-1])}\n", flush=True)
             continue
         results.append(measure(workload, args.samples, args.rounds, args.batch, args.least_seconds, args.together))

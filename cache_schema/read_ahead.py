@@ -38,7 +38,7 @@ class ReadAhead(Generic[T, R]):
     `make` raises arrives where its result would have. Processes are given `make` once, by fork or pickled, as
     `start_method` has it; they leave Ctrl-C to this process, and end with it.
 
-    `unless`: while it says so nothing is made ahead, as where making takes no waiting that could be shared.
+    `depth` may be a function, asked each time: as long as it returns 0, items are made when the loop comes to them.
     """
 
     def __init__(
@@ -47,15 +47,19 @@ class ReadAhead(Generic[T, R]):
         *,
         threads: int = 0,
         processes: int = 0,
-        depth: int | None = None,
+        depth: int | Callable[[], int] | None = None,
         start_method: str | None = None,
-        unless: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._make, self._threads, self._processes, self._unless = make, threads, processes, unless
+        self._make, self._threads, self._processes = make, threads, processes
         workers = processes or threads
-        self.depth = PREFETCH * workers if depth is None or not workers else depth
+        self._depth = PREFETCH * workers if depth is None or not workers else depth
         self._context = multiprocessing.get_context(start_method)
         self._executor: Executor | None = None
+
+    @property
+    def depth(self) -> int:
+        """How many items are made ahead now."""
+        return self._depth() if callable(self._depth) else self._depth
 
     def over(self, items: Iterable[T]) -> Generator[R, None, None]:
         """Yield `make(item)` for each item, in order; raises what it raises, and LoaderError if a process died.
@@ -88,8 +92,7 @@ class ReadAhead(Generic[T, R]):
         self.close()
 
     def _start_more(self, pending: deque[Future[R]], source: Iterator[T]) -> None:
-        depth = 0 if self._unless() else self.depth
-        pending.extend(map(self._start, islice(source, max(0, depth - len(pending)))))
+        pending.extend(map(self._start, islice(source, max(0, self.depth - len(pending)))))
 
     def _next(self, pending: deque[Future[R]], source: Iterator[T]) -> list[R]:
         """Return the next result alone in a list, which is empty after the last."""

@@ -21,12 +21,9 @@ import torch
 from cache_schema.errors import CacheRequestError
 from cache_schema.loading.dataset import CacheDataset, FeatureBatch, View, view_numbers
 from cache_schema.loading.sampler import VIEWS, EpochSampler, Rows, generator
-from cache_schema.read_ahead import PREFETCH, ReadAhead
+from cache_schema.loading.side_by_side import AT_ONCE, reading_ahead
+from cache_schema.read_ahead import PREFETCH
 from cache_schema.reading.reader import Cache
-from cache_schema.storage.places import is_remote
-
-# Batches of a cache that is elsewhere, by threads: while one waits for its last answers the others' are on their way.
-_READ_AT_ONCE = 4
 
 
 class FeatureLoader:
@@ -45,10 +42,10 @@ class FeatureLoader:
     number of workers goes on from there after `load_state_dict()`.
 
     `workers` processes read two batches each ahead, into shared memory that is used again as soon as nothing refers
-    to a batch. A batch stays as it is for as long as it is kept; but let go of it after `decode` or `to`, for once
-    all slots (two for each worker, and four) are kept, further batches are read into fresh memory, which is slower.
-    Of a cache that is elsewhere, threads of this process read several batches at once where there are no workers, as
-    long as something has to be fetched.
+    to a batch. Without workers, threads of this process read four batches at once, but only while reading has to wait
+    for a network or a disk. A batch stays as it is for as long as it is kept; but let go of it after `decode` or `to`,
+    for once all slots (two for each worker or one for each thread, and four) are kept, further batches are read into
+    fresh memory, which is slower.
     `pin_memory` page-locks the slots where there is CUDA, so that `batch.to(device, non_blocking=True)` overlaps, on
     any stream of any device: the slot is not used again before that copy is done. If you copy a batch's tensors by
     other means, let go of it while the stream that does is the current one. `start_method` is multiprocessing's,
@@ -81,9 +78,7 @@ class FeatureLoader:
         views = view_numbers(cache, [view] if isinstance(view, int | str) else view)
         if not views or (seed is None and len(views) > 1):
             raise CacheRequestError("a loader needs a view; and a seed to draw from several")
-        remote = is_remote(cache.folder.location)
-        threads = _READ_AT_ONCE if remote and not workers else 0
-        slots = PREFETCH * workers + threads + 4
+        slots = (PREFETCH * workers if workers else AT_ONCE) + 4
         dataset = CacheDataset(cache, tap, timesteps, views[0], rows, batch_size=batch_size, slots=slots)
         if not len(dataset):
             raise CacheRequestError(f"there are no rows of cache {cache.manifest.label} to load")
@@ -91,18 +86,9 @@ class FeatureLoader:
             dataset.pin_memory()
         self.sampler = EpochSampler(dataset.rows, batch_size, seed, drop_last=drop_last)
         self._dataset = dataset
-        if start_method is None and remote:
-            # Clients of remote places have threads, which a forked process would wait for in vain.
-            start_method = "spawn"
-        self._ahead = ReadAhead(
-            _Batches(dataset, self.sampler, views),
-            processes=workers,
-            threads=threads,
-            depth=threads or None,
-            start_method=start_method,
-            # What is here is read when it is asked for, as of a local cache: one thread is the fastest then.
-            unless=(lambda: not cache.waits) if threads else lambda: False,
-        )
+        batches = _Batches(dataset, self.sampler, views)
+        # What is in memory here is read when it is asked for: one thread is the fastest then.
+        self._ahead = reading_ahead(batches, [cache], workers=workers, calm=0, start_method=start_method)
         self._stream: Iterator[FeatureBatch] | None = None  # from batch `_taken` on
         self._order = {
             "cache_id": cache.manifest.cache_id,

@@ -4,8 +4,8 @@ The loops over rows are plain Python on purpose: a batch has tens of rows, for w
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +18,9 @@ from cache_schema.format.damage import damaged, view_and_timestep
 from cache_schema.format.journal import Kind, Record, read_record, record_name
 from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Manifest
-from cache_schema.reading.disk_pace import SIDE_BY_SIDE, DiskPace
 from cache_schema.reading.fetching import at_once, fetched, stretches
 from cache_schema.reading.open_shards import Checksums, ChunkPlaces, OpenShard, OpenShards
+from cache_schema.reading.waiting import SIDE_BY_SIDE, DiskPace, FetchingPace
 from cache_schema.storage.checksum import combine_crc32c, crc32c
 from cache_schema.storage.folder import Folder, ReadableFile
 from cache_schema.storage.local import LocalFolder
@@ -32,9 +32,6 @@ from cache_schema.stores.shard import chunk_bytes
 
 # What is read before it is checked: small enough to stay in a core's own cache, large enough for few system calls.
 _BLOCK = 1 << 20
-
-# Reads in a row that found all they wanted here, after which the next is expected to.
-_CALM = 4
 
 # Chunks that follow each other in one shard file and in the output: (shard, first, count, offset, size, out) with the
 # number there of the first one, how many, where their bytes are, and the number of the first one in the output.
@@ -299,7 +296,8 @@ class ChunkSource:
         self.distant = not isinstance(folder, LocalFolder)
         self.opened = OpenShards(folder)
         self.pace = DiskPace()
-        self._calm = 0  # reads since the last that had to fetch something
+        kept = folder.blocks_here if isinstance(folder, StreamedFolder) else None
+        self._fetching = None if kept is None else FetchingPace(lambda: kept.fetched)
         self._store = store_of(manifest)
 
     def open_shard(self, array: ArrayLayout, number: int) -> OpenShard:
@@ -331,21 +329,12 @@ class ChunkSource:
 
     @property
     def waits(self) -> bool:
-        """Whether one of the last reads had to be fetched from a distance."""
-        return self.distant and self._calm < _CALM
+        """Whether the last reads had to wait for a network or a disk."""
+        return self.pace.from_disk or (self.distant and (self._fetching is None or self._fetching.fetching))
 
-    @contextmanager
-    def noting(self) -> Iterator[None]:
+    def noting(self) -> AbstractContextManager[None]:
         """Note whether what is read meanwhile has to be fetched."""
-        before = self._fetched
-        yield
-        if self._fetched is not None:
-            self._calm = self._calm + 1 if self._fetched == before else 0
-
-    @property
-    def _fetched(self) -> int | None:
-        """How many blocks were fetched so far; None where nothing is kept here."""
-        return self.folder.blocks_here.fetched if isinstance(self.folder, StreamedFolder) else None
+        return nullcontext() if self._fetching is None else self._fetching.over()
 
     def forget(self, file: ReadableFile) -> None:
         """Have a distant file that is not what it should be fetched again."""

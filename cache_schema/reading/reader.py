@@ -166,7 +166,7 @@ class Cache:
 
     @property
     def waits(self) -> bool:
-        """Whether what was read last had to be waited for, so that several batches are best read at once."""
+        """Whether the last reads had to wait for a network or a disk, so that several batches are best read at once."""
         return self._opened.waits
 
     def read(

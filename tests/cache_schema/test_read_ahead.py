@@ -106,7 +106,7 @@ def test_nothing_is_made_ahead_while_it_would_not_pay_and_the_order_is_the_same(
     here = threading.get_ident()
     makers: list[int] = []
     ahead = ReadAhead(
-        lambda item: (item, threading.get_ident()), threads=2, depth=depth, unless=lambda: quick[taken_so_far]
+        lambda item: (item, threading.get_ident()), threads=2, depth=lambda: 0 if quick[taken_so_far] else depth
     )
     with ahead:
         for item, maker in ahead.over(items()):

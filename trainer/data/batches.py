@@ -15,9 +15,9 @@ from cache_schema.errors import LoaderError
 from cache_schema.loading.dataset import CacheDataset, FeatureBatch
 from cache_schema.loading.pool import PooledTensors, TensorPool
 from cache_schema.loading.sampler import AUGMENT, VIEWS, BalancedSampler, EpochSampler, StreamSampler, generator
-from cache_schema.read_ahead import PREFETCH, ReadAhead
+from cache_schema.loading.side_by_side import AT_ONCE, reading_ahead
+from cache_schema.read_ahead import PREFETCH
 from cache_schema.reading.batch import EncodedBatch
-from cache_schema.storage.places import is_remote
 from trainer import processes
 from trainer.config import TrainConfig
 from trainer.data.augmentation import augment_image, draw_numbers
@@ -357,22 +357,15 @@ class _SourceReader:
 
 
 def iterate(batches: TrainingBatches, start: int, stop: int, workers: int) -> Generator[Batch, None, None]:
-    """Yield batches start..stop-1 in order, made ahead of time by one thread or by `workers` processes."""
-    # Clients of remote caches have threads, which a forked process would wait for in vain.
-    remote = any(is_remote(cache.folder.location) for cache in batches.caches)
-    with ReadAhead(
-        batches.__getitem__,
-        processes=workers,
-        threads=1,
-        depth=read_ahead_depth(workers),
-        start_method="spawn" if remote else None,
-    ) as ahead:
+    """Yield batches start..stop-1 in order, made ahead of time by threads or by `workers` processes."""
+    depth = read_ahead_depth(workers)
+    with reading_ahead(batches.__getitem__, batches.caches, workers=workers, depth=depth, calm=PREFETCH) as ahead:
         yield from ahead.over(range(start, stop))
 
 
 def read_ahead_depth(workers: int) -> int:
-    """How many batches are made ahead: each may be as large as half a gigabyte, and page-locked."""
-    return workers + PREFETCH if workers else PREFETCH
+    """How many batches are made ahead, at most: each may be as large as half a gigabyte, and page-locked."""
+    return workers + PREFETCH if workers else AT_ONCE
 
 
 def _labelled(split: Split, config: TrainConfig) -> EpochSampler | BalancedSampler:
