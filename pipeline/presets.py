@@ -61,6 +61,8 @@ TEACHERS: dict[str, tuple[Values, ...]] = {
 
 # A teacher that is an image encoder of timm: `timm:NAME` or `timm:NAME:weights.safetensors`.
 TIMM_PREFIX = "timm:"
+# A control: the VAE alone of any other teacher, `vae:NAME`.
+VAE_PREFIX = "vae:"
 # An image encoder sees no noise and reads no text, so there is one timestep and no Stage I. It costs so little that
 # mirrored images are cached as well.
 _ENCODER: Values = {
@@ -93,6 +95,8 @@ def preset_values(dataset: str, teacher: str | None = None) -> Values:
 
 
 def _teacher_layers(name: str) -> tuple[Values, ...]:
+    if name.startswith(VAE_PREFIX):
+        return (_ENCODER, {"build": {"taps": ["latents"]}})
     return (_ENCODER,) if name.startswith(TIMM_PREFIX) else TEACHERS.get(name, ())
 
 

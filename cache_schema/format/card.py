@@ -6,6 +6,7 @@ from cache_schema.errors import printable
 from cache_schema.format.licences import licence_of
 from cache_schema.format.manifest import Encoding, Manifest, StoreKind, TeacherInfo
 
+_KINDS = {"timm": "an image encoder", "vae": "the VAE of a diffusion transformer"}  # by family; else such a transformer
 _STORES: dict[StoreKind, str] = {
     "zarr": "Each array under `features/` is an ordinary Zarr v3 array; what its numbers mean is in its attributes and "
     "in `manifest.json`.",
@@ -51,7 +52,7 @@ def render_card(manifest: Manifest) -> bytes:
 
 def _heading(manifest: Manifest) -> str:
     data, teacher = manifest.dataset, manifest.teacher
-    kind = "an image encoder" if teacher.family == "timm" else "a diffusion transformer"
+    kind = _KINDS.get(teacher.family, "a diffusion transformer")
     return (
         f"# Teacher cache {plain(manifest.label)}\n\n"
         f"Features of {data.feature_rows - len(manifest.failed_rows)} images of {code(data.name)} as {kind} "

@@ -14,7 +14,7 @@ from cache_schema.options import Command, Exposed
 from cache_schema.settings import flatten
 from pipeline.config import SETTINGS
 from pipeline.datasets import dataset_names
-from pipeline.presets import DATASETS, TEACHERS, TIMM_PREFIX, preset_values
+from pipeline.presets import DATASETS, TEACHERS, TIMM_PREFIX, VAE_PREFIX, preset_values
 
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 
@@ -25,7 +25,8 @@ LIMIT = "data.limit"
 TEACHER: list[str | Exposed] = [
     Exposed(
         "teacher.name",
-        help=f"Preset ({', '.join(TEACHERS)}), diffusers folder, hub repository, or image encoder {TIMM_PREFIX}NAME.",
+        help=f"Preset ({', '.join(TEACHERS)}), diffusers folder, hub repository, image encoder {TIMM_PREFIX}NAME, or "
+        f"{VAE_PREFIX}NAME for the VAE alone.",
     ),
     "teacher.revision",
 ]

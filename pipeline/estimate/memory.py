@@ -24,6 +24,7 @@ from pipeline.teachers.base import ContextMode, Quantization, TeacherError, Text
 from pipeline.teachers.diffusers_teacher import DiffusersTeacher
 from pipeline.teachers.lora import add_lora
 from pipeline.teachers.quantization import is_available
+from pipeline.teachers.timm_encoder import EncoderArchitecture
 from pipeline.teachers.weightless import META, weightless_teacher
 
 _ADAM_MOMENTS = 2
@@ -76,7 +77,7 @@ def memory_budget(outline: TeacherOutline, config: BuildConfig, settings: Memory
     tensors in one batch of the real classes; what the allocator rounds up and CUDA itself takes is not in them. Raises
     TeacherError if a configuration is missing.
     """
-    if outline.architecture.family == "timm":
+    if isinstance(outline.architecture, EncoderArchitecture):
         raise TeacherError(f"teacher {outline.source}: --memory is for diffusion transformers; leave it out")
     teacher = _teacher(outline, settings, settings.quantization)
     if config.batch == "auto":

@@ -1,12 +1,12 @@
 """Teachers by name. A new family is one file that fulfils `base.Teacher` and one line in `_FAMILIES`."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from pipeline.presets import TIMM_PREFIX
+from pipeline.presets import TIMM_PREFIX, VAE_PREFIX
 from pipeline.teachers.architecture import (
     Architecture,
     ArchitectureReader,
@@ -113,6 +113,8 @@ def outline_teacher(spec: str, *, revision: str | None = None, resolution: int |
         encoder, side = outline_architecture(spec, resolution)
         adapter = f"{TimmEncoder.__module__}:{TimmEncoder.__name__}"
         return TeacherOutline(spec, side, "timm's own configuration", encoder, spec, None, adapter)
+    if spec.startswith(VAE_PREFIX):
+        return _outline_latents(spec, revision, resolution)
     preset = PRESETS.get(spec)
     side = resolution or (preset.resolution if preset else _DEFAULT_RESOLUTION)
     configs, origin = (preset.source if preset else spec), "configuration files"
@@ -121,6 +123,24 @@ def outline_teacher(spec: str, *, revision: str | None = None, resolution: int |
     family = _family_of(configs, revision, named=spec)
     architecture = read_architecture(configs, revision, family.architecture)
     return TeacherOutline(spec, side, origin, architecture, configs, revision, family.adapter)
+
+
+def _outline_latents(spec: str, revision: str | None, resolution: int | None) -> TeacherOutline:
+    from pipeline.teachers.latent_encoder import LatentEncoder, latent_architecture
+
+    whole = outline_teacher(_owner_of(spec), revision=revision, resolution=resolution)
+    latents = latent_architecture(whole.architecture, whole.resolution, spec)
+    return replace(
+        whole, source=spec, architecture=latents, adapter=f"{LatentEncoder.__module__}:{LatentEncoder.__name__}"
+    )
+
+
+def _owner_of(spec: str) -> str:
+    """Whose VAE `vae:NAME` is; raises TeacherError where no diffusion transformer is named."""
+    owner = spec.removeprefix(VAE_PREFIX)
+    if not owner or owner.startswith((VAE_PREFIX, TIMM_PREFIX)):
+        raise TeacherError(f"teacher {spec}: write {VAE_PREFIX}NAME, with a diffusion transformer, e.g. vae:flux-dev")
+    return owner
 
 
 def quiet_libraries() -> None:
@@ -146,14 +166,21 @@ def load_teacher(
     loading: "Loading | None" = None,
     input: EncoderInput = "object",
 ) -> AnyTeacher:
-    """Load a teacher by preset name, diffusers folder, hub repository, or as `timm:NAME[:weights.safetensors]`.
+    """Load a teacher by preset name, diffusers folder, hub repository, or as an image encoder.
 
-    context: None as the family was trained. loading: None as the weights were saved. input: what an image encoder is
-    shown. Raises TeacherError if it cannot be found or downloaded, is of no known family, or its family does not know
-    that kind of context or input, and where the device does not allow that kind of loading.
+    Those are `timm:NAME[:weights.safetensors]`, and of any other teacher the VAE alone, `vae:NAME`. context: None as
+    the family was trained. loading: None as the weights were saved. input: what an image encoder is shown. Raises
+    TeacherError if it cannot be found or downloaded, is of no known family, or its family does not know that kind of
+    context or input, and where the device does not allow that kind of loading.
     """
     if spec.startswith(TIMM_PREFIX):
-        return _load_encoder(spec, lora, resolution, dtype, device, context, loading, input)
+        _refuse_for_encoders(spec, lora, context, loading)
+        from pipeline.teachers.timm_encoder import TimmEncoder
+
+        return TimmEncoder(spec, resolution=resolution, dtype=dtype, device=device, input=input)
+    if spec.startswith(VAE_PREFIX):
+        _refuse_for_encoders(spec, lora, context, loading)
+        return _load_latents(spec, revision, resolution, dtype, device, input)
     if input != "object":
         raise TeacherError(f"teacher {spec}: it sees the object and the whole image; leave --input {input} out")
     from pipeline.teachers.weights import locate
@@ -175,24 +202,25 @@ def load_teacher(
     )
 
 
-def _load_encoder(
-    spec: str,
-    lora: Path | None,
-    resolution: int | None,
-    dtype: "torch.dtype",
-    device: str,
-    context: ContextMode | None,
-    loading: "Loading | None",
-    input: EncoderInput,
+def _load_latents(
+    spec: str, revision: str | None, resolution: int | None, dtype: "torch.dtype", device: str, input: EncoderInput
 ) -> AnyTeacher:
+    from pipeline.teachers.latent_encoder import LatentEncoder
+
+    owner = _owner_of(spec)
+    outline = outline_teacher(owner, revision=revision, resolution=resolution)
+    whole = load_teacher(owner, revision=revision, resolution=resolution, dtype=dtype, device=device)
+    return LatentEncoder(cast(Teacher, whole), outline.architecture, input=input)
+
+
+def _refuse_for_encoders(spec: str, lora: Path | None, context: ContextMode | None, loading: "Loading | None") -> None:
+    """Raise TeacherError for what only a diffusion transformer knows."""
     from pipeline.teachers.loading import PLAIN
-    from pipeline.teachers.timm_encoder import TimmEncoder
 
     if lora is not None:
         raise TeacherError(f"teacher {spec}: an image encoder has no Stage I and takes no LoRA; leave {lora} out")
     if context is not None or loading not in (None, PLAIN):
         raise TeacherError(f"teacher {spec}: an image encoder knows no --context, --quantize, --offload or --compile")
-    return TimmEncoder(spec, resolution=resolution, dtype=dtype, device=device, input=input)
 
 
 def adapter_class(adapter: str) -> Any:
