@@ -8,6 +8,7 @@ kills the child, notes what it was at, and forks again.
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import select
@@ -15,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,52 +37,80 @@ class HangError(DitDistillError):
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What the child is at: samples by id, and where they are from; until: in seconds of `time.monotonic`."""
+class WatchedWork:
+    """What a process is at: samples by id, and where they are from; until: in seconds of `time.monotonic`."""
 
     kind: Kind
     what: str
     ids: list[str]
     sources: list[str]
-    until: float
+    until: float = 0.0
 
     def __str__(self) -> str:
         shown = ", ".join(self.sources[:4]) + (f" and {len(self.sources) - 4} more" if len(self.sources) > 4 else "")
         return f"{self.what}{': ' if shown else ''}{shown}"
 
 
-# Where this process says what it is at; None where nobody listens.
-_listener: int | None = None
+class WorkInHand:
+    """What a process says that it is at, each piece of which may take so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._at: dict[int, WatchedWork] = {}
+
+    def note(self, message: dict) -> None:
+        """Take what `watched` says."""
+        if "ends" in message:
+            self._at.pop(message["ends"], None)
+            return
+        told = dict(message)
+        number, until = told.pop("begins"), time.monotonic() + self._seconds * told.pop("patience")
+        self._at[number] = WatchedWork(**told, until=until)
+
+    def late(self) -> list[WatchedWork]:
+        """What takes longer than it may."""
+        now = time.monotonic()
+        return [work for work in self._at.values() if now > work.until]
+
+
+# To whom this process says what it is at; None where nobody listens.
+_listener: Callable[[dict], object] | None = None
 _count = 0
 _lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def watched(kind: Kind, what: str, ids: Sequence[str], sources: Sequence[str], patience: int = 1) -> Iterator[None]:
-    """Do a piece of work under the eyes of `under_watch`, if anybody watches.
+    """Do a piece of work under the eyes of `under_watch`, or of whoever was told to `listen`, if anybody watches.
 
     what: in words. patience: how many times as long as usual it may take, where something is loaded first.
     """
     global _count
-    if _listener is None:
+    say = _listener
+    if say is None:
         yield
         return
     with _lock:
         _count += 1
         number = _count
-    _say({"begins": number, "kind": kind, "what": what, "ids": [*ids], "sources": [*sources], "patience": patience})
+    say({"begins": number, "kind": kind, "what": what, "ids": [*ids], "sources": [*sources], "patience": patience})
     try:
         yield
     finally:
-        _say({"ends": number})
+        say({"ends": number})
 
 
-def _say(message: dict) -> None:
-    assert _listener is not None
+def listen(listener: Callable[[dict], object]) -> None:
+    """Have said to `listener` what this process begins and ends, before it goes on."""
+    global _listener
+    _listener = listener
+
+
+def _write(descriptor: int, message: dict) -> None:
     data = json.dumps(message).encode() + b"\n"
     with _lock, contextlib.suppress(BrokenPipeError):
         while data:
-            data = data[os.write(_listener, data) :]
+            data = data[os.write(descriptor, data) :]
 
 
 def notes_of(output: Path) -> Path:
@@ -101,11 +130,22 @@ def known_hangs(output: Path, kind: Kind) -> dict[str, str]:
         raise HangError(f"{notes} does not say what hung; remove it, and what hangs is found again") from None
 
 
-def _note(output: Path, work: _Work, reason: str) -> None:
+def _note(output: Path, work: WatchedWork, reason: str) -> None:
     path = notes_of(output)
     entries = json.loads(path.read_bytes())["hung"] if path.exists() else []
     entries.append({"kind": work.kind, "ids": work.ids, "sources": work.sources, "reason": reason})
     write_file(path, (json.dumps({"hung": entries}, indent=1) + "\n").encode())
+
+
+def leave_out(output: Path, work: WatchedWork, seconds: float) -> str:
+    """Note beside `output` that something hung, so that it is left out from now on; returns what to say of it.
+
+    Raises HangError for what cannot be left out.
+    """
+    if not work.ids or work.kind == "needed":
+        raise HangError(f"{work} took longer than --batch-timeout {seconds:g} s, and cannot be left out")
+    _note(output, work, f"{work.what} took longer than {seconds:g} s")
+    return f"left out, as it took longer than --batch-timeout {seconds:g} s: {work}; noted in {notes_of(output)}"
 
 
 def under_watch(seconds: float, output: Path) -> None:
@@ -143,13 +183,7 @@ def under_watch(seconds: float, output: Path) -> None:
         _kill(child, hung[0])
         print(file=sys.stderr)  # its progress bar stands there still
         for work in hung:
-            if not work.ids or work.kind == "needed":
-                raise HangError(f"{work} took longer than --batch-timeout {seconds:g} s, and cannot be left out")
-            _note(output, work, f"{work.what} took longer than {seconds:g} s")
-            print(
-                f"left out, as it took longer than --batch-timeout {seconds:g} s: {work}; noted in {notes_of(output)}",
-                file=sys.stderr,
-            )
+            print(leave_out(output, work, seconds), file=sys.stderr)
 
 
 def _die_with(parent: int) -> None:
@@ -161,8 +195,9 @@ def _die_with(parent: int) -> None:
 
 
 def _begin_child(listener: int, held: int) -> None:
-    global _listener, _count
-    _listener, _count = listener, 0
+    global _count
+    _count = 0
+    listen(functools.partial(_write, listener))
     threading.Thread(target=end_with, args=(held,), daemon=True).start()
 
 
@@ -175,33 +210,26 @@ def end_with(descriptor: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _watch(child: int, events: int, seconds: float) -> list[_Work] | int:
+def _watch(child: int, events: int, seconds: float) -> list[WatchedWork] | int:
     """Wait until a child ended, and return its status, or until it hangs, and return what it hangs at."""
-    at: dict[int, _Work] = {}
+    at = WorkInHand(seconds)
     rest = b""
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return status
-        now = time.monotonic()
-        late = [work for work in at.values() if now > work.until]
-        if late:
+        if late := at.late():
             return late
         if not select.select([events], [], [], _LOOK)[0]:
             continue
         *lines, rest = (rest + os.read(events, 1 << 16)).split(b"\n")
         for line in lines:
-            message = json.loads(line)
-            if "ends" in message:
-                at.pop(message["ends"], None)
-            else:
-                number, until = message.pop("begins"), time.monotonic() + seconds * message.pop("patience")
-                at[number] = _Work(**message, until=until)
+            at.note(json.loads(line))
         if not lines and not rest:
             time.sleep(_LOOK)  # closed: it is about to end
 
 
-def _kill(child: int, work: _Work) -> None:
+def _kill(child: int, work: WatchedWork) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
     until = time.monotonic() + _KILLED_WITHIN

@@ -4,9 +4,10 @@ The loops over rows are plain Python on purpose: a batch has tens of rows, for w
 """
 
 import itertools
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from cache_schema.reading.waiting import SIDE_BY_SIDE, DiskPace, FetchingPace
 from cache_schema.storage.checksum import combine_crc32c, crc32c
 from cache_schema.storage.folder import Folder, ReadableFile
 from cache_schema.storage.local import LocalFolder
+from cache_schema.storage.remote import requests
 from cache_schema.storage.streamed import StreamedFile, StreamedFolder
 from cache_schema.stores.base import PieceChecksums
 from cache_schema.stores.compression import decompress
@@ -55,8 +57,10 @@ class ChunkRequest:
         rows: Sequence[int],
         views: Sequence[int],
         steps: Sequence[Sequence[int]],
+        opened: Mapping[tuple[str, int], OpenShard] = MappingProxyType({}),
     ) -> None:
-        self._source, self._array = source, array
+        """`opened`: shards that are open already."""
+        self._source, self._array, self._opened = source, array, opened
         self._rows, self._views, self._steps = rows, views, steps
         self._shards: list[OpenShard] = []
         self._runs = self._locate()
@@ -152,7 +156,7 @@ class ChunkRequest:
 
     def _locate(self) -> list[_Run]:
         per_shard, (_, V, T) = self._array.samples_per_shard, self._array.outer
-        opened: dict[int, OpenShard] = self._open_at_once() if self._source.distant else {}
+        opened: dict[int, OpenShard] = {}
         runs: list[_Run] = []
         out, before, segments = 0, None, []
         for row, view, steps in zip(self._rows, self._views, self._steps, strict=True):
@@ -185,21 +189,10 @@ class ChunkRequest:
                 raise self._damage(f"{shard.file.path} lacks the features", out + chunk - first)
         return [(shard, first + i, 1, offsets[first + i], lengths[first + i], out + i) for i in range(count)]
 
-    def _open_at_once(self) -> dict[int, OpenShard]:
-        """Open all shards of the rows, for which several answers have to be waited for, side by side."""
-        first: dict[int, int] = {}
-        each = len(self._steps[0]) if self._steps else 0
-        for index, row in enumerate(self._rows):
-            first.setdefault(row // self._array.samples_per_shard, index * each)
-        known = self._source.opened.shards
-        first = {number: out for number, out in first.items() if known.get((self._array.name, number)) is None}
-        if not each:
-            return {}
-        return dict(zip(first, at_once(lambda number: self._open(number, first[number]), list(first)), strict=True))
-
     def _open(self, number: int, out: int) -> OpenShard:
+        found = self._opened.get((self._array.name, number))
         try:
-            return self._source.open_shard(self._array, number)
+            return found or self._source.open_shard(self._array, number)
         except CacheCorrupt as error:
             raise self._damage(error, out) from error
 
@@ -300,11 +293,31 @@ class ChunkSource:
         self._fetching = None if kept is None else FetchingPace(lambda: kept.fetched)
         self._store = store_of(manifest)
 
+    def open_at_once(self, arrays: Sequence[ArrayLayout], rows: Sequence[int]) -> dict[tuple[str, int], OpenShard]:
+        """Return the shards of distant arrays that rows lie in, opened side by side: each takes several answers.
+
+        One that cannot be opened is left out, for whoever knows what it was asked for to find the same.
+        """
+        if not self.distant:
+            return {}
+        wanted = [(array, number) for array in arrays for number in {row // array.samples_per_shard for row in rows}]
+        new = [each for each in wanted if self.opened.shards.get((each[0].name, each[1])) is None]
+
+        def open_one(each: tuple[ArrayLayout, int]) -> OpenShard | None:
+            with suppress(CacheCorrupt):
+                return self.open_shard(*each)
+            return None
+
+        found = zip(new, at_once(open_one, new), strict=True)
+        return {(array.name, number): shard for (array, number), shard in found if shard is not None}
+
     def open_shard(self, array: ArrayLayout, number: int) -> OpenShard:
         """Return a shard of an array, open; raises CacheCorrupt."""
         known = self.opened.shards.get((array.name, number))
         if known is not None:
             return known
+        # What the journal says is asked for meanwhile, where that takes an answer.
+        record = requests().submit(self.checksums, "features", number, array.name) if self._asks else None
         file = self.opened.file(self._store.array_file(array, number))
 
         def read_places(opened: ReadableFile) -> ChunkPlaces:
@@ -320,12 +333,16 @@ class ChunkSource:
         checksums: memoryview | None = None
         piece = 1
         if self.verify:
-            checksums, piece = self.checksums("features", number, array.name)
+            checksums, piece = record.result() if record else self.checksums("features", number, array.name)
         joint, T, size = None, array.outer[2], chunk_bytes(array)
         if checksums is not None and piece == 1 and T > 1 and T * size <= _BLOCK and array.compression == "none":
             joint = _joint_checksums(checksums, T, size)
         shard = OpenShard(file, places, checksums, piece, joint)
         return self.opened.shards.put((array.name, number), shard, places.nbytes + (joint.nbytes if joint else 0))
+
+    @property
+    def _asks(self) -> bool:
+        return self.distant and self.verify
 
     @property
     def waits(self) -> bool:

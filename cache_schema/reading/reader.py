@@ -196,8 +196,9 @@ class Cache:
         dtype = TORCH_DTYPES[self.manifest.encoding.kind]
         source = self._opened
         with source.noting():
+            opened = source.open_at_once(self._layouts[tap], samples)
             for array in self._layouts[tap]:
-                request = ChunkRequest(source, array, samples, views, each)
+                request = ChunkRequest(source, array, samples, views, each, opened)
                 shape, payload = (len(samples), steps.shape[-1], *array.inner), array.part == "payload"
                 tensor = output(out, shape, dtype) if payload else torch.empty(shape, dtype=torch.float32)
                 request.read_into(tensor.reshape(-1).view(torch.uint8).numpy())

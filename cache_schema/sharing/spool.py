@@ -5,11 +5,15 @@ machine. Only what is small, and the shard under way, is on this disk. Two build
 says at the place which part it does, and the calibration is that of whoever said first which it is.
 """
 
+import contextlib
+import hashlib
 import json
 import re
 import shutil
+import tempfile
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from cache_schema.errors import CacheError, CacheMismatch, CacheNotFound
@@ -21,11 +25,12 @@ from cache_schema.format.journal import (
     parse_record,
     render_record,
 )
+from cache_schema.format.manifest import Manifest
 from cache_schema.format.manifest_file import MANIFEST_NAME, load_manifest
 from cache_schema.sharing.transfer import in_parallel, receive, send
 from cache_schema.storage.checksum import Bytes
 from cache_schema.storage.files import FileDigest, digest
-from cache_schema.storage.local import LocalFolder
+from cache_schema.storage.local import LocalFolder, user_cache
 from cache_schema.storage.places import folder_at
 from cache_schema.storage.remote import RemoteFolder
 from cache_schema.storage.retrying import patience
@@ -139,6 +144,36 @@ def spooled_folder(url: str, path: Path, index: int = 0, count: int = 1, take_ov
     `take_over` takes the place of a builder of this part on another machine that was given up. Raises CacheMismatch
     where one is at work there, CacheError for a place or a folder that cannot be used.
     """
+    folder, there = _spool(url, path, None)
+    if there is not None and there.sealed:
+        forget_builders(folder.remote)
+    else:
+        _announce(folder.remote, folder.token, index, count, take_over)
+    return folder
+
+
+def shared_folder(url: str, path: Path, token: str) -> SpooledFolder:
+    """Return the folder in which a helper of the builder with this token works, by way of a `path` of its own.
+
+    Raises CacheError as `spooled_folder`.
+    """
+    return _spool(url, path, token)[0]
+
+
+@contextlib.contextmanager
+def passing_folder(url: str) -> Iterator[SpooledFolder]:
+    """Yield the folder of a cache being built at `url`, for what needs no builder: its spool does not stay."""
+    with tempfile.TemporaryDirectory(prefix="spool-") as path:
+        yield shared_folder(url, Path(path), uuid.uuid4().hex)
+
+
+def default_spool(what: str) -> Path:
+    """Return where on this machine is kept what is under way of a build, which `what` tells from every other."""
+    return user_cache("builds") / hashlib.sha256(what.encode()).hexdigest()[:16]
+
+
+def _spool(url: str, path: Path, token: str | None) -> tuple[SpooledFolder, Manifest | None]:
+    """Return a spool, with what is here of the same build, and the manifest there. token: by default one of its own."""
     remote = folder_at(url)
     if not isinstance(remote, RemoteFolder) or not remote.writable or remote.committing is not None:
         raise CacheError(f"{url}: a cache is built into s3, gs, az or sftp, or into a folder; push it elsewhere after")
@@ -153,14 +188,9 @@ def spooled_folder(url: str, path: Path, index: int = 0, count: int = 1, take_ov
     if known is not None and (known.get("url") != remote.url or there is None or there.sealed):
         shutil.rmtree(path)  # of another cache, or of one that is done or gone
         known = None
-    token = str(known["token"]) if known else uuid.uuid4().hex
+    token = token or (str(known["token"]) if known else uuid.uuid4().hex)
     LocalFolder(path).write(_MARK, json.dumps({"url": remote.url, "token": token}).encode())
-    folder = SpooledFolder(path, remote, token)
-    if there is not None and there.sealed:
-        forget_builders(remote)
-    else:
-        _announce(remote, token, index, count, take_over)
-    return folder
+    return SpooledFolder(path, remote, token), there
 
 
 def forget_builders(remote: RemoteFolder) -> None:

@@ -61,6 +61,19 @@ class ObjectStorePlace:
 
         return self._ask(ask)
 
+    def whole(self, name: str, limit: int) -> tuple[int, Bytes] | None:
+        """Return size and contents of an object; those of a large one are not waited for."""
+
+        def ask(obstore: Any, store: Any) -> tuple[int, Bytes]:
+            result = obstore.get(store, name)
+            size = result.meta["size"]
+            return size, memoryview(result.bytes()) if size <= limit else b""
+
+        try:
+            return self._ask(ask)
+        except FileNotFoundError:
+            return None
+
     def list_folder(self, under: str) -> list[str]:
         """Return the names of objects, and of prefixes, one level below."""
         found = self._ask(lambda obstore, store: obstore.list_with_delimiter(store, under or None))

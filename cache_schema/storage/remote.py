@@ -67,6 +67,14 @@ class Place(Protocol):
 
 
 @runtime_checkable
+class WholePlace(Place, Protocol):
+    """A place that is asked for a small file by one request, rather than for its size first."""
+
+    def whole(self, name: str, limit: int) -> tuple[int, Bytes] | None:
+        """Return the size of a file and, if it is at most `limit`, its contents; None where there is none."""
+
+
+@runtime_checkable
 class CommittingPlace(Place, Protocol):
     """A place in which every change is a commit, so that files are written and removed many at once."""
 
@@ -221,12 +229,26 @@ class RemoteFolder:
 
         Raises FileNotFoundError, CacheCorrupt for a larger one, CacheUnreachable.
         """
-        stat = self.stat(name)
-        if stat is None:
-            raise FileNotFoundError(f"{self.where(name)} is missing")
-        if stat.size > limit:
+        size, data = self._whole(name, limit)
+        if size > limit:
             raise CacheCorrupt(f"{self.where(name)} is larger than the {limit} bytes such a file may have")
-        return RemoteFile(self, name, stat).read(0, stat.size)
+        if len(data) != size:
+            raise CacheCorrupt(f"{self.where(name)} is truncated: {len(data)} of {size} bytes came")
+        return bytes(data)
+
+    def _whole(self, name: str, limit: int) -> tuple[int, Bytes]:
+        """Return the size of a file and, if it is at most `limit`, its contents; raises FileNotFoundError."""
+        place = self.place
+        if isinstance(place, WholePlace):
+            found = self._call(self.where(name), lambda: place.whole(name, limit))
+        else:
+            stat = self.stat(name)
+            found = None
+            if stat is not None:
+                found = stat.size, RemoteFile(self, name, stat).read(0, stat.size) if stat.size <= limit else b""
+        if found is None:
+            raise FileNotFoundError(f"{self.where(name)} is missing")
+        return found
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Return the bytes of every (offset, size) of a file; raises CacheCorrupt where it does not have them."""

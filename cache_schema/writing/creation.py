@@ -56,10 +56,13 @@ def create_cache(path: str | os.PathLike[str] | LocalFolder, manifest: Manifest,
     return CacheWriter(folder, existing, stored)
 
 
-def continue_cache(path: str | os.PathLike[str]) -> CacheWriter:
+def continue_cache(path: str | os.PathLike[str] | LocalFolder) -> CacheWriter:
     """Return the writer of the cache that was begun at `path`; raises CacheNotFound and CacheCorrupt."""
-    folder = local_folder(path)
+    folder = path if isinstance(path, LocalFolder) else local_folder(path)
     manifest, stored = load_manifest(folder), load_samples(folder)
+    # Of a cache elsewhere it is here then, for claims to be made on it.
+    if read_record(folder, "layout") is None:
+        raise CacheCorrupt(f"the journal of {folder} has no record of {layout.SAMPLES_NAME}")
     try:
         check_against_manifest(stored, manifest)
     except CacheError as error:

@@ -135,19 +135,32 @@ def build_cache(
         elsewhere=None if elsewhere is None else elsewhere.folder(output, part),
     )  # fmt: skip
     if elsewhere is not None and built.sealed:
-        print(f"built {elsewhere.url}; next: dit-train run --cache {elsewhere.url}")
+        print(_built_there(elsewhere.url))
     elif alone and built.sealed:
         print(next_line("build", config, output))
 
 
 def build_cache_with_ray(
-    config: RunConfig, lora: Path | None, output: Path, cluster: "Cluster", until: float | None = None
+    config: RunConfig,
+    lora: Path | None,
+    output: Path,
+    cluster: "Cluster",
+    until: float | None = None,
+    *,
+    elsewhere: "Elsewhere | None" = None,
+    spool: Path | None = None,
 ) -> None:
-    """The cache into the folder `output`, its shards computed by workers of Ray, each with a teacher of its own.
+    """The cache into the folder `output`, or by way of it to `elsewhere`, its shards computed by workers of Ray.
 
-    until: seconds since 1970 by which to have stopped.
+    Each has a teacher of its own. until: seconds since 1970 by which to have stopped. spool: beside which each worker
+    has what it is at, of a cache elsewhere.
     """
-    from pipeline.build.engines.ray_engine import Work, sealed_after, the_library
+    if config.build.batch_timeout is not None:
+        # The scan is the driver's own; workers are watched by it.
+        under_watch(config.build.batch_timeout, output)
+    from pipeline.build.engines.ray_engine import sealed_after, the_library
+    from pipeline.build.engines.ray_worker import Place, Work
+    from pipeline.build.part import WHOLE
     from pipeline.build.run import scan_for
     from pipeline.inputs.condition_store import default_store
 
@@ -155,18 +168,28 @@ def build_cache_with_ray(
     # Workers have working directories of their own.
     data = replace(config.data, root=config.data.root and config.data.root.absolute())
     scanned = scan_for(open_data(data), config.build, config.tolerance, hung=known_hangs(output, "scan"))
+    folder = None if elsewhere is None else elsewhere.folder(output.absolute(), WHOLE)
+    conditions = config.conditions if folder is not None else config.conditions or default_store(output)
     work = Work(
         open_teacher=partial(open_teacher, config.teacher, lora and lora.absolute()),
         open_dataset=partial(open_data, data, _say_nothing),
         config=config.build,
         output=output.absolute(),
-        conditions=(config.conditions or default_store(output)).absolute(),
+        conditions=conditions and conditions.absolute(),
         tolerance=config.tolerance,
         scanned=scanned,
         until=until,
+        elsewhere=None if folder is None else Place(folder.location, folder.token, spool and spool.absolute()),
     )
-    sealed_after(work, cluster)
-    print(next_line("build", config, output))
+    sealed_after(work, cluster, folder=folder)
+    if elsewhere is not None:
+        print(_built_there(elsewhere.url))
+    else:
+        print(next_line("build", config, output))
+
+
+def _built_there(url: str) -> str:
+    return f"built {url}; next: dit-train run --cache {url}"
 
 
 def _say_nothing(_line: str) -> None:

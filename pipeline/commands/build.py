@@ -23,6 +23,7 @@ from pipeline.presets import run_folder
 
 if TYPE_CHECKING:
     from pipeline.build.part import Part
+    from pipeline.chain.steps import Elsewhere
 
 
 @configured_by(
@@ -96,42 +97,50 @@ def build(
         None if shard_slice is None else read_slice(shard_slice),
         None if until is None else Deadline(read_time(until)),
     )
+    if engine == "ray" and (repair or part.shards is not None):
+        raise typer.BadParameter("leave --repair and --shard-slice to the local engine", param_hint="--engine ray")
+    if engine != "ray" and (workers, gpus_per_worker, address) != (None, None, None):
+        raise typer.BadParameter("are of --engine ray", param_hint="--workers, --gpus-per-worker, --address")
+    cluster = (workers, gpus_per_worker, address) if engine == "ray" else None
     if output is not None and is_remote(output):
-        if engine == "ray" or repair or resume:
-            raise typer.BadParameter("leave --engine ray, --repair and --resume to folders", param_hint="--output")
-        _elsewhere(configure(given), lora, output, spool, part, take_over)
+        if repair or resume:
+            raise typer.BadParameter("leave --repair and --resume to folders", param_hint="--output")
+        _elsewhere(configure(given), lora, output, spool, part, take_over, cluster)
         return
     if spool is not None or take_over:
         raise typer.BadParameter("are for an --output elsewhere", param_hint="--spool, --take-over")
     place = run_folder(given["data.name"]) / "cache" if output is None else Path(output)
     if resume or repair:
         _check_begun(place, "--repair" if repair else "--resume")
-    if engine == "ray":
-        if repair or part.shards is not None:
-            raise typer.BadParameter("leave --repair and --shard-slice to the local engine", param_hint="--engine ray")
-        if given.get("build.batch_timeout") is not None:
-            raise typer.BadParameter("leave --batch-timeout to the local engine", param_hint="--engine ray")
-        _with_ray(configure(given), lora, place, part, (workers, gpus_per_worker, address))
+    if cluster is not None:
+        _with_ray(configure(given), lora, place, part, cluster)
         return
-    if (workers, gpus_per_worker, address) != (None, None, None):
-        raise typer.BadParameter("are of --engine ray", param_hint="--workers, --gpus-per-worker, --address")
     from pipeline.chain.steps import build_cache
 
     build_cache(configure(given), lora, place, repair=repair, part=part)
 
 
-def _elsewhere(
-    config: RunConfig, lora: Path | None, url: str, spool: Path | None, part: "Part", take_over: bool
-) -> None:
-    import hashlib
+_Workers = tuple[int | None, float | None, str | None]  # how many, GPUs of each, the cluster's address
 
-    from cache_schema.storage.local import user_cache
+
+def _elsewhere(
+    config: RunConfig,
+    lora: Path | None,
+    url: str,
+    spool: Path | None,
+    part: "Part",
+    take_over: bool,
+    cluster: _Workers | None,
+) -> None:
+    from cache_schema.sharing.spool import default_spool
     from pipeline.chain.steps import Elsewhere, build_cache
 
-    url = url.rstrip("/")
-    slice_of = f"{url} {part.shards}"
-    here = spool or user_cache("builds") / hashlib.sha256(slice_of.encode()).hexdigest()[:16]
-    build_cache(config, lora, here, part=part, elsewhere=Elsewhere(url, take_over))
+    elsewhere = Elsewhere(url.rstrip("/"), take_over)
+    here = spool or default_spool(f"{elsewhere.url} {part.shards}")
+    if cluster is not None:
+        _with_ray(config, lora, here, part, cluster, elsewhere, spool)
+    else:
+        build_cache(config, lora, here, part=part, elsewhere=elsewhere)
 
 
 def _with_ray(
@@ -139,14 +148,17 @@ def _with_ray(
     lora: Path | None,
     output: Path,
     part: "Part",
-    asked: tuple[int | None, float | None, str | None],
+    asked: _Workers,
+    elsewhere: "Elsewhere | None" = None,
+    spool: Path | None = None,
 ) -> None:
     from pipeline.build.engines.ray_engine import Cluster
     from pipeline.chain.steps import build_cache_with_ray
 
     workers, gpus, address = asked
     cluster = Cluster(1 if workers is None else workers, 1.0 if gpus is None else gpus, address)
-    build_cache_with_ray(config, lora, output, cluster, None if part.deadline is None else part.deadline.end)
+    until = None if part.deadline is None else part.deadline.end
+    build_cache_with_ray(config, lora, output, cluster, until, elsewhere=elsewhere, spool=spool)
 
 
 def _check_begun(cache: Path, option: str) -> None:

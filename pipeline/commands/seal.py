@@ -1,6 +1,6 @@
 """`dit-cache seal`."""
 
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -9,7 +9,7 @@ from pipeline.commands.options import DebugOption
 
 
 def seal(
-    cache: Annotated[Path, typer.Argument(help="A cache of which every shard is there.")],
+    cache: Annotated[str, typer.Argument(help="A cache of which every shard is there: a folder, or s3, gs, az, sftp.")],
     min_cosine: Annotated[
         float | None,
         typer.Option(min=-1, max=1, help="Refuse a cache whose mean cosine to the teacher is below this, e.g. 0.995."),
@@ -18,10 +18,14 @@ def seal(
 ) -> None:
     """Declare a cache complete that jobs with --shard-slice have built; says which shards are missing if it is not."""
     from cache_schema.format.card import format_bytes
+    from cache_schema.sharing.spool import passing_folder
+    from cache_schema.storage.local import local_folder
+    from cache_schema.storage.places import is_remote
     from cache_schema.writing.creation import continue_cache
     from pipeline.build.provenance import provenance_of
 
-    sealed = continue_cache(cache).seal(provenance_of(), min_cosine=min_cosine)
+    with passing_folder(cache) if is_remote(cache) else nullcontext(local_folder(cache)) as folder:
+        sealed = continue_cache(folder).seal(provenance_of(), min_cosine=min_cosine)
     typer.echo(
         f"sealed {cache}: {sealed.dataset.feature_rows} images with features, "
         f"{format_bytes(sealed.bytes_features)} of features, {format_bytes(sealed.bytes_images)} of student images"

@@ -29,6 +29,7 @@ _SHARED = {
     "tiny_teachers": Path(__file__).with_name("tiny_teachers.py"),
     "build_process": Path(__file__).with_name("build_process.py"),
     "tiny_annotators": Path(__file__).with_name("tiny_annotators.py"),
+    "hanging_teacher": Path(__file__).with_name("hanging_teacher.py"),
     "run_process": Path(__file__).with_name("run_process.py"),
 }
 for _name in [name for name in _SHARED if name not in sys.modules]:

@@ -1,39 +1,36 @@
-"""A build whose shards Ray hands out to workers, on this machine or on a cluster that shares the cache's directory.
+"""A build whose shards Ray hands out to workers, on this machine or on a cluster, into a folder that all of them see or
+into a place elsewhere.
 
 A worker is an actor that loads the teacher once and is given runs of shards. What it commits is in the journal, which
 is all that anybody needs to know: a worker that is killed costs the shard that it was computing, its run goes to
-another one, and a driver that died is started again like any build. Every worker may join when its machine does.
+another one, and a driver that died is started again like any build. Every worker may join when its machine does. One
+that takes too long over a batch is killed by the driver, which hears from an actor of its own what each is at.
 """
 
-import contextlib
+import itertools
 import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from cache_schema.errors import DitDistillError
 from cache_schema.format.manifest import Manifest
+from cache_schema.storage.local import LocalFolder
 from cache_schema.writing.claims import Claims
 from cache_schema.writing.creation import continue_cache
 from cache_schema.writing.writer import CacheWriter
-from pipeline.build.config import BuildConfig
-from pipeline.build.part import Deadline, Part, StoppedEarly
-from pipeline.datasets.base import Dataset
-from pipeline.inputs.scan import ScannedSample
-from pipeline.inputs.tolerance import BadSamples, Tolerance
-from pipeline.teachers.base import AnyTeacher
-
-if TYPE_CHECKING:
-    from pipeline.build.features import FeatureBuilder
+from pipeline.build.engines.ray_worker import Bell, Work, Worker
+from pipeline.build.part import StoppedEarly
+from pipeline.inputs.tolerance import BadSamples
+from pipeline.watchdog import known_hangs, leave_out
 
 # So many runs of shards for each worker, so that the last one to finish is not far behind the others.
 _RUNS_PER_WORKER = 8
@@ -41,6 +38,7 @@ _LONGEST_RUN = 32
 # Workers that die without having committed anything: then it is not their machine that is at fault.
 _FRUITLESS_DEATHS = 5
 _PAUSE = 0.2  # seconds
+_LOOK = 1.0  # seconds between questions whether a worker hangs
 
 
 class RayError(DitDistillError):
@@ -56,85 +54,17 @@ class Cluster:
     address: str | None = None
 
 
-@dataclass(frozen=True)
-class Work:
-    """What every worker is told once. open_teacher, open_dataset: called in the worker's own process."""
-
-    open_teacher: Callable[[], AnyTeacher]
-    open_dataset: Callable[[], Dataset]
-    config: BuildConfig
-    output: Path
-    conditions: Path
-    tolerance: Tolerance
-    scanned: Sequence[ScannedSample]
-    until: float | None = None  # seconds since 1970: no shard is begun that cannot be finished by then
-    folder: Path = field(default_factory=Path.cwd)  # relative paths are those of the driver
-
-
-class Assigned:
-    """The shards that a worker was given last."""
-
-    def __init__(self) -> None:
-        self.shards: frozenset[int] = frozenset()
-
-    def of(self, shards: Iterable[int]) -> list[int]:
-        """Those of the shards that are given."""
-        return [shard for shard in shards if shard in self.shards]
-
-
-class Worker:
-    """Loads the teacher once, and computes the shards that it is given; an actor of Ray, or an object of a test."""
-
-    def __init__(self, work: Work) -> None:
-        self._work, self._assigned = work, Assigned()
-        self._builder: FeatureBuilder | None = None
-
-    def build(self, shards: Sequence[int]) -> str | None:
-        """Compute and commit shards; with none, only begin the cache. Returns what went wrong, as one line."""
-        try:
-            if self._builder is None:
-                self._builder = self._begin()
-            self._assigned.shards = frozenset(shards)
-            if shards:
-                self._builder.run()
-        except StoppedEarly:
-            return None
-        except DitDistillError as error:
-            return str(error)
-        return None
-
-    def _begin(self) -> "FeatureBuilder":
-        from pipeline.build.features import FeatureBuilder
-        from pipeline.build.run import begin_cache, hung_rows
-        from pipeline.build.source import source_for
-        from pipeline.teachers.passes import Passes
-
-        work = self._work
-        with contextlib.suppress(OSError):  # a machine that has no such folder may need none
-            os.chdir(work.folder)
-        teacher, dataset, config = work.open_teacher(), work.open_dataset(), work.config
-        writer = begin_cache(teacher, dataset, config, work.output, work.scanned)
-        sigmas = writer.manifest.curriculum.sigmas
-        passes = Passes(config.batch_images, len(sigmas), adaptive=config.batch == "auto")
-        source = source_for(teacher, dataset, config, sigmas, work.conditions, passes)
-        usable = [sample for sample in work.scanned if sample.ok]
-        bad = BadSamples(work.tolerance, len(work.scanned))
-        bad.recount(len(work.scanned) - len(usable))
-        part = Part(self._assigned, None if work.until is None else Deadline(work.until))
-        return FeatureBuilder(
-            writer, Claims(writer.folder), source, config, usable, bad, part=part, hung=hung_rows(writer, usable)
-        )
-
-
-def build_with_ray(work: Work, cluster: Cluster, log: Callable[[str], None] = tqdm.write) -> CacheWriter:
+def build_with_ray(
+    work: Work, cluster: Cluster, log: Callable[[str], None] = tqdm.write, folder: LocalFolder | None = None
+) -> CacheWriter:
     """Have workers build everything of a cache but its seal; returns its writer.
 
-    Student images are written here, beside them. Raises RayError where Ray is missing or cannot be reached, and where
-    workers fail or go on dying.
+    folder: what is built, by way of `work.output`, where that is elsewhere. Student images are written here, beside the
+    workers. Raises RayError where Ray is missing or cannot be reached, and where workers fail or go on dying.
     """
     ray = started(cluster)
     try:
-        return Driver(ray, work, cluster, log).run()
+        return Driver(ray, work, cluster, log, folder).run()
     finally:
         ray.shutdown()
 
@@ -173,19 +103,32 @@ def started(cluster: Cluster) -> Any:
 class Driver:
     """Hands runs of shards to whichever worker is free, until the journal has them all."""
 
-    def __init__(self, ray: Any, work: Work, cluster: Cluster, log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        ray: Any,
+        work: Work,
+        cluster: Cluster,
+        log: Callable[[str], None],
+        folder: LocalFolder | None = None,
+    ) -> None:
         self._ray, self._work, self._cluster, self._log = ray, work, cluster, log
+        self._folder = folder or LocalFolder(work.output)
         self._shared = ray.put(work)
         # A dead worker is not started again by Ray: it would not know what it was doing.
         self._actor = ray.remote(num_gpus=cluster.gpus, num_cpus=1, max_restarts=0)(Worker)
-        self._running: dict[Any, tuple[Any, list[int]]] = {}  # future: worker, its run
+        self._running: dict[Any, tuple[_Hired, list[int]]] = {}  # future: worker, its run
+        self._numbers = itertools.count()
+        self._idle: list[_Hired] = []
+        self._hung: set[int] = set()  # the numbers of workers that were killed because they hung
         self._fruitless = 0
         self._last_run: set[int] = set()
+        seconds = work.config.batch_timeout
+        self._bell = None if seconds is None else ray.remote(num_cpus=0)(Bell).remote(seconds)
 
     def run(self) -> CacheWriter:
         self.look_for_gpus()
-        for _ in range(self._cluster.workers):
-            self._hire()
+        for place in range(self._cluster.workers):
+            self._hire(place)
         # Whichever is ready first begins the cache; the others find it begun.
         writer = self._first()
         stop = Event()
@@ -215,7 +158,7 @@ class Driver:
             worker = self._finished_one()
             if worker is not None:
                 self._idle = [worker]
-                return continue_cache(self._work.output)
+                return continue_cache(self._folder)
 
     def _compute(self, writer: CacheWriter, check: Callable[[], object]) -> None:
         missing = writer.missing_shards()
@@ -233,7 +176,7 @@ class Driver:
                 self._idle = [w for w in self._idle if all(w is not busy for busy, _ in self._running.values())]
                 if not self._running:
                     raise StoppedEarly(f"{len(missing)} shards of {writer.folder} left; run the same command again")
-                worker = self._finished_one()
+                finished = self._finished_one()
                 left = writer.missing_shards()
                 bar.update(len(missing) - len(left))
                 if len(left) < len(missing):
@@ -242,8 +185,8 @@ class Driver:
                     # Workers of a driver that was killed may hold what is left, for the moment that they outlive it.
                     time.sleep(_PAUSE)
                 missing = left
-                if worker is not None and (self._work.until is None or not self._last_run.intersection(missing)):
-                    self._idle.append(worker)
+                if finished is not None and (self._work.until is None or not self._last_run.intersection(missing)):
+                    self._idle.append(finished)
 
     def _length(self, missing: int) -> int:
         return min(_LONGEST_RUN, max(1, missing // (_RUNS_PER_WORKER * self._cluster.workers)))
@@ -254,20 +197,28 @@ class Driver:
         usable = [sample for sample in self._work.scanned if sample.ok]
         write_student_images(writer, claims, self._work.open_dataset(), self._work.config, usable, stop=stop)
 
-    def _hire(self) -> None:
-        self._give(self._actor.remote(self._shared), [])
+    def _hire(self, place: int) -> None:
+        """Have a worker begin in a place that no other one has now."""
+        number = next(self._numbers)
+        say = None if self._bell is None else Ring(self._bell, number)
+        self._give(_Hired(self._actor.remote(self._shared, place, say), place, number), [])
 
-    def _give(self, worker: Any, run: list[int]) -> None:
-        self._running[worker.build.remote(run)] = (worker, run)
+    def _give(self, worker: "_Hired", run: list[int]) -> None:
+        hung = known_hangs(self._work.output, "teacher")
+        self._running[worker.actor.build.remote(run, hung)] = (worker, run)
 
-    def _finished_one(self) -> Any:
+    def _finished_one(self) -> "_Hired | None":
         """Wait for one worker to finish; returns it, or None where it died and another was hired."""
-        (future,), _ = self._ray.wait(list(self._running), num_returns=1)
-        worker, run = self._running.pop(future)
+        while not (ready := self._ray.wait([*self._running], num_returns=1, timeout=self._patience)[0]):
+            self._end_hung()
+        worker, run = self._running.pop(ready[0])
         self._last_run = set(run)
         try:
-            problem = self._ray.get(future)
+            problem = self._ray.get(ready[0])
         except self._ray.exceptions.RayActorError:
+            if worker.number in self._hung:
+                self._hire(worker.place)
+                return None
             self._fruitless += 1
             if self._fruitless >= _FRUITLESS_DEATHS:
                 raise RayError(
@@ -276,22 +227,60 @@ class Driver:
                 ) from None
             lost = f"what it did not commit of shards {', '.join(map(str, run))}" if run else "its work"
             self._log(f"a worker died; {lost} goes to another")
-            self._hire()
+            self._hire(worker.place)
             return None
         if problem is not None:
             raise RayError(f"a worker failed: {problem}")
         return worker
 
+    @property
+    def _patience(self) -> float | None:
+        return None if self._bell is None else _LOOK
 
-def sealed_after(work: Work, cluster: Cluster, log: Callable[[str], None] = tqdm.write) -> Manifest:
-    """Build a cache with Ray and seal it. Raises as `build_with_ray` and `CacheWriter.seal`."""
+    def _end_hung(self) -> None:
+        """Kill the workers that take too long over something, and note what."""
+        seconds = self._work.config.batch_timeout
+        assert self._bell is not None
+        assert seconds is not None
+        late = self._ray.get(self._bell.late.remote())
+        for worker in [worker for worker, _ in self._running.values() if worker.number in late]:
+            self._hung.add(worker.number)
+            self._ray.kill(worker.actor)
+            for work in late[worker.number]:
+                self._log(leave_out(self._work.output, work, seconds))
+
+
+@dataclass(frozen=True)
+class _Hired:
+    """A worker. place: what it has in common with the one whose place it took; number: that no other ever had."""
+
+    actor: Any
+    place: int
+    number: int
+
+
+@dataclass(frozen=True)
+class Ring:
+    """How a worker says what it is at: by the time it goes on, the bell has heard of it."""
+
+    bell: Any
+    number: int
+
+    def __call__(self, message: dict) -> None:
+        the_library().get(self.bell.note.remote(self.number, message))
+
+
+def sealed_after(
+    work: Work, cluster: Cluster, log: Callable[[str], None] = tqdm.write, folder: LocalFolder | None = None
+) -> Manifest:
+    """Build a cache with Ray and seal it; arguments and errors as of `build_with_ray` and `CacheWriter.seal`."""
     from pipeline.build.provenance import provenance_of
     from pipeline.build.run import count_failed
 
-    writer = build_with_ray(work, cluster, log)
+    writer = build_with_ray(work, cluster, log, folder)
     bad = BadSamples(work.tolerance, len(work.scanned), log)
     bad.recount(sum(not sample.ok for sample in work.scanned) + count_failed(writer))
     bad.check()
     sealed = writer.seal(provenance_of(), min_cosine=work.config.min_cosine)
-    log(f"sealed {work.output}: {sealed.dataset.feature_rows} images with features")
+    log(f"sealed {writer.folder}: {sealed.dataset.feature_rows} images with features")
     return sealed

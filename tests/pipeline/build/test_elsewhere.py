@@ -46,7 +46,8 @@ def test_two_machines_that_build_a_part_each_make_there_what_one_makes_here(
 @pytest.mark.parametrize(
     "options",
     [
-        ("--output", "s3://team/cache", "--engine", "ray"),
+        ("--output", "s3://team/cache", "--engine", "ray", "--shard-slice", "0/2"),
+        ("--output", "s3://team/cache", "--workers", "2"),
         ("--output", "s3://team/cache", "--repair"),
         ("--output", "s3://team/cache", "--resume"),
         ("--output", "cache", "--spool", "spool"),

@@ -10,16 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from hanging_teacher import HUNG, Hanging
 
 from cache_schema import open_cache
 from cache_schema.care.describe import describe_text
 from cache_schema.care.verify import verify
 from pipeline.build.config import BuildConfig
 from pipeline.build.run import build, scan_for
-from pipeline.cli import app
 from pipeline.inputs.tolerance import Tolerance
-from pipeline.teachers.flux import FluxTeacher
 from pipeline.watchdog import HangError, known_hangs, notes_of, under_watch, watched
 
 SECONDS = 3.0
@@ -27,20 +25,7 @@ CONFIG = BuildConfig(
     timesteps=(16, 28), image_size=16, image_format="png", batch=3, samples_per_shard=4, encoding="float32"
 )
 LENIENT = Tolerance(max_bad=0.2)
-HUNG, PIPE = "train-001-003", "train-000-002"
-
-
-class Hanging(FluxTeacher):
-    """A FLUX that never comes back from a batch with one caption, and holds Python's lock meanwhile."""
-
-    def encode_text(self, captions):
-        text = super().encode_text(captions)
-        return replace(text, pooled=text.pooled + (1e6 if "hang" in captions else 0))
-
-    def features(self, noisy, context, sigma, text, taps):
-        if (text.pooled > 1e5).any():
-            ctypes.PyDLL(None).sleep(10**6)
-        return super().features(noisy, context, sigma, text, taps)
+PIPE = "train-000-002"
 
 
 class WithAPipe:
@@ -137,8 +122,3 @@ def test_notes_that_are_none_are_refused_by_name(tmp_path):
     notes_of(tmp_path / "cache").write_text("{")
     with pytest.raises(HangError, match=r"cache\.hung\.json does not say what hung; remove it"):
         known_hangs(tmp_path / "cache", "scan")
-
-
-def test_workers_of_ray_are_not_watched(tmp_path):
-    options = ("--engine", "ray", "--batch-timeout", "60", "--output", str(tmp_path / "cache"))
-    assert CliRunner().invoke(app, ["build", *options]).exit_code == 2
