@@ -120,9 +120,12 @@ def _splits(
     manifest: Manifest, samples: pa.Table, records: Mapping[str, Mapping[int, Record]]
 ) -> dict[str, dict[str, int]]:
     usable = samples["split"].slice(0, count_usable(samples)).to_pylist()
-    rows = manifest.dataset.feature_rows
+    here: Counter[str] = Counter()  # rows whose features are, of a build under way or a part
+    for record in records["features"].values():
+        failed = {item.row for item in record.failed}
+        here.update(usable[row] for row in range(*record.rows) if row not in failed)
     found = {
-        split: {"rows": count, "rows_with_features": usable[:rows].count(split), "features": 0, "images": 0}
+        split: {"rows": count, "rows_with_features": here[split], "features": 0, "images": 0}
         for split, count in sorted(Counter(usable).items())
     }
     for kind, shards in records.items():

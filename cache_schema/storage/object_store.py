@@ -6,6 +6,7 @@ are never part of a URL and never printed: messages are made here, not taken fro
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -142,6 +143,11 @@ class ObjectStorePlace:
         except exceptions.NotSupportedError as error:
             raise CacheError(f"{self.url} cannot do what is needed: {_reason(error)}") from None
         except exceptions.BaseError as error:
+            if _status(error) == 501:
+                raise CacheError(
+                    f"{self.url} does not know a request that is needed here ({_message(error)}); use a server that "
+                    "does, as S3 itself"
+                ) from None
             raise Transient(_reason(error)) from None
 
 
@@ -205,11 +211,26 @@ def _tag(meta: Any) -> str:
 
 def _reason(error: BaseException) -> str:
     """Return the kind of failure in a few words: the client's own message quotes the whole request."""
-    text = str(error)
+    text, status = str(error), _status(error)
+    if status is not None:
+        return {429: "too many requests (429)", 503: "the server is busy (503)"}.get(
+            status, f"the server failed ({status})" if status >= 500 else f"the server answered {status}"
+        )
     for sign, words in (
-        ("429", "too many requests (429)"), ("500 ", "the server failed (500)"), ("503", "the server is busy (503)"),
         ("onnection refused", "the connection was refused"), ("timed out", "it took too long"), ("dns", "no such host"),
     ):  # fmt: skip
         if sign in text:
             return words
     return "the connection was lost" if "error sending request" in text or "body" in text else type(error).__name__
+
+
+def _status(error: BaseException) -> int | None:
+    """Return the HTTP status that the client was answered, if it was."""
+    found = re.search(r"status code: ([1-5][0-9]{2})\b", str(error))
+    return None if found is None else int(found[1])
+
+
+def _message(error: BaseException) -> str:
+    """Return what the server says of a refusal, as far as it can be shown."""
+    found = re.search(r"<Message>([ -;=-~]{1,200}?)</Message>", str(error))
+    return "501" if found is None else found[1].rstrip(".")

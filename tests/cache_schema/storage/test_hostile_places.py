@@ -40,6 +40,14 @@ class _Liar(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "1000" if self.path.endswith("/endless") else "9" * 17)
         self.end_headers()
 
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        body = b"<Error><Message>Conditional object PUTs are not supported.</Message><Id>tx429503</Id></Error>"
+        self.send_response(501)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
     def log_message(self, *_: object) -> None:
         pass
 
@@ -52,6 +60,18 @@ def liar() -> Iterator[str]:
     yield f"http://127.0.0.1:{server.server_port}/cache"
     server.shutdown()
     server.server_close()
+
+
+def test_a_bucket_whose_server_does_not_know_a_request_is_named_and_not_asked_until_the_deadline(
+    liar: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("obstore")
+    for name, value in servers.s3_environment(liar.removesuffix("/cache")).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("cache_schema.storage.object_store._RETRY", {"max_retries": 0})
+    folder = folder_at("s3://old/cache")
+    with pytest.raises(CacheError, match=r"does not know a request that is needed here \(Conditional object PUTs are"):
+        folder.write_new("manifest.json", b"{}")
 
 
 @pytest.mark.parametrize("link", ["a/../../b", "%2e%2e/secret", "..%5Csecret", "a%5cb", "a%00b", "x%0ay"])
