@@ -300,16 +300,25 @@ class ChunkSource:
         """
         if not self.distant:
             return {}
-        wanted = [(array, number) for array in arrays for number in {row // array.samples_per_shard for row in rows}]
-        new = [each for each in wanted if self.opened.shards.get((each[0].name, each[1])) is None]
+        found: dict[tuple[str, int], OpenShard] = {}
+        new: list[tuple[ArrayLayout, int]] = []
+        for array in arrays:
+            for number in {row // array.samples_per_shard for row in rows}:
+                known = self.opened.shards.get((array.name, number))
+                if known is None:
+                    new.append((array, number))
+                else:
+                    found[array.name, number] = known
 
         def open_one(each: tuple[ArrayLayout, int]) -> OpenShard | None:
             with suppress(CacheCorrupt):
                 return self.open_shard(*each)
             return None
 
-        found = zip(new, at_once(open_one, new), strict=True)
-        return {(array.name, number): shard for (array, number), shard in found if shard is not None}
+        for (array, number), shard in zip(new, at_once(open_one, new), strict=True):
+            if shard is not None:
+                found[array.name, number] = shard
+        return found
 
     def open_shard(self, array: ArrayLayout, number: int) -> OpenShard:
         """Return a shard of an array, open; raises CacheCorrupt."""
