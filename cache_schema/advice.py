@@ -12,6 +12,9 @@ def mending_command(cache: object) -> str:
 
 def how_to_mend(cache: object) -> str:
     """Return the end of a line about damage to the cache at a place."""
+    if "://" in str(cache):
+        url = shlex.quote(str(cache))
+        return f"remove it (`dit-cache rm {url} --yes`) and push a whole copy there again, or build it there anew"
     return f"mend it with `{mending_command(cache)}` and the build's other options"
 
 

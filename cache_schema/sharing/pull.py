@@ -195,7 +195,9 @@ def _record_there(plan: PullPlan, piece: Piece) -> tuple[Record, bytes]:
     try:
         data = plan.source.read_bounded(name, MAX_RECORD_BYTES)
     except FileNotFoundError:
-        raise CacheCorrupt(f"{where} is missing; have the cache pushed again") from None
+        raise CacheCorrupt(
+            f"{where} is missing; have the cache removed there (dit-cache rm) and pushed again"
+        ) from None
     record = parse_record(data, where)
     wrong = sorted(record.files.keys() ^ piece.files.keys())
     if (record.kind, record.shard) != (piece.kind, piece.shard) or wrong or not all(map(is_inside, record.files)):

@@ -85,7 +85,9 @@ def receive(source: Folder, target: LocalFolder, name: str, expected: FileRecord
                 return
     assert found is not None
     wrong = "truncated" if found.bytes < expected.bytes else "not what its checksum says"
-    raise CacheCorrupt(f"{source.where(name)} is {wrong}, twice; have it pushed again")
+    raise CacheCorrupt(
+        f"{source.where(name)} is {wrong}, twice; have the cache removed there (dit-cache rm) and pushed again"
+    )
 
 
 def blocks_of(folder: Folder, name: str, limit: int) -> Iterator[Bytes]:

@@ -51,6 +51,14 @@ def test_a_timestep_that_is_lacking_is_an_option_of_the_next_build(
     assert said.endswith("lacks timestep 22 (has 10, 16, 28); rebuild with --timesteps 10,16,22,28\n")
 
 
+def test_a_cache_at_a_url_is_pushed_again_for_nothing_builds_over_what_is_there() -> None:
+    error = CacheCorrupt("s3://team/x/c/0 is damaged", cache="s3://team/x")
+    assert advised(error) == (
+        "s3://team/x/c/0 is damaged; remove it (`dit-cache rm s3://team/x --yes`) and push a whole copy there again, "
+        "or build it there anew"
+    )
+
+
 def test_damage_comes_with_the_command_that_mends_it(capsys: pytest.CaptureFixture[str], partial: Path) -> None:
     shard = partial / "features/hidden/c/1/0/0/0/0"
     shard.unlink()
