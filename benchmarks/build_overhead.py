@@ -28,7 +28,7 @@ from pipeline.build.config import BuildConfig
 from pipeline.build.run import build
 from pipeline.datasets.base import Sample
 from pipeline.inputs.conditions import read_pixels
-from pipeline.refine.pretrain_demo import build_text_encoders
+from pipeline.refine.demo_text import build_text_encoders
 from pipeline.teachers.base import TapShape, TextEmbedding
 from pipeline.teachers.flux import FluxTeacher
 

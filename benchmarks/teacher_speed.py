@@ -34,7 +34,7 @@ from pipeline.inputs.conditions import caption_of
 from pipeline.inputs.decoding import decode_with_box
 from pipeline.inputs.feature_source import teacher_features
 from pipeline.inputs.views import object_view, resize_square
-from pipeline.refine.pretrain_demo import build_text_encoders
+from pipeline.refine.demo_text import build_text_encoders
 from pipeline.teachers import quiet_libraries
 from pipeline.teachers.architecture import Place
 from pipeline.teachers.capture import capture

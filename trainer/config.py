@@ -310,7 +310,12 @@ RECOMMENDED_FOR: dict[str, dict[str, Any]] = {
 
 # recommended: a pretrained student on real photographs. paper: the setting as published, untuned, and as there with
 # pretrained weights. small: a small student on any cache, from scratch. demo: small, on the demo's data set.
-PRESETS: dict[str, dict[str, Any]] = {"recommended": _RECOMMENDED, "paper": {}, "small": _SMALL, "demo": _SMALL}
+PRESETS: dict[str, dict[str, Any]] = {
+    "recommended": _RECOMMENDED,
+    "paper": {},
+    "small": _SMALL,
+    "demo": {**_SMALL, "epochs": 15},
+}
 
 
 def save_config(config: TrainConfig, path: Path) -> None:

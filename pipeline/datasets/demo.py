@@ -13,7 +13,8 @@ from operator import itemgetter
 import numpy as np
 
 from pipeline.datasets.base import Sample, check_open_set, first_of_each_split, limited
-from pipeline.datasets.birds import ATTRIBUTES, COLOURS, SCENE_SIZE, BirdAttributes, describe, render_scene
+from pipeline.datasets.bird_scenes import SCENE_SIZE, render_scene
+from pipeline.datasets.birds import ATTRIBUTES, COLOURS, BirdAttributes, describe
 
 # Keeps scenes and captions of this data set apart from those of the pre-training world.
 _WORLD = 11
@@ -27,8 +28,9 @@ class DemoConfig:
     groups: int = 20
     train_classes: int = 40
     test_classes: int = 40
-    images_per_class: int = 20
-    unlabeled: int = 2000
+    train_images: int = 40  # of each class
+    test_images: int = 20
+    unlabeled: int = 1600
 
 
 def draw_classes(
@@ -65,7 +67,7 @@ def draw_classes(
 
 
 class DemoDataset:
-    """Procedural birds under an open-set protocol, with exact boxes and attribute captions."""
+    """Procedural birds under an open-set protocol, with loose boxes and attribute captions."""
 
     name = "demo"
     superclass = "bird"
@@ -80,11 +82,18 @@ class DemoDataset:
         train, test, unlabeled = draw_classes(self.config)
         # Boxes come from rendering, so every scene is rendered here, once; 27 kB each.
         self._rendered: dict[str, bytes] = {}
-        n = self.config.images_per_class
         planned = [
-            *((f"train-{k:03d}-{i:03d}", "train", k, c) for k, c in enumerate(train) for i in range(n)),
+            *(
+                (f"train-{k:03d}-{i:03d}", "train", k, c)
+                for k, c in enumerate(train)
+                for i in range(self.config.train_images)
+            ),
             *((f"unlabeled-{i:05d}", "unlabeled", -1, c) for i, c in enumerate(unlabeled)),
-            *((f"test-{k:03d}-{i:03d}", "test", len(train) + k, c) for k, c in enumerate(test) for i in range(n)),
+            *(
+                (f"test-{k:03d}-{i:03d}", "test", len(train) + k, c)
+                for k, c in enumerate(test)
+                for i in range(self.config.test_images)
+            ),
         ]
         kept = first_of_each_split(planned, limit, split_of=itemgetter(1))
         self.samples: Sequence[Sample] = [self._sample(*entry) for entry in kept]

@@ -1,18 +1,28 @@
 """Recipe of the demo teacher: `make demo-teacher`.
 
 Trains a small FLUX (the real diffusers class), its VAE and its text encoders on procedural birds with random attribute
-combinations. This stands in for web-scale pre-training: no class, label or split of the demo data set is used.
+combinations. This stands in for web-scale pre-training: no class, label or split of the demo data set is used. First
+the transformer learns to paint a bird by what a few words say of it, by other photographs of it, by both or by neither,
+as one that edits by reference (FLUX.1 Kontext); it never sees as context the photograph that it paints. Then it goes on
+with new text encoders, and its tokens are also made to tell what bird it is (`Teller`): of a few thousand birds it
+learns so what a large model learns of billions of captioned pictures, and painting alone does not teach in an hour.
 The result is a normal diffusers folder that `FluxKontextPipeline.from_pretrained` loads.
 """
 
 import argparse
 import json
 import math
+import socket
 import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
@@ -22,32 +32,27 @@ from diffusers import (
 )
 from torch import Tensor
 from tqdm import tqdm
-from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
+from transformers import PreTrainedTokenizerBase
 
-from pipeline.datasets.birds import describe, random_attributes, render_scene
-from pipeline.inputs.views import object_view, resize_square
+from pipeline.datasets.birds import ATTRIBUTES
+from pipeline.refine.demo_text import build_text_encoders
+from pipeline.refine.demo_world import PAINTING, READING, RESOLUTION, Draw, Latents, Stage, World, render_world
 from pipeline.teachers.flux import image_ids
 from pipeline.teachers.packing import pack_latents
 from pipeline.teachers.pixels import to_signed
 
-RESOLUTION = 48
-TEXT_TOKENS = 40
-# Scenes of the pre-training world have seeds of their own, so none is a scene of the demo data set.
-PRETRAIN_WORLD = 7_000_001
+# Whose tokens tell what the bird is like; blocks behind it have painting alone to do.
+_TELLING_BLOCK = 2
 
 
-def render_world(count: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Render `count` birds: object views and context views (count, 3, 48, 48) uint8, and their captions."""
-    objects, contexts, captions = [], [], []
-    for i in tqdm(range(count), desc="render", unit="image"):
-        rng = np.random.default_rng([PRETRAIN_WORLD, i])
-        attributes = random_attributes(rng)
-        image, box = render_scene(attributes, [PRETRAIN_WORLD, i, 1])
-        objects.append(np.asarray(object_view(image, box, RESOLUTION)))
-        contexts.append(np.asarray(resize_square(image, RESOLUTION)))
-        captions.append(describe(attributes, rng))
-    to_tensor = lambda arrays: torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()  # noqa: E731
-    return to_tensor(objects), to_tensor(contexts), captions
+def average_gradients(module: torch.nn.Module) -> None:
+    """Over the processes that train together."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(together)
+    parts = (together / dist.get_world_size()).split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def build_vae() -> AutoencoderKL:
@@ -70,7 +75,7 @@ def train_vae(vae: AutoencoderKL, images: Tensor, steps: int, batch: int) -> Non
     optimiser = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.1)
     vae.train().to(memory_format=torch.channels_last)
-    bar = tqdm(range(steps), desc="VAE", unit="step")
+    bar = tqdm(range(steps), desc="VAE", unit="step", disable=dist.get_rank() > 0)
     for _ in bar:
         x = to_signed(images[torch.randint(len(images), (batch,))]).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -80,6 +85,7 @@ def train_vae(vae: AutoencoderKL, images: Tensor, steps: int, batch: int) -> Non
         loss = reconstruction + 3e-4 * posterior.kl().mean() / x[0].numel()
         optimiser.zero_grad()
         loss.backward()
+        average_gradients(vae)
         optimiser.step()
         schedule.step()
         bar.set_postfix(l1=f"{reconstruction.item():.4f}")
@@ -91,49 +97,12 @@ def train_vae(vae: AutoencoderKL, images: Tensor, steps: int, batch: int) -> Non
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Raw latent modes (B, 8, 12, 12) in fp32."""
-    return torch.cat(
-        [vae.encode(to_signed(part)).latent_dist.mode() for part in tqdm(images.split(256), desc="encode")]
-    )
-
-
-def byte_level_clip_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer whose vocabulary is single bytes: the real class, with no file to download."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    alphabet = list(bytes_to_unicode().values())
-    tokens = [*alphabet, *(a + "</w>" for a in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=TEXT_TOKENS)
-
-
-def build_text_encoders() -> tuple[CLIPTextModel, CLIPTokenizer, T5EncoderModel, ByT5Tokenizer]:
-    clip_tokenizer = byte_level_clip_tokenizer()
-    end = clip_tokenizer.eos_token_id
-    clip = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(clip_tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=TEXT_TOKENS,
-            bos_token_id=clip_tokenizer.bos_token_id,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
-    )
-    t5 = T5EncoderModel(
-        T5Config(
-            vocab_size=384,
-            d_model=96,
-            d_kv=24,
-            d_ff=256,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-        )
-    )
-    return clip, clip_tokenizer, t5, ByT5Tokenizer(model_max_length=TEXT_TOKENS)
+    modes = []
+    for part in tqdm(images.split(128), desc="encode", disable=dist.get_rank() > 0):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            seen = to_signed(part).contiguous(memory_format=torch.channels_last)
+            modes.append(vae.encode(seen).latent_dist.mode().float())
+    return torch.cat(modes)
 
 
 def build_transformer() -> FluxTransformer2DModel:
@@ -148,104 +117,206 @@ def build_transformer() -> FluxTransformer2DModel:
     return model
 
 
-def flow_batch(objects: Tensor, contexts: Tensor, rows: Tensor, with_context: bool) -> tuple[Tensor, ...]:
-    """Noisy object tokens (+ clean context tokens), σ and the target ε − z_O (diffusers' sign)."""
-    z = objects[rows]
-    noise = torch.randn_like(z)
-    sigma = torch.sigmoid(torch.randn(len(z)))
-    noisy = (1 - sigma)[:, None, None] * z + sigma[:, None, None] * noise
-    tokens = torch.cat([noisy, contexts[rows]], dim=1) if with_context else noisy
-    return tokens, sigma, noise - z
+class Teller(torch.nn.Module):
+    """Reads from a block's tokens of the object what bird it is, and is thrown away afterwards.
+
+    Tokens that are trained so know what they paint, as those aligned with an image encoder do (REPA, Yu et al., ICLR
+    2025). Here the description stands in for the encoder, as the many captions of a large model's pictures would.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.counts = [len(values) for values in ATTRIBUTES.values()]
+        self.layers = torch.nn.Sequential(
+            torch.nn.LayerNorm(width),
+            torch.nn.Linear(width, 128),
+            torch.nn.SiLU(),
+            torch.nn.Linear(128, sum(self.counts)),
+        )
+
+    def forward(self, tokens: Tensor, attributes: Tensor) -> Tensor:
+        """tokens: (B, L, C); attributes: (B, 7). Returns the mean cross-entropy."""
+        guesses = self.layers(tokens.mean(dim=1)).split(self.counts, dim=1)
+        return torch.stack([F.cross_entropy(g, a) for g, a in zip(guesses, attributes.T, strict=True)]).mean()
 
 
-def train_transformer(
-    parts: dict, objects: Tensor, contexts: Tensor, captions: list[str], steps: int, batch: int, lr: float
-) -> dict[str, float]:
-    """Flow matching on object tokens; half of the batches see the context image; three captions in ten are empty."""
-    model, clip, t5 = parts["transformer"], parts["clip"], parts["t5"]
-    t5_ids = parts["t5_tokenizer"]([*captions, ""], padding="max_length", max_length=TEXT_TOKENS, truncation=True,
-                                   return_tensors="pt").input_ids  # fmt: skip
-    clip_ids = parts["clip_tokenizer"]([*captions, ""], padding="max_length", max_length=TEXT_TOKENS, truncation=True,
-                                       return_tensors="pt").input_ids  # fmt: skip
-    modules = torch.nn.ModuleList([model, clip, t5])
-    optimiser = torch.optim.AdamW(modules.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.05)
-    ema = torch.optim.swa_utils.AveragedModel(modules, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
-    ids = image_ids(RESOLUTION // 4 // 2, RESOLUTION // 4 // 2)
-    context_ids = ids.clone()
-    context_ids[:, 0] = 1
-    txt_ids = torch.zeros(TEXT_TOKENS, 3)
-    bar, running = tqdm(range(steps), desc="FLUX", unit="step"), math.nan
-    for step in bar:
-        rows = torch.randint(len(objects), (batch,))
-        with_context = step % 2 == 0
-        tokens, sigma, target = flow_batch(objects, contexts, rows, with_context)
-        caption_rows = torch.where(torch.rand(batch) < 0.3, torch.tensor(len(captions)), rows)
+class Course:
+    """Flow matching on the close-ups' tokens; transformer and text encoders learn together, their mean is kept."""
+
+    def __init__(self, parts: dict, latents: Latents, world: World, stage: Stage):
+        self.parts, self.latents, self.stage, self.attributes = parts, latents, stage, world.attributes
+        self.teller = Teller(parts["transformer"].inner_dim)
+        block = parts["transformer"].single_transformer_blocks[_TELLING_BLOCK]
+        self.told = torch.empty(0)  # that block's tokens of the last pass
+        block.register_forward_hook(lambda _module, _inputs, output: setattr(self, "told", output[1]))
+        tokenise = partial(_tokenise, captions=[*world.captions, ""])
+        self.clip_ids, self.t5_ids = tokenise(parts["clip_tokenizer"]), tokenise(parts["t5_tokenizer"])
+        self.modules = torch.nn.ModuleList([parts["transformer"], parts["clip"], parts["t5"], self.teller])
+        self.optimiser = torch.optim.AdamW(self.modules.parameters(), lr=stage.lr, weight_decay=0.01, betas=(0.9, 0.95))
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimiser, stage.lr, total_steps=stage.steps, pct_start=0.05
+        )
+        mean = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+        self.ema = torch.optim.swa_utils.AveragedModel(self.modules, multi_avg_fn=mean)
+        self.ids = image_ids(RESOLUTION // 4 // 2, RESOLUTION // 4 // 2)
+        self.context_ids = self.ids.clone()
+        self.context_ids[:, 0] = 1
+
+    def losses(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Of the flow and of the teller."""
+        length, tokens, ids = draw.noisy.shape[1], draw.noisy, self.ids
+        t5_ids = self.t5_ids[draw.caption_rows]
+        if draw.context is not None:
+            tokens, ids = torch.cat([tokens, draw.context], dim=1), torch.cat([ids, self.context_ids])
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            velocity = model(
+            velocity = self.parts["transformer"](
                 hidden_states=tokens,
-                timestep=sigma,
-                encoder_hidden_states=t5(t5_ids[caption_rows])[0],
-                pooled_projections=clip(clip_ids[caption_rows]).pooler_output,
-                txt_ids=txt_ids,
-                img_ids=torch.cat([ids, context_ids]) if with_context else ids,
+                timestep=draw.sigma,
+                encoder_hidden_states=self.parts["t5"](t5_ids)[0],
+                pooled_projections=self.parts["clip"](self.clip_ids[draw.caption_rows]).pooler_output,
+                txt_ids=torch.zeros(t5_ids.shape[1], 3),
+                img_ids=ids,
                 return_dict=False,
-            )[0][:, : objects.shape[1]]
-        loss = F.mse_loss(velocity.float(), target)
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        ema.update_parameters(modules)
-        running = loss.item() if math.isnan(running) else 0.98 * running + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{running:.4f}")
-    modules.load_state_dict(ema.module.state_dict())
-    return {"flow_loss": running}
+            )[0][:, :length]
+            telling = self.teller(self.told[:, :length], self.attributes[draw.bird])
+        return F.mse_loss(velocity.float(), draw.target), telling.float()
+
+    def run(self, batch: int, keep: Callable[[dict], None], every: int) -> None:
+        """Train; hand the report to `keep` every so many steps, with the mean's weights in the parts meanwhile."""
+        steps, running = range(1, self.stage.steps + 1), torch.full((2,), math.nan)
+        bar = tqdm(steps, desc="FLUX", unit="step", disable=dist.get_rank() > 0)
+        for step in bar:
+            # Of one kind in all processes, so that none waits for another.
+            with_context = step % 10 >= 10 * self.stage.no_context
+            flow, telling = self.losses(self.latents.draw(batch, with_context, self.stage))
+            loss = flow + self.stage.telling * telling
+            self.optimiser.zero_grad()
+            loss.backward()
+            average_gradients(self.modules)
+            torch.nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+            self.optimiser.step()
+            self.schedule.step()
+            self.ema.update_parameters(self.modules)
+            now = torch.stack([flow, telling]).detach()
+            running = now if step == 1 else torch.lerp(running, now, 0.02)
+            bar.set_postfix(flow=f"{running[0]:.4f}", telling=f"{running[1]:.3f}")
+            if step == self.stage.steps or (every and step % every == 0):
+                learnt = deepcopy(self.modules.state_dict())
+                self.modules.load_state_dict(self.ema.module.state_dict())
+                keep({"flow_loss": running[0].item(), "telling_loss": running[1].item(), "steps_done": step})
+                self.modules.load_state_dict(learnt)
 
 
-def save(output: Path, parts: dict, seconds: float, report: dict, arguments: dict) -> None:
+def _tokenise(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> Tensor:
+    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def save(output: Path, parts: dict, report: dict) -> None:
+    """Write a diffusers folder in bfloat16, half the bytes in the repository, and what made it as recipe.json."""
     # The range of FLUX's resolution-dependent shift, moved down to token counts of this size.
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=256)
+    # Copies, since the originals may go on training.
+    halved = {name: deepcopy(parts[name]).to(torch.bfloat16) for name in ("vae", "clip", "t5", "transformer")}
     pipeline = FluxKontextPipeline(
         scheduler=scheduler,
-        vae=parts["vae"],
-        text_encoder=parts["clip"],
+        vae=halved["vae"],
+        text_encoder=halved["clip"],
         tokenizer=parts["clip_tokenizer"],
-        text_encoder_2=parts["t5"],
+        text_encoder_2=halved["t5"],
         tokenizer_2=parts["t5_tokenizer"],
-        transformer=parts["transformer"],
+        transformer=halved["transformer"],
     )
-    pipeline.to(torch.bfloat16)  # half the bytes in the repository
     pipeline.save_pretrained(output, safe_serialization=True)
     # The wall-clock time is printed and not stored: the folder is the same whoever makes it.
-    (output / "recipe.json").write_text(json.dumps({**arguments, **report}, indent=2, sort_keys=True) + "\n")
-    print(f"demo teacher written to {output} in {seconds / 60:.1f} minutes: {report}")
+    (output / "recipe.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
+
+
+@torch.no_grad()
+def as_latents(vae: AutoencoderKL, world: World) -> Latents:
+    """A world through the VAE, standardised and packed into tokens."""
+
+    def tokens(images: Tensor) -> Tensor:
+        raw = encode(vae, images.flatten(0, 1))
+        packed = pack_latents((raw - vae.config.shift_factor) * vae.config.scaling_factor)
+        return packed.unflatten(0, images.shape[:2])
+
+    return Latents(tokens(world.objects), tokens(world.scenes))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def first_parts(seed: int) -> dict:
+    """Of a teacher that has learnt nothing."""
+    torch.manual_seed(seed)  # the same weights in all processes
+    return {"vae": build_vae(), **text_parts(PAINTING), "transformer": build_transformer()}
+
+
+def parts_of(folder: Path, seed: int) -> dict:
+    """Of a teacher that can paint, with text encoders that have learnt nothing."""
+    torch.manual_seed(seed)
+    painter = FluxKontextPipeline.from_pretrained(str(folder), torch_dtype=torch.float32)
+    # Built anew, since models that were read say in their config where from.
+    vae, transformer = build_vae().eval(), build_transformer()
+    vae.load_state_dict(painter.vae.state_dict())
+    vae.register_to_config(**{name: painter.vae.config[name] for name in ("shift_factor", "scaling_factor")})
+    transformer.load_state_dict(painter.transformer.state_dict())
+    return {"vae": vae, **text_parts(READING), "transformer": transformer}
+
+
+def text_parts(stage: Stage) -> dict:
+    return dict(zip(("clip", "clip_tokenizer", "t5", "t5_tokenizer"), build_text_encoders(stage.words), strict=True))
+
+
+def pretrain(rank: int, args: argparse.Namespace, first: Path | None, output: Path, port: int) -> None:
+    """What each of the processes does in a stage; they see the same world, draw differently and learn the same.
+
+    first: what the stage before left, if there was one.
+    """
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=args.processes)
+    batch, stage = args.batch // args.processes, READING if first else PAINTING
+    stage = replace(stage, steps=args.steps or stage.steps)
+    parts = parts_of(first, args.seed) if first else first_parts(args.seed)
+    torch.manual_seed(1000 * args.seed + rank)  # other draws in each
+    world = render_world(args.birds, stage, quiet=rank > 0)
+    if not first:
+        seen = torch.cat([world.objects.flatten(0, 1), world.scenes[::4].flatten(0, 1)])
+        train_vae(parts["vae"], seen, args.vae_steps, batch)
+    course = Course(parts, as_latents(parts["vae"], world), world, stage)
+    chosen = {"birds": args.birds, "batch": args.batch, "processes": args.processes, "seed": args.seed,
+              **({} if first else {"vae_steps": args.vae_steps}), **asdict(stage)}  # fmt: skip
+    before = json.loads((first / "recipe.json").read_text())["stages"] if first else []
+
+    def keep(report: dict) -> None:
+        if rank == 0:
+            save(output, parts, {"stages": [*before, {**chosen, **report}]})
+
+    course.run(batch, keep, args.save_every)
+    dist.destroy_process_group()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "teachers/demo_weights")
-    parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--vae-steps", type=int, default=700)
-    parser.add_argument("--steps", type=int, default=3_200)
+    parser.add_argument("--painter", type=Path, help="what the first stage left; omitted, it is trained and not kept")
+    parser.add_argument("--birds", type=int, default=6_000)
+    parser.add_argument("--vae-steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, help="of each stage (default: as many as it has)")
     parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=400, help="steps between copies of what is learnt so far")
+    parser.add_argument("--processes", type=int, default=2, help="that share a batch, one thread each")
     args = parser.parse_args()
     started = time.time()
-    torch.manual_seed(args.seed)
-    object_images, context_images, captions = render_world(args.images)
-    vae = build_vae()
-    train_vae(vae, torch.cat([object_images, context_images[::4]]), args.vae_steps, 64)
-    scale = lambda z: pack_latents((z - vae.config.shift_factor) * vae.config.scaling_factor)  # noqa: E731
-    objects, contexts = scale(encode(vae, object_images)), scale(encode(vae, context_images))
-    clip, clip_tokenizer, t5, t5_tokenizer = build_text_encoders()
-    parts = {"vae": vae, "clip": clip, "clip_tokenizer": clip_tokenizer, "t5": t5, "t5_tokenizer": t5_tokenizer,
-             "transformer": build_transformer()}  # fmt: skip
-    report = train_transformer(parts, objects, contexts, captions, args.steps, args.batch, args.lr)
-    chosen = {k: v for k, v in vars(args).items() if k != "output"}
-    save(args.output, parts, time.time() - started, report, chosen)
+    with TemporaryDirectory() as folder:
+        if args.painter is None:
+            torch.multiprocessing.spawn(pretrain, (args, None, Path(folder), free_port()), args.processes)
+        painter = args.painter or Path(folder)
+        torch.multiprocessing.spawn(pretrain, (args, painter, args.output, free_port()), args.processes)
+    print(f"demo teacher written to {args.output} in {(time.time() - started) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

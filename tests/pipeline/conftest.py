@@ -16,7 +16,7 @@ from pipeline.annotate.config import AnnotateConfig
 from pipeline.annotate.run import annotate
 from pipeline.datasets.demo import DemoConfig, DemoDataset
 from pipeline.datasets.folder import FolderDataset
-from pipeline.refine.pretrain_demo import build_text_encoders
+from pipeline.refine.demo_text import build_text_encoders
 from pipeline.teachers.flux import FluxTeacher
 
 # Test folders are no packages, so what several modules share is loaded by its path.
@@ -126,7 +126,9 @@ def teacher(flux_folder: Path) -> FluxTeacher:
 
 
 def make_tiny_dataset() -> DemoDataset:
-    return DemoDataset(DemoConfig(groups=2, train_classes=4, test_classes=4, images_per_class=5, unlabeled=6))
+    return DemoDataset(
+        DemoConfig(groups=2, train_classes=4, test_classes=4, train_images=5, test_images=5, unlabeled=6)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ from transformers import (
     SwinConfig,
 )
 
-from pipeline.refine.pretrain_demo import byte_level_clip_tokenizer
+from pipeline.refine.demo_text import byte_level_clip_tokenizer
 
 BIRD_CLASSES = ("Yellow Warbler", "House Wren")
 _ORIENTATION = 0x0112

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, Qwen2Token
 from pipeline.build.source import wanted_of
 from pipeline.inputs.conditions import Conditions, captions_of, read_pixels
 from pipeline.inputs.feature_source import teacher_features
-from pipeline.refine.pretrain_demo import TEXT_TOKENS, build_text_encoders, byte_level_clip_tokenizer
+from pipeline.refine.demo_text import TEXT_TOKENS, build_text_encoders, byte_level_clip_tokenizer
 from pipeline.teachers.base import TextEmbedding
 
 # As Qwen3's own template behaves with enable_thinking=False: an empty thought opens the answer.

@@ -175,7 +175,9 @@ def test_a_slow_store_makes_the_teacher_wait(tiny_dataset, flux_folder, tmp_path
 
 
 def test_a_split_without_images_is_refused(teacher, tmp_path):
-    dataset = DemoDataset(DemoConfig(groups=2, train_classes=2, test_classes=2, images_per_class=2, unlabeled=0))
+    dataset = DemoDataset(
+        DemoConfig(groups=2, train_classes=2, test_classes=2, train_images=2, test_images=2, unlabeled=0)
+    )
     with pytest.raises(DitDistillError, match="no usable image in the splits unlabeled of demo"):
         build(teacher, dataset, replace(CONFIG, feature_splits=("unlabeled",)), tmp_path / "c", log=str)
 

@@ -339,7 +339,7 @@ def dit_cache(*arguments):
 
 def test_context_is_an_option_of_refine_probe_and_build(folder, tmp_path):
     """The LoRA of a reused context is only accepted by commands that asked for one."""
-    common = ("--teacher", folder, "--resolution", RESOLUTION, "--device", "cpu", "--limit", 24)
+    common = ("--teacher", folder, "--resolution", RESOLUTION, "--device", "cpu", "--limit", 42)
     small = {
         "refine": ("--steps", 1, "--batch", 1, "--rank", 2, "--validation-images", 2, "--output", tmp_path / "lora"),
         "probe": ("--images", 4, "--per-class", 2, "--timesteps", "28", "--taps", "hidden", "--cells", 1,

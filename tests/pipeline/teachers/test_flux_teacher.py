@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.curriculum import add_noise
-from pipeline.refine.pretrain_demo import TEXT_TOKENS
+from pipeline.refine.demo_text import TEXT_TOKENS
 from pipeline.teachers.base import TeacherError
 from pipeline.teachers.flux import FluxTeacher, image_ids
 from pipeline.teachers.packing import pack_latents, unpack_latents

@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from tiny_teachers import save_tiny_sd3
 
-from pipeline.refine.pretrain_demo import TEXT_TOKENS
+from pipeline.refine.demo_text import TEXT_TOKENS
 from pipeline.teachers import load_teacher
 from pipeline.teachers.base import TeacherError
 from pipeline.teachers.packing import pack_latents, unpack_latents
