@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 _NODES = Path("/dev")  # where the kernel's driver shows NVIDIA's GPUs
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
-_KEPT_BLOCK = 1 << 30  # bytes; what is larger is still given back at once
+_KEPT_BLOCK, _KEPT = (
+    1 << 27,
+    1 << 30,
+)  # bytes: of one block, what is larger is given back at once; at the end of the heap
 
 
 class DeviceError(DitDistillError):
@@ -100,7 +103,7 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _KEPT_BLOCK)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BLOCK)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
 def prepare_memory() -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from cache_schema import devices
+
 # Test folders are no packages, so what tests of all three packages share is loaded by its path.
 _spec = importlib.util.spec_from_file_location("strict_device", Path(__file__).with_name("strict_device.py"))
 assert _spec is not None
@@ -38,3 +40,12 @@ def _interruptible() -> None:
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, usual)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _freed_memory_is_given_back() -> None:
+    """Leave malloc as it is in this process: a test that allows itself little memory counts on what others gave back.
+
+    Commands that the tests start keep it, as they do for users.
+    """
+    devices.keep_freed_memory = lambda: None
