@@ -123,7 +123,8 @@ def _splits(
     here: Counter[str] = Counter()  # rows whose features are, of a build under way or a part
     for record in records["features"].values():
         failed = {item.row for item in record.failed}
-        here.update(usable[row] for row in range(*record.rows) if row not in failed)
+        covered = enumerate(usable[slice(*record.rows)], record.rows[0])  # cut: a record may lie of its rows
+        here.update(split for row, split in covered if row not in failed)
     found = {
         split: {"rows": count, "rows_with_features": here[split], "features": 0, "images": 0}
         for split, count in sorted(Counter(usable).items())
