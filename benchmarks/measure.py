@@ -3,7 +3,6 @@
 A benchmark module has a `main(argv)`, prints one Markdown table per workload and saves the same figures with `save`.
 """
 
-import ctypes
 import functools
 import importlib.metadata
 import json
@@ -21,6 +20,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from cache_schema.devices import keep_freed_memory
+
 RESULTS = Path(__file__).parent / "results"
 
 # Does some work and returns how much of it: samples, bytes, whatever the benchmark counts.
@@ -31,9 +32,6 @@ Prepare = Callable[[], Mapping[str, Work]]
 _VERSIONS = ("dit-distill", "numpy", "torch", "zarr", "numcodecs", "awscrt", "pyarrow")
 # Modules every contender needs, imported once and inherited by all their processes.
 _PRELOAD = ["numpy", "torch", "cache_schema"]
-
-# Names of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def in_turns(
@@ -144,7 +142,9 @@ def shuffled_order(contenders: Mapping[str, Any], turn: int) -> list[str]:
 
 def _serve(line: Connection, prepare: Prepare, least_seconds: float) -> None:
     """Work whenever asked to, and answer with the work per second, until the other end of the line closes."""
-    _keep_freed_memory()
+    # For tools that ask for fresh memory again and again: those that allocate a block per sample were up to six times
+    # slower without.
+    keep_freed_memory(largest=1 << 25)
     try:
         ways = prepare()
         line.send(list(ways))
@@ -160,18 +160,6 @@ def _serve(line: Connection, prepare: Prepare, least_seconds: float) -> None:
         return
     except Exception:  # noqa: BLE001 - the parent raises it again
         line.send(RuntimeError(traceback.format_exc()))
-
-
-def _keep_freed_memory() -> None:
-    """Let malloc keep what is freed, so that fresh memory is cheap for those who ask for it again and again.
-
-    By default glibc gives larger blocks back to the system and every new one is filled with zeros again, page by page,
-    or not, depending on what else lies on the heap: tools that allocate a block per sample were up to six times slower.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
-        mallopt(_M_MMAP_THRESHOLD, 1 << 25)
 
 
 def _answer(name: str, line: Connection) -> Any:

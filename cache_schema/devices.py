@@ -18,10 +18,7 @@ if TYPE_CHECKING:
 
 _NODES = Path("/dev")  # where the kernel's driver shows NVIDIA's GPUs
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
-_KEPT_BLOCK, _KEPT = (
-    1 << 27,
-    1 << 30,
-)  # bytes: of one block, what is larger is given back at once; at the end of the heap
+_KEPT = 1 << 30  # bytes at the end of the heap that are not given back
 
 
 class DeviceError(DitDistillError):
@@ -93,16 +90,17 @@ def sound_gradients() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(largest: int = 1 << 27) -> None:
     """Have malloc keep what one batch has freed for the next one, which asks for blocks of the same sizes again.
 
     By default glibc gives every block beyond 32 MB back to the system, and smaller ones now and then, which fills each
     new one with zeros, page by page: to decode a batch of wide features took 22 ms and takes 5, and half of the time in
     which `dit-train embed` kept the cores busy was the kernel's. Nothing is done where malloc is another library's.
+    largest: bytes of a block; what is larger is still given back at once.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_BLOCK)
+        mallopt(_M_MMAP_THRESHOLD, largest)
         mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 

@@ -22,9 +22,9 @@ from pipeline.refine.loss import cdr_loss
 from pipeline.teachers import TeacherOutline
 from pipeline.teachers.base import ContextMode, Quantization, TeacherError, TextEmbedding
 from pipeline.teachers.diffusers_teacher import DiffusersTeacher
+from pipeline.teachers.encoder import EncoderArchitecture
 from pipeline.teachers.lora import add_lora
 from pipeline.teachers.quantization import is_available
-from pipeline.teachers.timm_encoder import EncoderArchitecture
 from pipeline.teachers.weightless import META, weightless_teacher
 
 _ADAM_MOMENTS = 2

@@ -21,6 +21,7 @@ from pipeline.teachers.base import AnyTeacher, ContextMode, EncoderInput, TapSha
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.teachers.diffusers_teacher import DiffusersTeacher
     from pipeline.teachers.loading import Loading
 
 # diffusers imports torchao where it is installed, and both have words with their own authors then.
@@ -207,10 +208,8 @@ def _load_latents(
 ) -> AnyTeacher:
     from pipeline.teachers.latent_encoder import LatentEncoder
 
-    owner = _owner_of(spec)
-    outline = outline_teacher(owner, revision=revision, resolution=resolution)
-    whole = load_teacher(owner, revision=revision, resolution=resolution, dtype=dtype, device=device)
-    return LatentEncoder(cast(Teacher, whole), outline.architecture, input=input)
+    whole = load_teacher(_owner_of(spec), revision=revision, resolution=resolution, dtype=dtype, device=device)
+    return LatentEncoder(cast("DiffusersTeacher", whole), input=input)
 
 
 def _refuse_for_encoders(spec: str, lora: Path | None, context: ContextMode | None, loading: "Loading | None") -> None:

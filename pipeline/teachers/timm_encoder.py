@@ -6,31 +6,25 @@ makes of each place, and `tokens.N`, the same after its N-th stage (of a ViT: bl
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.teachers.architecture import Architecture
-from pipeline.teachers.base import ContextMode, EncoderInput, ObjectCrop, Quantization, TapShape, TeacherError
+from pipeline.teachers.base import EncoderInput, TapShape, TeacherError
+from pipeline.teachers.encoder import Encoder, EncoderArchitecture, encoder_architecture
 from pipeline.teachers.passes import memory_errors
 from pipeline.teachers.timm_networks import load_network, own_resolution, parse_spec, size_refused, takes_size
 
 _NO_ROOM = "its weights do not fit: use --dtype bfloat16, a smaller network or a larger device (it does not offload)"
 
 
-class TimmEncoder:
+class TimmEncoder(Encoder):
     """A frozen timm network that reads images. Fulfils `base.ImageEncoder`."""
 
     family = "timm"
     pipeline_class = "timm"
     revision: str | None = None
-    guidance: float | None = None
-    lora: Path | None = None
-    context: ContextMode = "joint"
-    quantization: Quantization | None = None
 
     def __init__(
         self,
@@ -48,7 +42,6 @@ class TimmEncoder:
         parsed = parse_spec(spec)
         assert parsed is not None, "only teachers called timm:…"
         self.source, self.input = spec, input
-        self.crop: ObjectCrop = "box"
         self.resolution = resolution = resolution or own_resolution(parsed.name, spec)
         self.dtype, self.device = dtype, torch.device(device)
         # Here and not by the first pass, which no smaller one could mend.
@@ -58,27 +51,11 @@ class TimmEncoder:
             mean, std = (torch.tensor(network.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
             self._mean, self._std = mean.to(self.device), std.to(self.device)
             self._network = network.eval().requires_grad_(False).to(self.device, dtype)
-        self._shapes = {shape.name: shape for shape in _measure(self._network, self.resolution, spec)}
+        self.architecture = encoder_architecture(self.family, _measure(self._network, self.resolution, spec))
 
     def digests(self) -> dict[str, str]:
         """Component name → SHA-256 of its weights, under timm's names, and of what it is."""
         return {"encoder": self._digest}
-
-    def taps(self, modulated: bool = False) -> list[str]:
-        """Every tap there is, from the input to the output; no timestep modulates any."""
-        return list(self._shapes)
-
-    def tap_shape(self, tap: str) -> TapShape:
-        """Shape of a tap; raises TeacherError, listing the known taps, for an unknown one."""
-        return _shape_of(tap, tuple(self._shapes.values()), self.source)
-
-    def sigmas(self, num_steps: int) -> list[float]:
-        """One noise level, 0; raises TeacherError for a schedule of more steps than that."""
-        if num_steps != 1:
-            raise TeacherError(
-                f"the teacher {self.source} sees images without noise: it has one timestep, --num-steps 1 --timesteps 1"
-            )
-        return [0.0]
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
@@ -111,22 +88,6 @@ class TimmEncoder:
         return _tokens(_channels_first(self._network, features))
 
 
-@dataclass(frozen=True)
-class EncoderArchitecture(Architecture):
-    """The taps of an image encoder, which has neither latents nor text."""
-
-    shapes: tuple[TapShape, ...] = ()
-
-    def latent_values(self, resolution: int, source: str) -> int:
-        return 0
-
-    def taps(self) -> list[str]:
-        return [shape.name for shape in self.shapes]
-
-    def tap_shape(self, tap: str, resolution: int, source: str) -> TapShape:
-        return _shape_of(tap, self.shapes, source)
-
-
 def outline_architecture(teacher: str, resolution: int | None) -> tuple[EncoderArchitecture, int]:
     """The taps of `timm:NAME` at a resolution, and that resolution; no weights are read. Raises TeacherError."""
     spec = parse_spec(teacher)
@@ -137,16 +98,7 @@ def outline_architecture(teacher: str, resolution: int | None) -> tuple[EncoderA
     sized: dict[str, Any] = {"img_size": side} if takes_size(spec.name, side, teacher) else {}
     with torch.device("meta"):
         network = timm.create_model(spec.name, pretrained=False, num_classes=0, **sized).eval()
-    shapes = tuple(_measure(network, side, teacher))
-    return EncoderArchitecture("timm", 0, shapes[-1].channels, (), shapes=shapes), side
-
-
-def _shape_of(tap: str, shapes: Sequence[TapShape], source: str) -> TapShape:
-    found = next((shape for shape in shapes if shape.name == tap), None)
-    if found is None:
-        names = ", ".join(shape.name for shape in shapes)
-        raise TeacherError(f"the teacher {source} has no tap {tap!r}; it has {names}")
-    return found
+    return encoder_architecture(TimmEncoder.family, _measure(network, side, teacher)), side
 
 
 def _measure(network: Any, resolution: int, teacher: str) -> list[TapShape]:

@@ -55,11 +55,11 @@ def ablate(
     The same command goes on where an interrupted one stopped; finished runs are not made again.
     """
     from trainer.errors import TrainError
-    from trainer.reports.ablation_plan import choose_variants, left_out, make_cells, target_folders
+    from trainer.reports.ablation_plan import absolute, choose_variants, left_out, make_cells, target_folders
 
-    cache, random_teacher = _absolute(cache), random_teacher and _absolute(random_teacher)
+    cache, random_teacher = absolute(cache), random_teacher and absolute(random_teacher)
     names = [name for name in variants.split(",") if name]
-    unrefined_teacher = unrefined_teacher and _absolute(unrefined_teacher)
+    unrefined_teacher = unrefined_teacher and absolute(unrefined_teacher)
     opened = open_for(cache, allow_partial)
     chosen = choose_variants(opened, names, sweep or [], random_teacher, unrefined_teacher, split, other_features or [])
     targets = target_folders(opened, chosen, output)
@@ -92,7 +92,3 @@ def ablate(
         raise
     typer.echo(as_markdown(tabulate(done, chosen)))
     typer.echo(f"the tables are in {', '.join(map(str, files))}")
-
-
-def _absolute(cache: str) -> str:
-    return cache if "://" in cache else str(Path(cache).resolve())

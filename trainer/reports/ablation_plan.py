@@ -163,8 +163,12 @@ def _with_other_features(other: str) -> Variant:
         raise TrainError(
             f"other-features: write NAME=CACHE, with a name of its own, e.g. latents=runs/latents (got {other!r})"
         )
-    where = cache if "://" in cache else str(Path(cache).resolve())
-    return Variant(name, "the same with other features", FULL, (f"features={where}",))
+    return Variant(name, "the same with other features", FULL, (f"features={absolute(cache)}",))
+
+
+def absolute(cache: str) -> str:
+    """Where a cache is, wherever runs are made from."""
+    return cache if "://" in cache else str(Path(cache).resolve())
 
 
 def _named_by_teacher(variant: Variant, cache: Cache) -> Variant:

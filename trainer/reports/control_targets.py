@@ -39,6 +39,8 @@ PIXELS, WORDS = "pixels", "words"  # what a control regresses, and the tap that 
 TIMESTEP = 1  # the only one: nothing is noisy here
 SIDE = 96  # pixels of the crop's longer side, about
 MOST_WORDS = 512
+_TRAINED_ON = ("train", "unlabeled")
+_READ = (*_TRAINED_ON, "test")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
 
@@ -72,8 +74,8 @@ def make_target(cache: Cache, kind: str, folder: Path) -> None:
     check_target(cache, kind)
     views = [view for view in cache.manifest.views if is_paired(view)]
     target = _pixels(cache, views) if kind == PIXELS else _words(cache, views)
-    rows = _rows(cache, {"train", "unlabeled", "test"})
-    samples, count = make_samples(cache.samples.take(rows).to_pylist(), ("train", "unlabeled", "test"))
+    rows = _rows(cache, _READ)
+    samples, count = make_samples(cache.samples.take(rows).to_pylist(), _READ)
     manifest = plan_manifest(
         dataset=_dataset(cache, samples, count),
         teacher=TeacherInfo(
@@ -105,10 +107,8 @@ def vocabulary(cache: Cache) -> list[str]:
 
     A word of all captions or of one alone tells nothing of the others.
     """
-    captions = [
-        str(caption or "")
-        for caption in cache.samples["caption"].take(_rows(cache, {"train", "unlabeled"})).to_pylist()
-    ]
+    trained_on = _rows(cache, _TRAINED_ON)
+    captions = [str(caption or "") for caption in cache.samples["caption"].take(trained_on).to_pylist()]
     counts = Counter(word for caption in captions for word in _words_of(caption))
     kept = [word for word, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
     kept = [word for word in kept if 1 < counts[word] < len(captions)][:MOST_WORDS]
@@ -190,6 +190,6 @@ def _dataset(cache: Cache, samples: Any, feature_rows: int) -> DatasetInfo:
         fingerprint=fingerprint_samples(samples),
         superclass=about.superclass,
         counts=dict(counts),
-        feature_splits=[split for split in ("train", "unlabeled", "test") if counts[split]],
+        feature_splits=[split for split in _READ if counts[split]],
         feature_rows=feature_rows,
     )
