@@ -55,7 +55,14 @@ def ablate(
     The same command goes on where an interrupted one stopped; finished runs are not made again.
     """
     from trainer.errors import TrainError
-    from trainer.reports.ablation_plan import absolute, choose_variants, left_out, make_cells, target_folders
+    from trainer.reports.ablation_plan import (
+        absolute,
+        check_other_caches,
+        choose_variants,
+        left_out,
+        make_cells,
+        target_folders,
+    )
 
     cache, random_teacher = absolute(cache), random_teacher and absolute(random_teacher)
     names = [name for name in variants.split(",") if name]
@@ -68,6 +75,7 @@ def ablate(
         typer.echo(f"note: left out: {reason}", err=True)
     if split == "validation" and not cells[0].config.validation_classes:
         raise TrainError("--split validation: no classes are held out; add --set validation_classes=0.2")
+    check_other_caches(opened, cells)
     if plan:
         typer.echo("\n".join(cell.name for cell in cells))
         return

@@ -77,7 +77,7 @@ class FeatureSource:
         self.cache, self.tap, self.next_view = cache, info.name, need.next_view
         timesteps = choose_timesteps(cache, need.timesteps)
         self.shape = FeatureShape(timesteps, info.tokens, info.channels, info.grid, self.tap)
-        self._row_of = None if cache is own else _match(own, cache)
+        self._row_of = None if cache is own else match_samples(own, cache)
         self._same = self._row_of  # the row of the same sample, whoever's features it is given
         if need.shuffled is not None:
             identity = np.arange(len(own.samples))
@@ -193,7 +193,7 @@ def _shuffled(own: Cache, seed: int) -> np.ndarray:
     return rows
 
 
-def _match(own: Cache, other: Cache) -> np.ndarray:
+def match_samples(own: Cache, other: Cache) -> np.ndarray:
     """(rows of `own`,) int64: the row of the same sample in `other`, or -1; raises TrainError where ids disagree."""
     ids, hashes = other.samples["id"].to_pylist(), other.samples["sha256"].to_pylist()
     by_id = {name: row for row, name in enumerate(ids)}

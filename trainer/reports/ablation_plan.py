@@ -232,6 +232,30 @@ def make_cells(
     return cells
 
 
+def check_other_caches(own: Cache, cells: Iterable[Cell]) -> None:
+    """Open what cells read beside the ablation's cache, before a run is made; raises what opening raises, TrainError.
+
+    A control that cannot be made is to be known of before the hours that the others take.
+    """
+    from cache_schema import open_cache
+    from trainer.data.features import match_samples, open_sources
+    from trainer.methods.registry import find_method
+
+    for cell in {cell.variant.name: cell for cell in cells}.values():
+        config, variant, cache = cell.config, cell.variant, own
+        if variant.cache is not None:
+            cache = open_cache(variant.cache)
+            lacking = int((match_samples(own, cache) < 0).sum())
+            if lacking:
+                raise TrainError(
+                    f"{variant.name}: {variant.cache} lacks {lacking} of the {len(own.samples)} images of "
+                    f"{own.manifest.label}; it must be of the same images"
+                )
+        elif getattr(config, "features", None) is None or variant.target is not None:
+            continue
+        open_sources(cache, find_method(config.method).needs(config))
+
+
 def target_folders(cache: Cache, variants: Iterable[Variant], output: Path) -> dict[str, Path]:
     """Where the targets that variants regress are to be, by kind."""
     kinds = dict.fromkeys(variant.target for variant in variants if variant.target)

@@ -7,10 +7,18 @@ import pytest
 from PIL import Image
 
 from cache_schema import open_cache
+from cache_schema.errors import DitDistillError
 from trainer.data.batches import TrainingBatches
 from trainer.errors import TrainError
 from trainer.methods.registry import find_method
-from trainer.reports.ablation_plan import choose_variants, left_out, make_cells, read_sweep, target_folders
+from trainer.reports.ablation_plan import (
+    check_other_caches,
+    choose_variants,
+    left_out,
+    make_cells,
+    read_sweep,
+    target_folders,
+)
 from trainer.reports.ablation_run import run_cells
 from trainer.reports.control_targets import SIDE, check_target, make_target, vocabulary
 
@@ -107,6 +115,18 @@ def test_the_gim_reads_another_caches_features_beside_the_images_of_the_ablation
     for wrong in ("pixels", "=there", "gcd=there"):
         with pytest.raises(TrainError, match="other-features: write NAME=CACHE"):
             choose_variants(told, ["gcd"], [], None, others=[wrong])
+
+
+def test_another_cache_that_is_not_there_or_of_other_images_is_refused_before_the_first_run(told, make_cache, tmp_path):
+    strangers, fewer = make_cache("strangers", content="other").root, make_cache("fewer", per_class=3).root
+    for place, reason in ((tmp_path / "nowhere", "nowhere"), (strangers, "another image"), (fewer, "lacks .* images")):
+        chosen = choose_variants(told, ["gcd"], [], str(place))
+        with pytest.raises(DitDistillError, match=reason):
+            check_other_caches(told, make_cells(str(told.root), chosen, 1, "small", []))
+    for place, reason in ((tmp_path / "nowhere", "nowhere"), (strangers, "another image")):
+        chosen = choose_variants(told, ["gcd"], [], None, others=[f"theirs={place}"])
+        with pytest.raises(DitDistillError, match=reason):
+            check_other_caches(told, make_cells(str(told.root), chosen, 1, "small", []))
 
 
 def test_rows_two_and_three_go_by_how_the_teacher_was_made(told, make_cache):

@@ -142,6 +142,7 @@ _RECOMMENDED: dict[str, Any] = {
     },
     "loss": {
         "alpha": 0.5,
+        "alpha_warmup": 0.3,
         "drc_on": "both",
         "share_proxies": False,
         "align": "projector",
