@@ -113,7 +113,7 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
 def _loading(batches: TrainingBatches) -> str:
     """Who makes the batches, for the header of a run, and what they will decode again and again."""
     who = f"{batches.workers} loader processes" if batches.workers > 1 else "one loader process"
-    who = who if batches.workers else "one loader thread"
+    who = who if batches.workers else "batches made by threads of this process"
     kept, of = batches.images.kept, len(batches.all_rows)
     return who if kept == of else f"{who}; {kept} of {of} decoded images fit in memory, the others are decoded anew"
 
