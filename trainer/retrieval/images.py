@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from PIL import Image
 
+from cache_schema.format.samples import SPLITS
 from trainer.data.files import UnreadableImageError, class_of, decode_image, find_images
 from trainer.data.images import ImageStore
 from trainer.data.splits import select_split
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from cache_schema import Cache
 
 ALL = "all"
-_SPLITS = ("train", "test", "unlabeled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +103,8 @@ class CacheImages:
     """The images of a cache, as its students see them; named by the ids of their samples."""
 
     def __init__(self, place: str, cache: Cache, split: str = ALL):
-        if split not in (*_SPLITS, ALL):
-            raise TrainError(f"--split {split}: name one of {', '.join(_SPLITS)}, {ALL}")
+        if split not in (*SPLITS, ALL):
+            raise TrainError(f"--split {split}: name one of {', '.join(SPLITS)}, {ALL}")
         if cache.manifest.images is None:
             raise TrainError(f"cache {cache.manifest.label} holds no images")
         self.place, self.cache, self.split = place, cache, split
@@ -112,7 +112,7 @@ class CacheImages:
 
     @cached_property
     def _rows(self) -> dict[str, int]:
-        splits = _SPLITS if self.split == ALL else (self.split,)
+        splits = SPLITS if self.split == ALL else (self.split,)
         rows = np.sort(np.concatenate([select_split(self.cache, split, need_features=False).rows for split in splits]))
         return dict(zip(self.cache.samples["id"].take(rows).to_pylist(), rows.tolist(), strict=True))
 
