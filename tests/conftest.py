@@ -2,8 +2,10 @@
 
 import importlib.util
 import os
+import resource
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,12 @@ def _freed_memory_is_given_back() -> None:
     Commands that the tests start keep it, as they do for users.
     """
     devices.keep_freed_memory = lambda: None
+
+
+@pytest.fixture
+def no_large_files() -> Iterator[None]:
+    """No file can grow beyond 100 kB, as on a disk that is nearly full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)

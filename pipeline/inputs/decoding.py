@@ -44,11 +44,7 @@ def decode_with_box(data: bytes, box: Box | None) -> tuple[Image.Image, Box]:
     at EXIF. The returned box is in pixels of the returned image. How deeper values become 8 bits is in
     `pixel_range`. Raises one of `UNREADABLE` if the bytes are not a complete image whose values can be understood.
     """
-    image = Image.open(io.BytesIO(data))
-    sixteen_bits = is_sixteen_bits(image)
-    # PIL turns TIFF files while it loads them, others not; only before loading can both be seen.
-    orientation = image.getexif().get(ExifTags.Base.Orientation)
-    image.load()
+    image, sixteen_bits, orientation = _load(data)
     rgb = to_rgb(image, sixteen_bits)
     if orientation not in _UPRIGHT:
         return rgb, box or (0.0, 0.0, float(rgb.width), float(rgb.height))
@@ -57,6 +53,23 @@ def decode_with_box(data: bytes, box: Box | None) -> tuple[Image.Image, Box]:
         rgb = rgb.transpose(turn)
     upright = (0.0, 0.0, float(rgb.width), float(rgb.height))
     return rgb, _turn_box(box, rgb.size, turn) if box else upright
+
+
+def _load(data: bytes) -> tuple[Image.Image, bool, int | None]:
+    """An image with its pixels decoded; whether they are stored in 16 bits; EXIF's Orientation before loading.
+
+    Raises one of `UNREADABLE`.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        sixteen_bits = is_sixteen_bits(image)
+        # PIL turns TIFF files while it loads them, others not; only before loading can both be seen.
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        image.load()
+    # So says PIL of a damaged AVIF, and of metadata of another type; of our own code they would be bugs.
+    except (RuntimeError, TypeError) as error:
+        raise SyntaxError(str(error)) from error
+    return image, sixteen_bits, orientation
 
 
 def box_on_stored_pixels(data: bytes, image: Image.Image, box: Box) -> Box:

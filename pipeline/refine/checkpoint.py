@@ -1,7 +1,6 @@
 """Checkpoints of Stage I: LoRA weights, Adam's state and the run's history, whole or not there at all."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,11 +9,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cache_schema.errors import DitDistillError
-from cache_schema.storage.files import flush_directory, storage_errors, sweep_aside_files
+from cache_schema.storage.files import flush_directory, storage_errors, sweep_aside_files, write_file
 
 FOLDER = "checkpoint"
 # What runs that began before there was a choice did not write down.
@@ -53,10 +52,8 @@ def save_checkpoint(
     with storage_errors(new):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_file(tensors, aside / _TENSORS)
-        (aside / _STATE).write_text(json.dumps(vars(progress), indent=2) + "\n", encoding="utf-8")
-        for path in (aside / _TENSORS, aside / _STATE):
-            _flush(path)
+        write_file(aside / _TENSORS, save(tensors))
+        write_file(aside / _STATE, (json.dumps(vars(progress), indent=2) + "\n").encode())
         shutil.rmtree(new, ignore_errors=True)
         aside.rename(new)
         flush_directory(output)
@@ -138,8 +135,3 @@ def _adam_state(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor])
             _, index, name = key.split(".")
             state.setdefault(int(index), {})[name] = value
     return {"state": state, "param_groups": optimiser.state_dict()["param_groups"]}
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -21,8 +21,9 @@ SUFFIXES = frozenset(
 MAX_MEGAPIXELS = 100.0
 # Folders of a data set's parts, above those of its classes.
 PARTS = frozenset({"train", "test", "val", "valid", "validation", "query", "gallery", "unlabeled"})
+# What PIL raises for bytes that are no image; RuntimeError of a damaged AVIF, TypeError of metadata of another type.
 _UNREADABLE = (
-    OSError, ValueError, SyntaxError, EOFError, NotImplementedError, struct.error, Image.DecompressionBombError,
+    OSError, ValueError, SyntaxError, EOFError, RuntimeError, TypeError, struct.error, Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )  # fmt: skip
 _DEEP = ("I", "F")  # 16 bits and more, or floating point: eight bits of them would be a guess

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cache_schema.storage.files import flush_directory, write_file
 from trainer.errors import TrainError
 from trainer.models.weights import load_weights, save_weights
 from trainer.training.pace import Timing
@@ -59,14 +61,14 @@ def save_checkpoint(
     save_weights(modules.state_dict(), aside / WEIGHTS)
     if average is not None:
         save_weights(average.state_dict(), aside / AVERAGE)
-    torch.save(optimizer.state_dict(), aside / "optimizer.pt")
-    (aside / PROGRESS).write_text(json.dumps(asdict(progress)) + "\n")
-    for file in aside.iterdir():
-        _sync(file)
+    state = io.BytesIO()
+    torch.save(optimizer.state_dict(), state)  # to a file on a full disk it would raise RuntimeError
+    write_file(aside / "optimizer.pt", state.getbuffer())
+    write_file(aside / PROGRESS, (json.dumps(asdict(progress)) + "\n").encode())
     if folder.exists():  # an interrupt right after a scheduled checkpoint
         shutil.rmtree(folder)
     aside.rename(folder)
-    _sync(folder.parent)
+    flush_directory(folder.parent)
     older = sorted(other for other in folder.parent.glob("update-*") if other < folder)
     for other in set(folder.parent.iterdir()) - {folder, *older[len(older) + 1 - keep :]}:
         shutil.rmtree(other)
@@ -131,11 +133,3 @@ def _reason(error: Exception) -> str:
 def remove_checkpoints(run: Path) -> None:
     """Remove the checkpoints of a finished run."""
     shutil.rmtree(run / FOLDER, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from pipeline.datasets import open_dataset
 from pipeline.inputs.conditions import read_pixels
-from pipeline.inputs.decoding import decode_image, decode_with_box
+from pipeline.inputs.decoding import UNREADABLE, decode_image, decode_with_box
 from pipeline.inputs.scan import scan_sample
 
 
@@ -95,3 +95,13 @@ def test_a_transparent_palette_colour_is_white():
     decoded = decode_image(encoded(image, transparency=1))
     assert decoded.getpixel((0, 0)) == (255, 0, 0)
     assert decoded.getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_whatever_byte_of_an_avif_is_damaged_it_is_decoded_or_called_unreadable():
+    whole, unreadable = encoded(Image.new("RGB", (16, 16), (1, 200, 3)), "AVIF"), 0
+    for at in range(len(whole)):
+        try:
+            decode_image(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        except UNREADABLE:
+            unreadable += 1
+    assert unreadable > len(whole) // 10

@@ -17,6 +17,7 @@ from tiny_teachers import encode_conditions
 
 from cache_schema.errors import DitDistillError
 from pipeline.refine import RefineConfig, cdr_loss, refine
+from pipeline.refine.checkpoint import Progress, newest_progress, save_checkpoint
 from pipeline.refine.draws import noise_of, rows_of
 from pipeline.teachers.lora import add_lora
 
@@ -192,6 +193,13 @@ def test_a_run_leaves_pictures_events_and_a_card(load_teacher, tiny_dataset, tmp
     card = (tmp_path / "README.md").read_text()
     assert record["lora_digest"][:12] in card
     assert f"| 8 | {record['validation'][-1]['validation_loss']:.4f} |" in card
+
+
+def test_a_checkpoint_that_finds_no_room_says_so(tmp_path, no_large_files):
+    weight = torch.nn.Parameter(torch.zeros(50_000))
+    with pytest.raises(DitDistillError, match=r"cannot write .*tensors\.safetensors: File too large; raise the file"):
+        save_checkpoint(tmp_path, Progress({}), {"a": weight}, torch.optim.Adam([weight]))
+    assert newest_progress(tmp_path) is None
 
 
 def test_gradient_checkpointing_changes_no_gradient(load_teacher, tiny_dataset):

@@ -190,6 +190,21 @@ def test_an_image_is_turned_upright_and_its_transparency_is_white():
     assert clear.getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_damaged_metadata_and_damaged_avifs_are_no_whole_images():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "hi"
+    turned = encoded(Image.new("RGB", (8, 4)), format="JPEG", exif=exif)
+    with pytest.raises(UnreadableImageError, match="not a whole image"):
+        decode_image(turned.replace(b"\x01\x0e", b"\x01\x1a", 1))  # a resolution that is a text
+    avif, unreadable = encoded(Image.new("RGB", (16, 16), (1, 200, 3)), format="AVIF"), 0
+    for at in range(0, len(avif), 4):
+        try:
+            decode_image(avif[:at] + bytes([avif[at] ^ 255]) + avif[at + 1 :])
+        except UnreadableImageError:
+            unreadable += 1
+    assert unreadable
+
+
 def test_an_image_of_too_many_pixels_is_refused_before_any_is_decoded():
     header = encoded(Image.new("L", (3000, 1000)), format="PNG")[:60]  # no pixels are in it
     with pytest.raises(UnreadableImageError, match="3000 × 1000 pixels are more than 2 megapixels"):

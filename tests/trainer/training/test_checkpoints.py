@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from cache_schema.errors import CacheStorageError
 from trainer.cli import app
 from trainer.errors import TrainError
 from trainer.methods.settings import make_config
@@ -160,3 +161,14 @@ def test_a_kill_while_the_best_student_is_replaced_leaves_one_whole(stopped, mon
         keep_best(run, method, config, result)
     monkeypatch.undo()
     assert best_so_far(run) == (before if at < 2 else Best(2.0, 8))
+
+
+def test_a_checkpoint_that_finds_no_room_says_so_and_leaves_the_one_before(tmp_path, no_large_files):
+    module = torch.nn.Linear(100, 200)  # its weights fit in what a file may hold, Adam's two moments of them do not
+    optimizer = torch.optim.Adam(module.parameters())
+    save_checkpoint(tmp_path, module, optimizer, Progress(1, 0.0, "id"))
+    module(torch.ones(1, 100)).sum().backward()
+    optimizer.step()
+    with pytest.raises(CacheStorageError, match=r"cannot write .*optimizer\.pt: File too large; raise the file size"):
+        save_checkpoint(tmp_path, module, optimizer, Progress(2, 0.0, "id"))
+    assert latest_checkpoint(tmp_path).name == "update-00000001"
