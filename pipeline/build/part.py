@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Protocol
 
@@ -79,6 +79,10 @@ class Deadline:
     clock: Callable[[], float] = time.time
     _rows: int = 0
     _seconds: float = 0.0
+    _begun: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._begun = self.clock()
 
     def note(self, rows: int, seconds: float) -> None:
         """Count rows that were computed in so many seconds."""
@@ -87,8 +91,23 @@ class Deadline:
 
     def allows(self, rows: int) -> bool:
         """Whether a shard of so many rows can be finished: one as long may still be computed while it is claimed."""
-        per_row = self._seconds / self._rows if self._rows else 0.0
-        return self.clock() + 2 * rows * per_row < self.end
+        return self.clock() + 2 * self._expected(rows) < self.end
+
+    def check(self, rows: int) -> None:
+        """Raise StoppedEarly once it is over, PartError if a shard of so many rows will not fit another time either."""
+        if self.clock() < self.end:
+            return
+        given, needed = self.end - self._begun, self._expected(rows)
+        if self._rows < rows and needed > given > 0:
+            raise PartError(
+                f"a shard of {rows} samples takes {_minutes(needed)} here, and {_minutes(given)} were given: nothing "
+                "would ever be finished; give more time, or begin a cache with fewer --samples-per-shard"
+            )
+        raise StoppedEarly("the time given is over; run the same command again")
+
+    def _expected(self, rows: int) -> float:
+        """Seconds that so many rows take, as those before did; 0 before the first."""
+        return rows * self._seconds / self._rows if self._rows else 0.0
 
 
 @dataclass(frozen=True)
@@ -107,10 +126,10 @@ class Part:
         """Those of the shards that are in this part."""
         return list(shards) if self.shards is None else self.shards.of(shards)
 
-    def check(self) -> None:
-        """Raise StoppedEarly once the time is over."""
-        if self.deadline is not None and not self.deadline.allows(0):
-            raise StoppedEarly("the time given is over; run the same command again")
+    def check(self, rows: int) -> None:
+        """Raise as `Deadline.check` for shards of so many rows."""
+        if self.deadline is not None:
+            self.deadline.check(rows)
 
     def in_time(self, shards: Iterator[int], rows: int) -> Iterator[int]:
         """Take shards, of so many rows each, from an iterator that claims them, as long as they can be finished."""
@@ -124,6 +143,10 @@ class Part:
         """Count rows that were computed in so many seconds."""
         if self.deadline is not None:
             self.deadline.note(rows, seconds)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} minutes"
 
 
 WHOLE = Part()

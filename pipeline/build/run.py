@@ -166,12 +166,13 @@ def _fill(
     quarantined = len(scanned) - len(usable)
     hung = hung_rows(writer, usable)
     bad.recount(quarantined + count_failed(writer))
+    rows_of_a_shard = min(writer.manifest.store.samples_per_shard, writer.manifest.dataset.feature_rows)
     stop = Event()
     with Claims(writer.folder) as claims, ThreadPoolExecutor(1) as pool:
         images = pool.submit(write_student_images, writer, claims, dataset, config, usable, stop=stop, part=part)
 
         def check() -> None:
-            part.check()
+            part.check(rows_of_a_shard)
             if images.done():
                 images.result()
 

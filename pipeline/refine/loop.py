@@ -17,6 +17,7 @@ from tqdm import tqdm
 from cache_schema.devices import sound_gradients
 from cache_schema.errors import DitDistillError
 from cache_schema.fields import fields_of
+from cache_schema.interrupts import DeferredInterrupt
 from cache_schema.storage.files import write_file
 from pipeline.curriculum import DEFAULT_STEPS
 from pipeline.datasets.base import Dataset, Sample
@@ -29,6 +30,7 @@ from pipeline.refine.checkpoint import (
     Progress,
     check_identity,
     load_checkpoint,
+    newest_progress,
     remove_checkpoints,
     save_checkpoint,
 )
@@ -68,10 +70,11 @@ def refine(
 ) -> dict[str, Any]:
     """Train the LoRA on the training split and write it to `output`; returns the record also written as refine.json.
 
-    A run that was interrupted goes on from its last checkpoint, exactly; one that is finished is left as it is. Some
-    training images are held out and their loss is measured at fixed noise. Only the training split is used: neither
-    test images nor labels are looked at. conditions: folder of the `ConditionStore`, by default beside `output`.
-    recomputes: whether activations are computed twice, asked before the transformer is loaded; by default as
+    A run that was interrupted goes on from its last checkpoint, exactly; one that is finished is left as it is. After
+    Ctrl-C or SIGTERM the step in progress is finished and saved, on all processes, then KeyboardInterrupt is raised.
+    Some training images are held out and their loss is measured at fixed noise. Only the training split is used:
+    neither test images nor labels are looked at. conditions: folder of the `ConditionStore`, by default beside
+    `output`. recomputes: whether activations are computed twice, asked before the transformer is loaded; by default as
     `config.gradient_checkpointing` says, and on a GPU where it says nothing.
     Raises DitDistillError if `output` holds a run with other settings.
     """
@@ -149,17 +152,20 @@ class _Run:
             sound_gradients(),
             MetricsLog(self.output, self.progress.step, enabled=main) as metrics,
             tqdm(total=config.steps, initial=self.progress.step, desc="refine", unit="step", disable=not main) as bar,
+            DeferredInterrupt() as interrupt,
         ):
             running = math.nan
             for step in range(self.progress.step, config.steps):
-                loss = self._optimise(step)
+                loss, stopping = self._optimise(step, interrupt)
                 self.progress.step = step + 1
                 self.progress.seconds = earlier + time.monotonic() - started
                 running = loss if math.isnan(running) else 0.98 * running + 0.02 * loss
                 bar.set_postfix(loss=f"{running:.4f}", refresh=False)
                 bar.update()
                 metrics.write(step + 1, loss=loss)
-                self._now_and_then(step + 1, validation, metrics)
+                self._now_and_then(step + 1, validation, metrics, stopping)
+                if stopping and step + 1 < config.steps:
+                    raise KeyboardInterrupt
 
     def finish(self) -> dict[str, Any]:
         """Write LoRA, record and card; the checkpoints are no longer needed."""
@@ -235,8 +241,8 @@ class _Run:
         rows = {row for draw in draws for row in rows_of(config.seed, *draw, self.slots, config.batch, count)}
         return [self.train_samples[row] for row in sorted(rows)]
 
-    def _optimise(self, step: int) -> float:
-        """One step of Adam over all micro-batches of all processes; returns the mean loss."""
+    def _optimise(self, step: int, interrupt: DeferredInterrupt) -> tuple[float, bool]:
+        """One step of Adam over all micro-batches of all processes; returns the mean loss, and whether to stop."""
         config, teacher = self.config, self.teacher
         self.optimiser.zero_grad(set_to_none=True)
         total = torch.zeros((), device=teacher.device)
@@ -249,8 +255,9 @@ class _Run:
                 loss = cdr_loss(teacher, conditions, noise.to(conditions.object), sigma.to(teacher.device))
                 (loss / config.accumulate).backward()
             total += loss.detach() / config.accumulate
+        stopping = interrupt.requested
         if self.accelerator.num_processes > 1:
-            total = self._share_gradients(total)
+            total, stopping = self._share_gradients(total, stopping)
         if not torch.isfinite(total):
             raise DitDistillError(
                 f"the loss of step {step + 1} is {total.item()}: the teacher failed; use --dtype bfloat16 or float32, "
@@ -264,7 +271,7 @@ class _Run:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
         with memory_errors(f"in step {step + 1}", _OUT_OF_MEMORY):
             self.optimiser.step()
-        return total.item()
+        return total.item(), stopping
 
     def _gradient_not_finite(self, step: int) -> DitDistillError:
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
@@ -275,17 +282,21 @@ class _Run:
             f"or a lower --lr; the last checkpoint in {self.output} is from before"
         )
 
-    def _share_gradients(self, loss: Tensor) -> Tensor:
-        """Average gradients and loss over processes, in one message. Only the LoRA travels: the DiT is not wrapped."""
+    def _share_gradients(self, loss: Tensor, stopping: bool) -> tuple[Tensor, bool]:
+        """Average gradients and loss over processes, in one message. Only the LoRA travels: the DiT is not wrapped.
+
+        Whether one of them is to stop travels along: signals reach them at different steps, and they leave together.
+        """
         # What the loss does not reach has no gradient, on every process alike: Adam must go on skipping it.
         reached = [(p, p.grad) for p in self.parameters.values() if p.grad is not None]
-        flat = torch.cat([loss.reshape(1), *(grad.reshape(-1) for _, grad in reached)])
+        own = torch.stack([loss, torch.full_like(loss, stopping)])
+        flat = torch.cat([own, *(grad.reshape(-1) for _, grad in reached)])
         mean = self.accelerator.reduce(flat, "mean")
-        for (parameter, _), grad in zip(reached, mean[1:].split([p.numel() for p, _ in reached]), strict=True):
+        for (parameter, _), grad in zip(reached, mean[2:].split([p.numel() for p, _ in reached]), strict=True):
             parameter.grad = grad.view_as(parameter)
-        return mean[0]
+        return mean[0], bool(mean[1])
 
-    def _now_and_then(self, step: int, validation: Sequence[HeldOut], metrics: MetricsLog) -> None:
+    def _now_and_then(self, step: int, validation: Sequence[HeldOut], metrics: MetricsLog, stopping: bool) -> None:
         """What is not done at every step, on the main process."""
         config, last = self.config, step == self.config.steps
         if not self.accelerator.is_main_process:
@@ -294,8 +305,11 @@ class _Run:
             metrics.write(step, validation_loss=self._validate(validation))
         if config.pictures_every and (step % config.pictures_every == 0 or last):
             self._draw(step)
-        if config.checkpoint_every and step % config.checkpoint_every == 0 and not last:
+        if config.checkpoint_every and (stopping or step % config.checkpoint_every == 0) and not last:
             save_checkpoint(self.output, self.progress, self.parameters, self.optimiser)
+        if stopping and not last:
+            kept = newest_progress(self.output)
+            self.log(f"stopped after step {step} of {config.steps}; step {kept.step if kept else 0} is kept")
 
     def _held_out_batches(self) -> Sequence[HeldOut]:
         if not self.accelerator.is_main_process:

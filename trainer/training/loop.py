@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cache_schema.devices import sound_gradients
+from cache_schema.interrupts import DeferredInterrupt
 from trainer import processes
 from trainer.config import TrainConfig
 from trainer.data.batches import Batch, iterate
@@ -19,7 +20,6 @@ from trainer.training.assembly import assemble, start
 from trainer.training.course import Course
 from trainer.training.distributed import wrap
 from trainer.training.divergence import diverged
-from trainer.training.interrupts import DeferredInterrupt
 from trainer.training.logs import open_log
 from trainer.training.optim import learning_rate
 from trainer.training.pace import Pace

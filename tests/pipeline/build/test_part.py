@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from cache_schema.errors import CacheNotFound, CacheUnsealed
 from cache_schema.format.manifest_file import load_manifest
 from cache_schema.storage.local import LocalFolder
-from pipeline.build.part import Deadline, Part, PartError, read_slice, read_time
+from pipeline.build.part import Deadline, Part, PartError, StoppedEarly, read_slice, read_time
 from pipeline.cli import app
 
 OPTIONS = ("--limit", "6", "--features", "train,unlabeled", "--samples-per-shard", "2", "--image-size", "16",
@@ -108,21 +108,124 @@ def test_the_first_shard_is_begun_while_there_is_any_time():
     assert list(Part().in_time(iter([1, 2]), 4)) == [1, 2]
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (1, False)])
-def test_the_array_job_goes_back_into_the_queue_where_work_is_left(tmp_path, code, requeued):
-    said = tmp_path / "said"
-    for name, does in (("scontrol", "exit 0"), ("dit-cache", f"exit {code}")):
-        program = tmp_path / name
-        program.write_text(f'#!/bin/sh\necho "{name} $*" >> {said}\n{does}\n')
+@given(st.integers(2, 500), st.integers(1, 499), st.floats(0.01, 100), st.floats(1, 10_000))
+def test_a_shard_for_which_no_time_will_ever_do_is_an_error_and_not_a_reason_to_come_back(rows, done, per_row, given_):
+    now = [1000.0]
+    deadline = Deadline(end=1000 + given_, clock=lambda: now[0])
+    deadline.check(rows)
+    deadline.note(done, done * per_row)
+    now[0] = deadline.end
+    endless = done < rows and rows * (done * per_row) / done > deadline.end - 1000
+    with pytest.raises(PartError if endless else StoppedEarly, match="give more time" if endless else "run the same"):
+        deadline.check(rows)
+
+
+class Job:
+    """A script of examples/slurm, run as SLURM runs it: with programs that note down how they were called."""
+
+    def __init__(self, folder: Path) -> None:
+        assert shutil.which("bash") is not None
+        self._folder, self.said = folder, folder / "said"
+
+    def program(self, name: str, does: str) -> None:
+        program = self._folder / name
+        program.write_text(f'#!/bin/bash\necho "{name} $*" >> {self.said}\n{does}\n')
         program.chmod(0o755)
-    assert shutil.which("bash") is not None
-    environment = os.environ | {
-        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3",
-        "SLURM_ARRAY_TASK_COUNT": "16", "SLURM_JOB_END_TIME": "1795656600",
+
+    def run(self, script: str, *arguments: str, **environment: str) -> tuple[int, list[str]]:
+        """Its exit code, and what was called."""
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        path = f"{self._folder}{os.pathsep}{os.environ['PATH']}"
+        ended = subprocess.run(
+            ["bash", SCRIPTS / script, *arguments], env=clean | {"PATH": path} | environment, check=False
+        )
+        return ended.returncode, self.said.read_text().splitlines() if self.said.exists() else []
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path)
+
+
+def array(number: int, numbers: range, job: str = "8", of: str = "7") -> dict[str, str]:
+    """What SLURM tells a job of an array."""
+    return {
+        "SLURM_JOB_ID": job, "SLURM_ARRAY_JOB_ID": of, "SLURM_ARRAY_TASK_ID": str(number),
+        "SLURM_ARRAY_TASK_COUNT": str(len(numbers)), "SLURM_ARRAY_TASK_MIN": str(numbers.start),
+        "SLURM_ARRAY_TASK_STEP": str(numbers.step), "SLURM_JOB_END_TIME": "1795656600",
     }  # fmt: skip
-    script = ["bash", SCRIPTS / "build_cache.sbatch", "--dataset", "demo"]
-    ended = subprocess.run(script, env=environment, check=False)
-    lines = said.read_text().splitlines()
-    assert lines[0] == "dit-cache build --dataset demo --shard-slice 3/16"
-    assert lines[1:] == (["scontrol requeue 7"] if requeued else [])
-    assert ended.returncode == (0 if requeued else code)
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (1, False)])
+@pytest.mark.parametrize("number", ["8", "7"])  # the last job of an array has the array's own
+def test_the_array_job_alone_goes_back_into_the_queue_where_work_is_left(job, code, requeued, number):
+    job.program("scontrol", "exit 0")
+    job.program("dit-cache", f"exit {code}")
+    ended, said = job.run("build_cache.sbatch", "--dataset", "demo", **array(3, range(16), number))
+    assert said[0] == "dit-cache build --dataset demo --shard-slice 3/16"
+    assert said[1:] == (["scontrol requeue 7_3"] if requeued else [])
+    assert ended == (0 if requeued else code)
+
+
+def test_a_job_that_may_not_go_back_into_the_queue_says_that_it_stopped_early(job):
+    job.program("scontrol", "exit 1")
+    job.program("dit-cache", "exit 75")
+    assert job.run("build_cache.sbatch", **array(3, range(16)))[0] == 75
+
+
+@pytest.mark.parametrize(
+    ("given", "slice_"),
+    [
+        ({"SLURM_JOB_ID": "7"}, "0/1"),
+        (array(16, range(1, 17)), "15/16"),
+        (array(8, range(4, 9, 2)), "2/3"),
+        (array(3, range(3, 4)), "0/1"),
+    ],
+)
+def test_any_array_without_gaps_makes_slices(job, given, slice_):
+    job.program("scontrol", "exit 0")
+    job.program("dit-cache", "exit 0")
+    assert job.run("build_cache.sbatch", **given)[1][-1] == f"dit-cache build --shard-slice {slice_}"
+
+
+def test_an_array_with_gaps_is_refused(job):
+    job.program("dit-cache", "exit 0")
+    gaps = array(7, range(3, 5))  # SLURM says of 3,7: two jobs, from 3 on, in steps of 1
+    assert job.run("build_cache.sbatch", **gaps) == (2, [])
+
+
+@pytest.mark.parametrize(
+    ("shown", "early"),
+    [
+        ("   StartTime=2026-11-26T01:00:00 EndTime=2036-11-26T05:00:00 Deadline=N/A", 60),
+        ("StartTime=Unknown EndTime=Unknown Deadline=N/A", None),
+        ("", None),
+    ],
+)
+def test_a_job_asks_slurm_for_its_end_and_leaves_a_minute_to_go_back_into_the_queue(job, shown, early):
+    job.program("scontrol", f"echo 'JobId=8 ArrayJobId=7 ArrayTaskId=3'; echo '{shown}'")
+    job.program("dit-cache", f'echo "until ${{SLURM_JOB_END_TIME:-no end}}" >> {job.said}')
+    given = array(3, range(16))
+    del given["SLURM_JOB_END_TIME"]
+    said = job.run("build_cache.sbatch", **given)[1]
+    assert said[0] == "scontrol show job 7_3"
+    end = None if early is None else int(datetime(2036, 11, 26, 5).timestamp()) - early
+    assert said[-1] == f"until {end or 'no end'}"
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_refinement_goes_back_into_the_queue_before_its_end_unless_it_is_done(job, code):
+    job.program("scontrol", "exit 0")
+    job.program("torchrun", f"trap 'exit {code}' TERM; kill -USR1 $PPID; while true; do sleep 0.01; done")
+    ended, said = job.run("refine.sbatch", "--steps", "9", SLURM_JOB_ID="7", SLURM_GPUS_ON_NODE="2")
+    assert said[0] == "torchrun --standalone --nproc-per-node 2 -m pipeline.cli refine --steps 9"
+    assert said[1:] == (["scontrol requeue 7"] if code else [])
+    assert ended == 0
+
+
+@pytest.mark.parametrize(
+    ("does", "code"), [("kill -TERM $PPID", -signal.SIGTERM), ("exit 2", 2), ("exit 0", 0)], ids=["scancel", "2", "0"]
+)
+def test_a_refinement_that_was_cancelled_or_failed_or_ended_stays_so(job, does, code):
+    job.program("torchrun", does)
+    assert job.run("refine.sbatch", SLURM_JOB_ID="7")[0] == code

@@ -50,6 +50,26 @@ refine(teacher, dataset, RefineConfig(**json.loads(sys.argv[4])), Path(sys.argv[
 """
 
 
+# Before that, the second of two processes is told to stop at its second step; it says where both of them left.
+STOPPED = """
+import os, signal
+def stopping(self, *args):
+    if os.environ["RANK"] == "1" and torch.is_grad_enabled():
+        steps.append(None)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+    return predict(self, *args)
+steps, predict = [], fixtures.FluxTeacher.predict
+fixtures.FluxTeacher.predict = stopping
+try:
+    refine(teacher, dataset, RefineConfig(**json.loads(sys.argv[4])), Path(sys.argv[3]))
+except KeyboardInterrupt:
+    Path(sys.argv[3], "stopped-" + os.environ["RANK"]).touch()
+fixtures.FluxTeacher.predict = predict
+teacher = fixtures.FluxTeacher(Path(sys.argv[2]), resolution=fixtures.RESOLUTION)
+"""
+
+
 def child(flux_folder: Path, output: Path, prefix: list[str], **settings: object) -> list[str]:
     fixtures = Path(__file__).parents[1] / "conftest.py"
     return [*prefix, str(fixtures), str(flux_folder), str(output), json.dumps(settings)]
@@ -122,16 +142,40 @@ def test_a_killed_process_resumes_from_a_whole_checkpoint(load_teacher, flux_fol
     assert resumed["lora_digest"] == whole["lora_digest"]
 
 
-def test_two_processes_compute_what_one_with_twice_the_accumulation_does(
+def test_a_run_that_is_told_to_stop_saves_the_step_it_is_at(load_teacher, tiny_dataset, tmp_path):
+    teacher, said = load_teacher(), []
+    predict = teacher.predict
+
+    def stopping(*args):
+        if torch.is_grad_enabled():
+            said.append("step")
+            if said.count("step") == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return predict(*args)
+
+    teacher.predict = stopping
+    with pytest.raises(KeyboardInterrupt):
+        refine(teacher, tiny_dataset, CONFIG, tmp_path / "cut", log=said.append)
+    assert said[-1] == "stopped after step 5 of 8; step 5 is kept"
+    whole = refine(load_teacher(), tiny_dataset, CONFIG, tmp_path / "whole", log=str)
+    resumed = refine(load_teacher(), tiny_dataset, CONFIG, tmp_path / "cut", log=said.append)
+    assert any(line.startswith("going on from step 5 of 8") for line in said)
+    assert resumed["lora_digest"] == whole["lora_digest"]
+    assert (tmp_path / "cut/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+
+
+def test_two_processes_that_stop_together_and_go_on_compute_what_one_with_twice_the_accumulation_does(
     load_teacher, flux_folder, tiny_dataset, tmp_path
 ):
     settings = {"steps": 3, "batch": 1, "lr": 1e-3, "rank": 2, "validation_images": 4}
     script = tmp_path / "child.py"
-    script.write_text(CHILD)
+    setup, last = CHILD.rstrip().rsplit("\n", 1)
+    script.write_text(f"{setup}\n{STOPPED}{last}\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     subprocess.run(
         child(flux_folder, tmp_path / "two", launch, **settings), check=True, capture_output=True, timeout=120
     )
+    assert sorted(path.name for path in (tmp_path / "two").glob("stopped-*")) == ["stopped-0", "stopped-1"]
     refine(load_teacher(), tiny_dataset, RefineConfig(**settings, accumulate=2), tmp_path / "one", log=str)
 
     # Adam turns gradients that are nothing but rounding errors into steps of full size, so weights are not compared,
