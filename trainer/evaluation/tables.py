@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.evaluation.metrics import COLUMNS, DETAILED
@@ -35,7 +35,7 @@ def format_scores(scores: dict[str, Any]) -> str:
             lines[f"auxiliary ({about})" + (f", {where}" if len(by_timestep) > 1 else "")] = values
     for name, by_timestep in (scores.get("frozen") or {}).items():
         lines[FROZEN[name]] = by_timestep["mean"]
-    table = format_table(lines)
+    table = format_table(list(lines.items()))
     if not reads_teacher(scores):
         return table
     about = auxiliary_about(scores, scores["scored"])
@@ -52,11 +52,11 @@ def auxiliary_condition(scores: dict[str, Any], name: str) -> str:
     return auxiliary_about(scores, name).partition(", ")[2] or auxiliary_about(scores, name)
 
 
-def format_table(lines: dict[str, dict[str, float]]) -> str:
-    """Lay out scores by name as text: a header, then a line each, percent."""
-    width = max(len(name) for name in lines)
+def format_table(lines: Sequence[tuple[str, dict[str, float]]]) -> str:
+    """Lay out names and scores as text: a header, then a line each, percent; several may have one name."""
+    width = max(len(name) for name, _ in lines)
     rows = [f"{'':{width}}" + "".join(f"{title:>8}" for title in COLUMNS.values())]
-    for name, scores in lines.items():
+    for name, scores in lines:
         rows.append(f"{name:{width}}" + "".join(f"{100 * scores[column]:8.1f}" for column in COLUMNS))
     return "\n".join(rows)
 

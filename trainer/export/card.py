@@ -87,7 +87,7 @@ def _scores(about: dict[str, Any]) -> str:
         return "Not evaluated: `dit-train eval RUN` before the export adds them."
     elsewhere = "" if scores["cache_id"] == about["cache_id"] else f" of another cache, {code(scores['cache_id'])}"
     chosen = ", held out of the training classes to choose settings on" if scores["split"] == "validation" else ""
-    table = format_table({"student": scores["student"]})
+    table = format_table([("student", scores["student"])])
     return (
         f"{scores['queries']} queries of {scores['classes']} classes never trained on (split "
         f"{code(scores['split'])}{elsewhere}{chosen}), each against all the others, percent:\n\n```\n{table}\n```"
@@ -121,7 +121,7 @@ def _reduced(forms: list[dict[str, Any]] | None) -> str:
     """What the ONNX files in fewer bits score beside the whole one; nothing where there are none."""
     if not forms:
         return ""
-    table = format_table({f"{form['name']}, {form['megabytes']:.1f} MB": form["scores"] for form in forms})
+    table = format_table([(f"{form['name']}, {form['megabytes']:.1f} MB", form["scores"]) for form in forms])
     return (
         "\n\nThe other ONNX files take and give the same in fewer bits. What they score in onnxruntime on the test "
         f"images, percent:\n\n```\n{table}\n```"

@@ -106,14 +106,15 @@ def summarise(runs: Sequence[FinishedRun], cache_id: str, seconds: float) -> dic
 
 def format_runs(runs: Sequence[FinishedRun]) -> str:
     """The table a person reads: a line per run, percent, and the auxiliary embeddings' where they were measured."""
-    lines = {}
+    lines = []
     for run in runs:
-        lines[_with_teacher(run)] = headline(run.scores)
+        lines.append((_with_teacher(run), headline(run.scores)))
         if reads_teacher(run.scores):
-            lines["  its student alone"] = run.scores["student"]
+            lines.append(("  its student alone", run.scores["student"]))
             continue
         for name, by_timestep in (run.scores["auxiliary"] or {}).items():
-            lines[f"  with the teacher at test time, {auxiliary_condition(run.scores, name)}"] = by_timestep["mean"]
+            about = f"  with the teacher at test time, {auxiliary_condition(run.scores, name)}"
+            lines.append((about, by_timestep["mean"]))
     return format_table(lines)
 
 

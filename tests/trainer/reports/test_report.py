@@ -1,4 +1,5 @@
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from trainer.models.student import load_student
 from trainer.reports import embedding_map
 from trainer.reports.attention import look
 from trainer.reports.embedding_map import lay_out
-from trainer.reports.report import FinishedRun, load_runs, summarise, write_report
+from trainer.reports.report import FinishedRun, format_runs, load_runs, summarise, write_report
 from trainer.training.loop import train
 
 _spec = importlib.util.spec_from_file_location("chromium", Path(__file__).parent.parent / "retrieval" / "chromium.py")
@@ -39,6 +40,19 @@ def test_several_seeds_of_a_mode_are_summarised_by_mean_and_spread(run, cache):
     assert summary["distill"]["recall_at_1"] == pytest.approx(0.5)
     assert summary["distill"]["standard_deviation"]["recall_at_1"] == pytest.approx(0.02**0.5)
     assert "baseline" not in summary
+
+
+def test_each_run_has_lines_of_its_own_for_what_it_makes_of_the_teacher(run, cache):
+    one = load_runs([run], cache, CPU)[0]
+
+    def named(name: str, value: float, **said: object) -> FinishedRun:
+        auxiliary = {"masked": {"mean": dict.fromkeys(one.scores["student"], value)}}
+        return replace(one, name=name, scores={**one.scores, "auxiliary": auxiliary, **said})
+
+    by_teacher = [named(name, 0.5, scored="masked") for name in ("c", "d")]
+    lines = format_runs([named("a", 0.25), named("b", 0.75), *by_teacher]).splitlines()[1:]
+    assert [line.split()[0].rstrip(",") for line in lines] == ["a", "with", "b", "with", "c", "its", "d", "its"]
+    assert [line.split()[-1] for line in (lines[1], lines[3])] == ["25.0", "75.0"]
 
 
 def test_a_report_refuses_runs_of_different_caches(run, make_cache):
