@@ -88,9 +88,12 @@ class ImageStore:
     def boxes(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """What `load` shows of each picture: (B, 4) as (left, top, right, bottom) in fractions of its sides."""
         samples, numbers = self.cache.samples, np.asarray(rows, dtype=np.int64)
-        sides = np.stack([samples[name].take(numbers).to_numpy() for name in ("width", "height")], axis=1).astype(float)
-        shown = np.ones_like(sides)
+        shown = np.ones((len(numbers), 2))
         if self.fit == "crop":
+            sides = np.ones_like(shown)  # of the stored pictures: those of a cache of squares are squashed
+            assert self.cache.manifest.images is not None
+            if self.cache.manifest.images.shape == "aspect":
+                sides = np.stack([samples[name].take(numbers).to_numpy() for name in ("width", "height")], axis=1)
             shown = CENTRE * sides.min(1, keepdims=True) / sides
         return np.concatenate([(1 - shown) / 2, (1 + shown) / 2], axis=1)
 

@@ -56,6 +56,11 @@ def test_a_stored_picture_has_its_aspect_is_never_enlarged_and_never_endless():
     assert ImagesInfo(size=256, format="png").stored_size(640, 480) == (256, 256)
 
 
+def test_the_centre_of_a_picture_stored_as_a_square_is_as_much_of_its_width_as_of_its_height(build_tiny, tmp_path):
+    wide = build_tiny(tmp_path / "wide", per_class=2, picture=(2 * SIZE, SIZE))
+    assert np.allclose(ImageStore(wide, SIZE, [0], fit="crop").boxes([0]), [[1 / 16, 1 / 16, 15 / 16, 15 / 16]])
+
+
 @pytest.fixture(scope="module")
 def tall_cache(tmp_path_factory, build_tiny):
     """Images of 24 × 36 pixels stored with their aspect, the shorter side 16 long: 16 × 24."""
@@ -73,6 +78,7 @@ def test_pictures_that_keep_their_aspect_are_cropped_in_training_and_at_test(tal
     stored = Image.open(io.BytesIO(tall_cache.images([row])[0])).convert("RGB")
     expected = fit_picture(stored, 24, "crop")
     assert np.array_equal(parts.validation.images.load([row])[0].permute(1, 2, 0), expected)
+    assert np.allclose(parts.batches.images.boxes([0]), [[1 / 16, 5 / 24, 15 / 16, 19 / 24]])
     squashed = assemble(tiny_config("fit=squash", mode="baseline"), tall_cache)
     assert squashed.method.student.fit == "squash"
 
