@@ -325,7 +325,7 @@ class _SourceReader:
         # A mirrored image has unmirrored features only where the cache has no others.
         has = source.cache.manifest.views
         self.view_index = np.array([has.index(view if view in has else "canonical") for view in batches.views])
-        if source.next_view and len(self.view_index) < 2:
+        if source.next_view and len(set(self.view_index.tolist())) < 2:
             raise TrainError(
                 f"cache {source.cache.manifest.label} has one view to train on, {batches.views[0]}: there is no other "
                 "to take a mean with; build it with --views canonical,hflip, or use loss.target_views=own"

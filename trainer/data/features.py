@@ -183,13 +183,21 @@ def tap_info(cache: Cache, tap: str) -> TapInfo:
 
 
 def _shuffled(own: Cache, seed: int) -> np.ndarray:
-    """(rows of `own`,) int64: rows with features in a random order within their split, the others in their place."""
+    """(rows of `own`,) int64: for each row with features another one of its split, the others in their place.
+
+    Raises TrainError where a split has no other one.
+    """
     rows, random = np.arange(len(own.samples)), np.random.Generator(np.random.Philox(key=seed))
     has_features = np.array([own.has_features(row) for row in rows.tolist()], dtype=bool)
     splits = np.array(own.samples["split"].to_pylist())
     for split in sorted(set(splits[has_features].tolist())):
-        chosen = rows[has_features & (splits == split)]
-        rows[chosen] = random.permutation(chosen)
+        order = random.permutation(rows[has_features & (splits == split)])
+        if len(order) < 2:
+            raise TrainError(
+                f"shuffle_features: one image of split {split} has features in {_name(own)}, and there is no other to "
+                "take them of"
+            )
+        rows[order] = np.roll(order, 1)  # round one circle, so that none comes to itself
     return rows
 
 

@@ -158,6 +158,13 @@ def test_held_out_classes_are_no_unlabelled_images(wide_cache, tiny_config):
     assert not set(batches.unlabelled.rows.tolist()) & set(batches.validation.rows.tolist())
 
 
+@pytest.mark.parametrize("flip", ["true", "false"])
+def test_a_mean_over_views_needs_features_of_another_one(make_cache, tiny_config, flip):
+    cache = make_cache(views=("canonical",))  # whose mirrored images have the same features
+    with pytest.raises(TrainError, match="has one view to train on, canonical: there is no other to take a mean with"):
+        batches_of(cache, tiny_config("loss.target_views=mean", f"augment.flip={flip}"))
+
+
 def test_training_images_without_another_view_are_refused(make_cache, tiny_config):
     cache = make_cache(views=("canonical",))
     with pytest.raises(TrainError, match="need another view: build the cache with --views canonical,hflip"):

@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from trainer.data.batches import TrainingBatches
+from trainer.errors import TrainError
 from trainer.methods.baseline.unlabelled import consistency_loss, pseudo_label_loss, strongly_changed
 from trainer.methods.registry import find_method
+from trainer.methods.settings import make_config
 from trainer.models.alignment import relational_loss
 from trainer.models.heads import drc_loss
 from trainer.models.student import build_student
@@ -94,9 +96,21 @@ def test_shuffled_features_are_another_images_of_the_same_split(cache, tiny_conf
         given = batches[update].to(CPU).features["teacher"][:, 0, 0, 0].long().tolist()
         pairs += zip(batches.rows(update).tolist(), given, strict=True)
     assert all(splits[row] == splits[features] for row, features in pairs)
-    assert sum(row != features for row, features in pairs) > len(pairs) / 2
+    assert all(row != features for row, features in pairs)
     labelled = [features for row, features in pairs if splits[row] == "train"]
     assert len(set(labelled)) == len(labelled)  # a permutation
+
+
+def test_features_of_another_image_cannot_be_had_where_there_is_none(make_cache, tiny_config):
+    cache = make_cache(per_class=1)
+    config = tiny_config("shuffle_features=true")
+    with pytest.raises(TrainError, match="one image of split unlabeled has features in cache tiny-"):
+        TrainingBatches(cache, config, 24, find_method("gcd").needs(config))
+
+
+def test_plain_regression_of_nothing_is_refused():
+    with pytest.raises(TrainError, match=r"tokens and pooled are both 0, so nothing is regressed"):
+        make_config("recommended", ["regression.tokens=0"], method="regression")
 
 
 def test_a_relational_run_leaves_a_student_of_the_baselines_form(cache, tiny_config, tmp_path):

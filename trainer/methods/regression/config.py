@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trainer.config import ExtraRowsFrom, FeaturesFrom, RegressionConfig, ShuffleFeatures, TimestepsPerStep, TrainConfig
 from trainer.methods.baseline.config import BaselineLossConfig, BaselineOptimConfig
@@ -14,6 +14,12 @@ class PlainRegressionConfig(RegressionConfig):
     """As in every method that has it, and on from the start."""
 
     weight: float = Field(default=2.0, gt=0)
+
+    @model_validator(mode="after")
+    def _of_something(self) -> PlainRegressionConfig:
+        if not self.wanted:
+            raise ValueError("tokens and pooled are both 0, so nothing is regressed: give one of them, e.g. tokens=1")
+        return self
 
 
 class RegressionOptimConfig(BaselineOptimConfig):
