@@ -85,6 +85,8 @@ VARIANTS = {
     )
 }  # fmt: skip
 NEED_UNLABELLED = ("pseudo-labels", "consistency", "no-unlabelled")
+# What says which runs there are, and the option that it is chosen by.
+_OF_OPTIONS = {"seed": "--seeds", "method": "--variants", "mode": "--variants", "cache": "--cache"}
 BY_DEFAULT = (
     BASELINE, AUXILIARY, FULL, "regression", "crop-pixels", "pixels-by-gim", "caption-words", "relational", "shuffled",
     "pseudo-labels", "consistency", "no-unlabelled",
@@ -186,6 +188,7 @@ def read_sweep(text: str, cache: Cache | None = None) -> list[Variant]:
     if text in SWEEPS and cache is not None:
         text = _sweep_of(text, cache)
     field, equals, values = text.partition("=")
+    _refuse_option(field)
     settings_of(FULL).field(field.strip())
     if not equals or not all(values.split("/")):
         raise TrainError(
@@ -218,6 +221,8 @@ def make_cells(
     `settings` are for all runs whose method has the field, and lie below a variant's own. `targets`: where the targets
     of controls are, by kind, as `target_folders` says.
     """
+    for setting in settings:
+        _refuse_option(setting.partition("=")[0])
     shared = {method: [setting for setting in settings if _has(method, setting)] for method in METHODS}
     nobodys = [s for s in settings if not any(s in known for known in shared.values())]
     if nobodys:
@@ -268,6 +273,13 @@ def _of_target(variant: Variant, targets: Mapping[str, Path]) -> list[str]:
         return []
     told = f"features={targets[variant.target]}", f"tap={variant.target}"
     return [*told, f"timesteps={TIMESTEP}", "timesteps_per_step=1"]
+
+
+def _refuse_option(field: str) -> None:
+    """Raise TrainError for a field that is not the same in all runs, or not to be varied beside what varies."""
+    option = _OF_OPTIONS.get(field.strip())
+    if option is not None:
+        raise TrainError(f"{field.strip()} is chosen by {option}: a setting would make rows of the table the same run")
 
 
 def _has(method: str, setting: str) -> bool:

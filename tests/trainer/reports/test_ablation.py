@@ -36,6 +36,13 @@ def test_settings_are_for_the_methods_that_have_them(cache):
         make_cells("a", [VARIANTS["gcd"]], 1, "small", ["loss.alfa=3"])
 
 
+@pytest.mark.parametrize(("setting", "option"), [("seed=5", "seeds"), ("method=gcd", "variants"), ("cache=b", "cache")])
+def test_what_tells_runs_apart_is_no_setting_of_all_of_them(setting, option):
+    for given in (lambda: make_cells("a", [VARIANTS["gcd"]], 2, "small", [setting]), lambda: read_sweep(setting)):
+        with pytest.raises(TrainError, match=f"is chosen by --{option}: a setting would make"):
+            given()
+
+
 def test_a_sweep_is_a_variant_for_each_value():
     assert [v.settings for v in read_sweep("timesteps=10/10,22")] == [("timesteps=10",), ("timesteps=10,22",)]
     with pytest.raises(TrainError, match="write FIELD=VALUE/VALUE"):
