@@ -129,6 +129,12 @@ class _Run:
     def train(self) -> None:
         """All steps from the last checkpoint on."""
         config = self.config
+        reached = newest_progress(self.output)
+        if reached is not None and reached.step > config.steps:  # its LoRA would pass for one of fewer steps
+            raise DitDistillError(
+                f"{self.output} has come to step {reached.step} already: give --steps {reached.step} or more to go on, "
+                "or another --output"
+            )
         self._prepare()
         recompute = self.recomputes()
         # Not by the first step: where the weights do not fit, nothing that a step could do with less would help.
@@ -144,7 +150,9 @@ class _Run:
             self.progress = found
             self.log(f"going on from step {found.step} of {config.steps} in {self.output}")
         validation = self._held_out_batches()
-        if not self.progress.validation:
+        measured = [at["step"] for at in self.progress.validation]
+        # Also at the end of a run that now ends at its checkpoint, where no measurement was due.
+        if not measured or self.progress.step == config.steps != measured[-1]:
             self._validate(validation)
         earlier, started = self.progress.seconds, time.monotonic()
         main = self.accelerator.is_main_process

@@ -213,6 +213,15 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(load_teacher, tiny_datase
         refine(load_teacher(), tiny_dataset, RefineConfig(**{**vars(CONFIG), "seed": 1}), tmp_path, log=str)
 
 
+def test_fewer_steps_than_were_made_are_refused_and_as_many_are_measured(load_teacher, tiny_dataset, tmp_path):
+    refine_until(load_teacher, tiny_dataset, tmp_path, 5)  # at step 4, the checkpoint is of step 3
+    few, as_many = (RefineConfig(**{**vars(CONFIG), "steps": steps}) for steps in (2, 3))
+    with pytest.raises(DitDistillError, match="has come to step 3 already: give --steps 3 or more"):
+        refine(load_teacher(), tiny_dataset, few, tmp_path, log=str)
+    record = refine(load_teacher(), tiny_dataset, as_many, tmp_path, log=str)
+    assert [at["step"] for at in record["validation"]] == [0, 3]
+
+
 @pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_named(load_teacher, tiny_dataset, tmp_path, name):
     refine_until(load_teacher, tiny_dataset, tmp_path, 5)
