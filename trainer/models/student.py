@@ -55,6 +55,12 @@ class Student(nn.Module):
         for module in self._frozen if scales_too else ():
             module.requires_grad_(False)
 
+    def compile_network(self, **options: Any) -> None:
+        """Compile what `forward` and `with_tokens` call of the network, with options of `torch.compile`."""
+        self.network.compile(**options)
+        if hasattr(self.network, "forward_features"):  # not by way of a call of the network
+            self.network.forward_features = torch.compile(self.network.forward_features, **options)
+
     @property
     def keeps_statistics(self) -> bool:
         """Whether batch norms use the statistics they came with in training too."""

@@ -106,7 +106,7 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
     average = ModelEmaV3(method, decay=config.optim.ema, use_warmup=True) if config.optim.ema else None
     optimizer = make_optimizer(method, config.optim)
     if config.compile:
-        student.network.compile()  # after the average was copied: that one only evaluates
+        student.compile_network()  # after the average was copied: that one only evaluates
     return Parts(config, cache, device, batches, validation, method, optimizer, average, rival)
 
 

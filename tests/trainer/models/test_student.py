@@ -201,3 +201,20 @@ def test_batch_norms_of_a_pretrained_student_learn_as_much_as_they_may(tmp_path,
 def test_batch_norms_without_statistics_are_not_frozen():
     with pytest.raises(TrainError, match=r"student.batch_norm=freeze keeps the statistics of pretrained weights"):
         build_student(StudentConfig(name="test_efficientnet", batch_norm="freeze"))
+
+
+def test_what_is_compiled_of_a_student_is_used_with_its_tokens_and_without(images):
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    student = build_student(TINY).eval()
+    expected, alone = student.with_tokens(images), student(images)
+    student.compile_network(backend=backend)
+    found = student.with_tokens(images)
+    assert len(compiled) == 1
+    assert torch.equal(student(images), alone)
+    assert len(compiled) == 2
+    assert all(map(torch.equal, found, expected))
