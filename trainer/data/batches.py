@@ -324,6 +324,12 @@ class _SourceReader:
         self.source = source
         # A mirrored image has unmirrored features only where the cache has no others.
         has = source.cache.manifest.views
+        lacking = [view for view in batches.views if view not in has]
+        if lacking and "canonical" not in has:
+            raise TrainError(
+                f"cache {source.cache.manifest.label} lacks view {lacking[0]}, and the canonical one in its place: "
+                "build it with --views canonical,hflip, or set augment.flip=false"
+            )
         self.view_index = np.array([has.index(view if view in has else "canonical") for view in batches.views])
         if source.next_view and len(set(self.view_index.tolist())) < 2:
             raise TrainError(

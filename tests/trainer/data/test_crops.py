@@ -98,6 +98,14 @@ def test_crops_of_another_cache_must_be_the_same(build_tiny, cropped, tmp_path):
         source.require_crops(cropped, VIEWS)
 
 
+def test_features_of_crops_alone_are_none_of_a_mirrored_image(build_tiny, tiny_config, tmp_path):
+    build_tiny(tmp_path / "cache", views=("crop.0", "crop.1"))
+    cache = open_cache(tmp_path / "cache")
+    with pytest.raises(TrainError, match=r"lacks view hflip, and the canonical one in its place.*augment\.flip=false"):
+        batches_of(cache, tiny_config("augment.flip=true"))
+    assert batches_of(cache, tiny_config("augment.flip=false")).views == ("crop.0", "crop.1")
+
+
 def test_the_mean_over_views_is_of_whole_images(cropped, tiny_config):
     with pytest.raises(TrainError, match="would mix features of a crop"):
         batches_of(cropped, tiny_config("loss.target_views=mean"))
