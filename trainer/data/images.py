@@ -72,6 +72,11 @@ class ImageStore:
         """How many images stay in memory."""
         return len(self._place)
 
+    @property
+    def kept_bytes(self) -> int:
+        """How much memory they take, or will when each was decoded."""
+        return int(self._ends[-1]) if self.kept else 0
+
     def load(self, rows: Sequence[int] | np.ndarray, out: Tensor | None = None) -> Tensor:
         """The images of `rows` (any order, repeats allowed) at the student's size: (B, 3, S, S) uint8, in `out`."""
         # Copied by NumPy, not torch: this runs in the prefetch thread, whose torch operations would bring a

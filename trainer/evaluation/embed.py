@@ -92,6 +92,7 @@ class TestSplit:
     cache: Cache
     split: Split
     images: ImageStore
+    sources: Mapping[str, FeatureSource] | None = None  # that are open already
 
     __test__ = False  # not a pytest class
 
@@ -129,10 +130,15 @@ def open_validation_split(
 
 
 def open_rows(
-    cache: Cache, split: Split, image_size: int, memory_gb: float | None = None, fit: Fit = "squash"
+    cache: Cache,
+    split: Split,
+    image_size: int,
+    memory_gb: float | None = None,
+    fit: Fit = "squash",
+    sources: Mapping[str, FeatureSource] | None = None,
 ) -> TestSplit:
-    """Rows that are known already, to be evaluated."""
-    return TestSplit(cache, split, ImageStore(cache, image_size, split.rows, memory_gb, fit))
+    """Rows that are known already, to be evaluated, maybe with features from `sources` that are open already."""
+    return TestSplit(cache, split, ImageStore(cache, image_size, split.rows, memory_gb, fit), sources)
 
 
 @torch.inference_mode()
@@ -202,7 +208,10 @@ def feature_sources(auxiliary: Auxiliary, test: TestSplit) -> dict[str, FeatureS
     """Where the features that `auxiliary` reads are; None unless every test image has all of them."""
     if not auxiliary.auxiliary_names:
         return None
-    sources = open_sources(test.cache, auxiliary.needed)
+    if test.sources is None:
+        sources = open_sources(test.cache, auxiliary.needed)
+    else:
+        sources = {name: test.sources[name] for name in auxiliary.needed.features}
     for source in sources.values():
         # The stored images are the canonical view; features of another view would be of other pixels.
         if "canonical" not in source.cache.manifest.views or not source.has_features(test.split.rows).all():

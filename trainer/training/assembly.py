@@ -14,6 +14,7 @@ from trainer import processes
 from trainer.config import TrainConfig
 from trainer.data.batches import TrainingBatches
 from trainer.data.images import choose_fit
+from trainer.data.memory import spare_memory
 from trainer.device import (
     choose_device,
     feature_dtype,
@@ -96,7 +97,9 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
     rival = open_rival(config)  # what is wrong with it is said before the first update
     validation = None
     if config.validation_classes:
-        validation = open_rows(cache, batches.validation, student.input_size, config.image_memory_gb, student.fit)
+        validation = open_rows(
+            cache, batches.validation, student.input_size, _image_memory(batches), student.fit, batches.sources
+        )
     batches.require_parts(config.optim.accumulate * processes.count())
     synchronise_batch_norm(student, device)
     shapes = {name: source.shape for name, source in batches.sources.items()}
@@ -108,6 +111,13 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
     if config.compile:
         student.compile_network()  # after the average was copied: that one only evaluates
     return Parts(config, cache, device, batches, validation, method, optimizer, average, rival)
+
+
+def _image_memory(batches: TrainingBatches) -> float:
+    """The gigabytes that decoded images of held-out classes may take: what those trained on leave of the limit."""
+    given = batches.config.image_memory_gb
+    limit = spare_memory() / 1e9 if given is None else given  # no page of what is kept was touched yet
+    return max(0.0, limit - batches.images.kept_bytes / 1e9)
 
 
 def _loading(batches: TrainingBatches) -> str:

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from trainer.cli import app
 from trainer.errors import TrainError
+from trainer.evaluation.embed import feature_sources
 from trainer.runs import load_result, read_metrics
 from trainer.training.assembly import assemble
 from trainer.training.loop import train
@@ -24,6 +25,21 @@ def test_held_out_images_are_never_trained_on(tiny_config, wide_cache):
     assert (
         parts.batches.classes + parts.batches.validation.classes == assemble(tiny_config(), wide_cache).batches.classes
     )
+
+
+def test_held_out_images_are_scored_with_what_the_run_has_open_and_in_the_memory_that_it_leaves(
+    tiny_config, wide_cache, make_cache
+):
+    same = make_cache(classes={"train": (0, 1, 2, 3, 4), "test": (10, 11), "unlabeled": (20,)})
+    parts = assemble(tiny_config(HELD, f"features={same.root}", "image_memory_gb=0.00003"), wide_cache)
+    found = feature_sources(parts.result, parts.validation)
+    assert {name: id(source) for name, source in found.items()} == {
+        name: id(parts.batches.sources[name]) for name in found
+    }
+    trained, held = parts.batches.images, parts.validation.images
+    assert trained.kept > 0
+    assert held.kept > 0
+    assert trained.kept_bytes + held.kept_bytes <= 30_000
 
 
 def test_a_run_says_how_it_does_on_the_classes_it_held_out(tiny_config, wide_cache, tmp_path):
