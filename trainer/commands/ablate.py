@@ -55,8 +55,8 @@ def ablate(
     The same command goes on where an interrupted one stopped; finished runs are not made again.
     """
     from trainer.errors import TrainError
+    from trainer.methods.settings import absolute
     from trainer.reports.ablation_plan import (
-        absolute,
         check_other_caches,
         choose_variants,
         left_out,
@@ -75,7 +75,7 @@ def ablate(
         typer.echo(f"note: left out: {reason}", err=True)
     if split == "validation" and not cells[0].config.validation_classes:
         raise TrainError("--split validation: no classes are held out; add --set validation_classes=0.2")
-    check_other_caches(opened, cells)
+    check_other_caches(opened, cells, allow_partial)
     if plan:
         typer.echo("\n".join(cell.name for cell in cells))
         return
@@ -90,7 +90,7 @@ def ablate(
 
     done = []
     try:
-        for scored in run_cells(cells, output, split, jobs):
+        for scored in run_cells(cells, output, split, jobs, allow_partial):
             done.append(scored)
             recall = 100 * headline(scored.scores)["recall_at_1"]
             typer.echo(f"{len(done)} of {len(cells)}: {scored.cell.name}: R@1 {recall:.1f} %")

@@ -109,7 +109,7 @@ def _config_of_run(
 
     A bare `--resume` takes the config that the run was started with.
     """
-    from trainer.methods.settings import changes, load_config, make_config, preset_student
+    from trainer.methods.settings import changes, load_config, make_config, preset_student, with_absolute_paths
     from trainer.runs import CONFIG
 
     started = output / CONFIG
@@ -126,8 +126,7 @@ def _config_of_run(
         own = preset_student(chosen)
         if own not in (None, config.student.name):
             typer.echo(f"note: student {config.student.name} as timm has it; preset {chosen} is of {own}", err=True)
-    if config.cache and "://" not in config.cache:
-        config = config.model_copy(update={"cache": str(Path(config.cache).resolve())})
+    config = with_absolute_paths(config)
     if before is not None and not asked:
         return config, f"method {config.method}, as the run was started", None
     return config, f"method {config.method}, preset {chosen}\n{changes(config, chosen)}".rstrip(), chosen

@@ -76,6 +76,21 @@ def preset_student(preset: str) -> str | None:
     return PRESETS[preset].get("student", {}).get("name")
 
 
+def absolute(place: str) -> str:
+    """A path that means the same in any folder; a URL is as it was."""
+    return place if "://" in place else str(Path(place).resolve())
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """A config whose caches, rival and weights are found from any folder: runs are scored and resumed elsewhere."""
+    named = {name: getattr(config, name, None) for name in ("cache", "features", "against")}
+    update: dict[str, Any] = {name: absolute(place) for name, place in named.items() if place}
+    if config.student.weights:
+        weights = absolute(config.student.weights)
+        update["student"] = config.student.model_copy(update={"weights": weights})
+    return config.model_copy(update=update)
+
+
 def load_config(path: Path) -> TrainConfig:
     """Read a config written by `save_config`, now or by an older version; raises TrainError when it is not one."""
     values = read_config(path)
@@ -90,7 +105,7 @@ def differing_fields(a: TrainConfig, b: TrainConfig) -> list[str]:
     """Dotted names of the fields in which two configs would train differently."""
     if a.method != b.method:
         return ["method"]
-    return settings_of(a.method).differing(a, b)
+    return settings_of(a.method).differing(with_absolute_paths(a), with_absolute_paths(b))
 
 
 def changes(config: TrainConfig, preset: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from trainer.config import TrainConfig
 from trainer.errors import TrainError
 from trainer.methods.registry import METHODS
-from trainer.methods.settings import make_config, settings_of
+from trainer.methods.settings import absolute, make_config, settings_of
 from trainer.reports.control_targets import PIXELS, TIMESTEP, WORDS, check_target, target_folder
 from trainer.runs import SplitName
 
@@ -168,11 +168,6 @@ def _with_other_features(other: str) -> Variant:
     return Variant(name, "the same with other features", FULL, (f"features={absolute(cache)}",))
 
 
-def absolute(cache: str) -> str:
-    """Where a cache is, wherever runs are made from."""
-    return cache if "://" in cache else str(Path(cache).resolve())
-
-
 def _named_by_teacher(variant: Variant, cache: Cache) -> Variant:
     """Which row of the paper the auxiliary is, ② or ③, depends on whether Stage I refined the cache's teacher."""
     if variant.name != AUXILIARY or cache.manifest.teacher.lora_digest is not None:
@@ -237,7 +232,7 @@ def make_cells(
     return cells
 
 
-def check_other_caches(own: Cache, cells: Iterable[Cell]) -> None:
+def check_other_caches(own: Cache, cells: Iterable[Cell], allow_partial: bool = False) -> None:
     """Open what cells read beside the ablation's cache, before a run is made; raises what opening raises, TrainError.
 
     A control that cannot be made is to be known of before the hours that the others take.
@@ -249,7 +244,7 @@ def check_other_caches(own: Cache, cells: Iterable[Cell]) -> None:
     for cell in {cell.variant.name: cell for cell in cells}.values():
         config, variant, cache = cell.config, cell.variant, own
         if variant.cache is not None:
-            cache = open_cache(variant.cache)
+            cache = open_cache(variant.cache, allow_partial=allow_partial)
             lacking = int((match_samples(own, cache) < 0).sum())
             if lacking:
                 raise TrainError(
@@ -272,7 +267,7 @@ def _of_target(variant: Variant, targets: Mapping[str, Path]) -> list[str]:
     if variant.target is None:
         return []
     told = f"features={targets[variant.target]}", f"tap={variant.target}"
-    return [*told, f"timesteps={TIMESTEP}", "timesteps_per_step=1"]
+    return [*told, f"timesteps={TIMESTEP}", "timesteps_per_step=none"]
 
 
 def _refuse_option(field: str) -> None:

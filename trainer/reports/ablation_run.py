@@ -41,17 +41,20 @@ class Scored:
     labels: dict[str, int]
 
 
-def run_cells(cells: Sequence[Cell], work: Path, split: SplitName, jobs: int) -> Iterator[Scored]:
+def run_cells(
+    cells: Sequence[Cell], work: Path, split: SplitName, jobs: int, allow_partial: bool = False
+) -> Iterator[Scored]:
     """Train and score what is not there yet, `jobs` at a time, and yield each cell as soon as it is there.
 
-    Interrupted, an ablation goes on where it stopped: runs resume from their checkpoints. Raises TrainError where runs
-    of another cache are in the same folder, which would be taken for these.
+    `allow_partial`: of caches that are not sealed, too. Interrupted, an ablation goes on where it stopped: runs resume
+    from their checkpoints. Raises TrainError where runs of another cache are in the same folder, which would be taken
+    for these.
     """
     _refuse_other_caches(cells, work)
     finished = [cell for cell in cells if _queries_file(work / cell.name, split).is_file()]
     yield from (read_cell(cell, work, split) for cell in finished)
     waiting = [cell for cell in cells if cell not in finished]
-    for cell in _made(waiting, work, split, jobs):
+    for cell in _made(waiting, work, split, jobs, allow_partial):
         yield read_cell(cell, work, split)
 
 
@@ -72,17 +75,18 @@ def _refuse_other_caches(cells: Sequence[Cell], work: Path) -> None:
             )
 
 
-def _made(cells: Sequence[Cell], work: Path, split: SplitName, jobs: int) -> Iterator[Cell]:
+def _made(cells: Sequence[Cell], work: Path, split: SplitName, jobs: int, allow_partial: bool) -> Iterator[Cell]:
     texts = [settings_of(cell.config.method).render(cell.config) for cell in cells]
     if jobs == 1:
         for cell, text in zip(cells, texts, strict=True):
-            run_cell(text, work / cell.name, split)
+            run_cell(text, work / cell.name, split, allow_partial)
             yield cell
         return
     # Spawned: a process that has computed in several threads cannot be forked.
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
         given = {
-            pool.submit(run_cell, text, work / cell.name, split): cell for cell, text in zip(cells, texts, strict=True)
+            pool.submit(run_cell, text, work / cell.name, split, allow_partial): cell
+            for cell, text in zip(cells, texts, strict=True)
         }
         try:
             for done in as_completed(given):
@@ -105,14 +109,16 @@ def _end_with_parent() -> None:
     Thread(target=watch, daemon=True).start()
 
 
-def run_cell(config_text: str, folder: Path, split: SplitName) -> None:
+def run_cell(config_text: str, folder: Path, split: SplitName, allow_partial: bool = False) -> None:
     """Train one run into a folder, or go on with it, and score it; a config travels to another process as text."""
     folder.mkdir(parents=True, exist_ok=True)
     wanted = folder / "wanted.json"
     write_file(wanted, config_text.encode())
     config = load_config(wanted)
     wanted.unlink()
-    cache = open_cache(config.cache, verify=config.verify_reads)
+    cache = open_cache(
+        config.cache, allow_partial=allow_partial, verify=config.verify_reads, local_cache=config.local_cache
+    )
     if not is_finished(folder):
         train(config, cache, folder, resume=True)
     device = choose_device(config.device)

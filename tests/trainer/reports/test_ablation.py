@@ -2,17 +2,20 @@ import csv
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from cache_schema.errors import CacheUnsealed
 from trainer.cli import app
 from trainer.errors import TrainError
 from trainer.reports import ablation_run
 from trainer.reports.ablation_plan import VARIANTS, choose_variants, make_cells, read_sweep
 from trainer.reports.ablation_run import run_cells
 from trainer.reports.ablation_table import as_csv, as_markdown, tabulate
+from trainer.reports.control_targets import TIMESTEP
 
 TINY = ("updates=2", "epochs=1")
 
@@ -41,6 +44,21 @@ def test_what_tells_runs_apart_is_no_setting_of_all_of_them(setting, option):
     for given in (lambda: make_cells("a", [VARIANTS["gcd"]], 2, "small", [setting]), lambda: read_sweep(setting)):
         with pytest.raises(TrainError, match=f"is chosen by --{option}: a setting would make"):
             given()
+
+
+def test_a_control_of_one_timestep_draws_none_whatever_all_runs_are_told():
+    told = ["loss.align=relational", "timesteps_per_step=none"]
+    (cell,) = make_cells("a", [VARIANTS["pixels-by-gim"]], 1, "recommended", told, {"pixels": Path("pixels")})
+    assert (cell.config.timesteps, cell.config.timesteps_per_step) == ((TIMESTEP,), None)
+
+
+def test_a_cache_that_is_not_sealed_is_compared_on_where_that_is_asked_for(make_cache, tiny_settings, tmp_path):
+    partial = make_cache(seal=False)
+    cells = make_cells(str(partial.root), [VARIANTS["baseline"]], 1, "small", [*tiny_settings[1::2], "updates=1"])
+    with pytest.raises(CacheUnsealed):
+        list(run_cells(cells, tmp_path / "runs", "test", 1))
+    (scored,) = run_cells(cells, tmp_path / "runs", "test", 1, allow_partial=True)
+    assert scored.result["cache_id"] == partial.manifest.cache_id
 
 
 def test_a_sweep_is_a_variant_for_each_value():

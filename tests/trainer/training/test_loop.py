@@ -5,11 +5,14 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from cache_schema import open_cache
 from cache_schema.care.convert import convert
+from trainer.cli import app
 from trainer.config import OptimConfig
 from trainer.errors import TrainError
+from trainer.methods.settings import with_absolute_paths
 from trainer.runs import load_result, read_metrics
 from trainer.training import loop
 from trainer.training.checkpoint import latest_checkpoint, load_checkpoint
@@ -210,3 +213,26 @@ def test_the_learning_rate_warms_up_and_anneals_along_a_cosine():
     assert rates[55] == pytest.approx(0.55)
     assert rates[99] == pytest.approx(0.1, abs=1e-3)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_what_a_run_reads_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def config(cache, features):
+        named = "--cache", cache, "--set", f"features={features}", "--against", "base", "--student-weights", "w"
+        return json.loads(CliRunner().invoke(app, ["run", *named, "--print-config"]).stdout)
+
+    found = config("cache", "more/cache")
+    read = *(found[name] for name in ("cache", "features", "against")), found["student"]["weights"]
+    assert read == tuple(str(tmp_path / name) for name in ("cache", "more/cache", "base", "w"))
+    found = config("file:///a/b", "file:///a/c")
+    assert (found["cache"], found["features"]) == ("file:///a/b", "file:///a/c")
+
+
+def test_a_run_that_names_its_features_by_a_relative_path_is_resumed(tmp_path, monkeypatch, tiny_config):
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config("features=b")
+    prepare_run(tmp_path / "run", config)
+    prepare_run(tmp_path / "run", with_absolute_paths(config), resume=True)
+    with pytest.raises(TrainError, match="was started with another features"):
+        prepare_run(tmp_path / "run", tiny_config("features=c"), resume=True)
