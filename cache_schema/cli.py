@@ -34,6 +34,7 @@ _USER_ERRNOS = {
     errno.ENOENT,
     errno.ENOTDIR,
     errno.EISDIR,
+    errno.EEXIST,
 }
 
 # Where a path can begin in an argument: `~/x`, `--data=~/x`, `data.root=~/x`, and in a list of paths.

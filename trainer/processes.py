@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.errors import SharedError
+from trainer.errors import SharedError, TrainError
 
 _alone = False
 
@@ -65,6 +65,21 @@ def one_speaks() -> Iterator[None]:
             with suppress(RuntimeError):
                 dist.barrier()  # which is broken off when it has told and is gone
             raise SystemExit(1) from None
+        except RuntimeError as error:
+            if not _of_one_gone(error):
+                raise
+            if started()[0] == 0:
+                raise TrainError(
+                    "another process of this run is gone: it or torchrun says why; then --resume"
+                ) from None
+            raise SystemExit(1) from None
+
+
+def _of_one_gone(error: RuntimeError) -> bool:
+    """Whether a process cannot hear another any more: gloo and NCCL have no kind of error for that, but words."""
+    said = str(error)
+    closed = "Connection closed" in said or "Connection reset" in said or "Broken pipe" in said
+    return ("gloo" in said and closed) or "remote process exited" in said
 
 
 def beside() -> int:

@@ -27,6 +27,8 @@ def fail(kind: str) -> None:
         raise DitDistillError("the cache is missing; build it")
     if kind == "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/file")
+    if kind == "there":
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), "/data/file")
     if kind == "system":
         raise OSError(errno.EIO, "Input/output error")
     if kind == "interrupt":
@@ -60,6 +62,10 @@ def test_a_users_error_is_one_line_and_1(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_full_disk_is_one_line_and_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert outcome(capsys, "fail", "full") == (1, "", "error: No space left on device: /data/file\n")
+
+
+def test_a_file_where_a_folder_is_to_be_is_one_line_and_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome(capsys, "fail", "there") == (1, "", "error: File exists: /data/file\n")
 
 
 @pytest.mark.parametrize("kind", ["interrupt", "SIGINT", "SIGTERM", "SIGHUP"])

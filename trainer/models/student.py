@@ -57,9 +57,10 @@ class Student(nn.Module):
 
     def compile_network(self, **options: Any) -> None:
         """Compile what `forward` and `with_tokens` call of the network, with options of `torch.compile`."""
-        self.network.compile(**options)
-        if hasattr(self.network, "forward_features"):  # not by way of a call of the network
-            self.network.forward_features = torch.compile(self.network.forward_features, **options)
+        network: Any = self.network
+        network.compile(**options)
+        if hasattr(network, "forward_features"):  # which `with_tokens` uses without a call of the network
+            network.forward_features = torch.compile(network.forward_features, **options)
 
     @property
     def keeps_statistics(self) -> bool:

@@ -129,6 +129,15 @@ def test_shares_of_a_batch_are_the_batch_and_show_the_same_pictures(cache, tiny_
         assert torch.equal(torch.cat(pictures), whole[update].images)
 
 
+@pytest.mark.parametrize(("rank", "left_by"), [("0", TrainError), ("1", SystemExit)])
+def test_that_another_process_is_gone_is_told_by_the_first_and_called_no_bug(monkeypatch, rank, left_by):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(left_by), processes.one_speaks():
+        raise RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:2710")
+    with pytest.raises(RuntimeError, match="shape"), processes.one_speaks():
+        raise RuntimeError("shape '[2]' is invalid for input of size 3")
+
+
 def test_batch_norms_are_refused_where_they_cannot_be_synchronised(monkeypatch):
     from trainer.config import StudentConfig
     from trainer.models.student import build_student
