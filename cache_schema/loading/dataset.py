@@ -113,10 +113,13 @@ class CacheDataset(OwnsRing, Dataset[FeatureBatch]):
         if isinstance(samples, FeatureBatch):
             return samples
         scales = [sample.scale for sample in samples if sample.scale is not None]
+        # One calibration is that of all samples, unless each brings that of its own timesteps.
+        own = [sample.channel for sample in samples if sample.channel is not None and sample.channel.dim() == 3]
         return replace(
             samples[0],
             payload=torch.cat([sample.payload for sample in samples]),
             scale=torch.cat(scales) if scales else None,
+            channel=torch.cat(own) if own else samples[0].channel,
             rows=torch.cat([sample.rows for sample in samples]),
             views=torch.cat([sample.views for sample in samples]),
         )

@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
@@ -41,10 +41,19 @@ def fetched(wanted: Sequence[tuple[DistantFile, Sequence[tuple[int, int]]]]) -> 
 
 
 def at_once(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """Return `work(item)` for each item, in order, done by threads; the first failure is raised."""
+    """Return `work(item)` for each item, in order, done by threads; the first failure is raised, once all are done."""
     if len(items) < 2:
         return [work(item) for item in items]
-    return list(_threads(os.getpid()).map(work, items))
+    threads = _threads(os.getpid())
+    done = [threads.submit(work, item) for item in items]
+    try:
+        return [each.result() for each in done]
+    except Exception:
+        for each in done:
+            each.cancel()
+        # They may write into memory that the caller uses again.
+        wait(done)
+        raise
 
 
 @functools.lru_cache(maxsize=1)

@@ -31,3 +31,10 @@ def test_a_dataset_that_is_to_be_told_timesteps_is_not_read_without(cache_of: Ca
     dataset = CacheDataset(open_cache(cache_of()), batch_size=4, each=2)
     with pytest.raises(CacheRequestError, match="2 rows need the timesteps of 2"):
         dataset.read(np.array([3, 0]), np.array([0, 0]))
+
+
+def test_joined_samples_have_the_calibration_of_each_ones_timesteps(cache_of: Callable[..., Path]) -> None:
+    cache = open_cache(cache_of(kind="int8"))
+    dataset, steps = CacheDataset(cache, each=1), np.array(TIMESTEPS)[[0, 2]][:, None]
+    samples = [dataset.read(np.array([row]), np.array([0]), steps[[row]]) for row in (0, 1)]
+    assert torch.equal(dataset.collate(samples).decode(), cache.read([0, 1], timesteps=steps).decode())
