@@ -7,6 +7,7 @@ process: only files without one are removed, the longest unused first, and only 
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from cache_schema.errors import CacheError
 from cache_schema.storage.checksum import Bytes, crc32c
-from cache_schema.storage.files import make_directory, storage_errors, write_file
+from cache_schema.storage.files import is_aside, make_directory, storage_errors, write_file
 from cache_schema.storage.local import user_cache
 
 BLOCK = 256 << 10
@@ -34,6 +35,7 @@ _THERE = 0x600D
 _ALIGNMENT = 2 << 20
 _GRANT = 16 << 20  # bytes that a process counts as used before it has written them, of a large store
 _SHOW_USE = 60.0  # seconds between notes that a file is in use
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FAR = ("nfs", "cifs", "smb", "fuse.sshfs", "lustre", "beegfs", "gpfs", "ceph", "9p")
 
 
@@ -133,6 +135,10 @@ class BlockStore:
                 yield from (path for path in folder.iterdir() if _NAME.fullmatch(path.name) and not path.is_symlink())
 
 
+class NoRoom(Exception):  # noqa: N818 -- reads as what happened
+    """The disk is too full for the blocks of one more file."""
+
+
 class _Opened:
     """An open file of blocks, and the numbers of those in it that this process has seen: they do not change any more.
 
@@ -169,7 +175,7 @@ class BlockFile:
             self.release()
 
     def acquire(self) -> None:
-        """Begin a lease, which `release` ends."""
+        """Begin a lease, which `release` ends; raises NoRoom."""
         with self._lock:
             if not self._leases:
                 self._open_locked()
@@ -253,13 +259,18 @@ class BlockFile:
 
     def _open(self) -> _Opened:
         with storage_errors(self._path):
-            self._path.parent.mkdir(exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            file = _Opened(os.open(self._path, flags, 0o644))
-            if os.pread(file.fd, len(_HEAD), 0) != _HEAD:
-                os.ftruncate(file.fd, self._data + self._size)
-                os.pwrite(file.fd, _HEAD, 0)
-            return file
+            try:
+                self._path.parent.mkdir(exist_ok=True)
+                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+                file = _Opened(os.open(self._path, flags, 0o644))
+                if os.pread(file.fd, len(_HEAD), 0) != _HEAD:
+                    os.ftruncate(file.fd, self._data + self._size)
+                    os.pwrite(file.fd, _HEAD, 0)
+                return file
+            except OSError as error:
+                if error.errno in _FULL:
+                    raise NoRoom from error
+                raise
 
 
 def blocks_of(offset: int, size: int) -> range:
@@ -284,7 +295,8 @@ def _remove_unused(path: Path) -> bool:
 
 
 def _refuse_foreign(root: Path) -> None:
-    if not (root / _MARK).is_file() and any(root.iterdir()):
+    # Another process may be making the same folder: its mark is there first of all, so it is looked for last.
+    if any(not is_aside(path.name) for path in root.iterdir()) and not (root / _MARK).is_file():
         raise CacheError(f"{root} holds other things than a local cache; name an empty folder (DIT_CACHE_LOCAL)")
     kind = _file_system(root)
     if kind.startswith(_FAR):

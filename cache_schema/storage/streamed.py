@@ -8,12 +8,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from cache_schema.errors import CacheCorrupt, CacheError
-from cache_schema.storage.blocks import BLOCK, BlockFile, BlockStore, blocks_of, default_folder
+from cache_schema.storage.blocks import BLOCK, BlockFile, BlockStore, NoRoom, blocks_of, default_folder
 from cache_schema.storage.folder import Folder, Signature
 from cache_schema.storage.local import LocalFolder
 from cache_schema.storage.places import Location, folder_at
 from cache_schema.storage.remote import RemoteFile, RemoteFolder, requests
 from cache_schema.storage.retrying import STREAMING_DEADLINE, Retrying, patience
+from cache_schema.storage.stretches import Asked
 
 DEFAULT_BOUND = "10GB"
 _MOST_BLOCKS = 32  # of one request
@@ -67,14 +68,18 @@ class StreamedFile:
                 found.append(bytes(out))
         return found
 
-    def ask(self, ranges: Sequence[tuple[int, int]]) -> "AskedBlocks":
+    def ask(self, ranges: Sequence[tuple[int, int]]) -> Asked:
         """Have fetched what is missing of every (offset, size); raises CacheCorrupt for what the file lacks."""
         for offset, size in ranges:
             if offset < 0 or size < 0 or offset + size > self.size:
                 raise CacheCorrupt(f"{self.path} is truncated: it has no bytes {offset} to {offset + size}")
         if self._process != os.getpid():
             self._begin()
-        self._blocks.acquire()
+        try:
+            self._blocks.acquire()
+        except NoRoom:
+            self._store.fetched += sum(len(blocks_of(*each)) for each in ranges)
+            return self._file.ask(ranges)
         try:
             awaited = [] if self._blocks.has_seen(ranges) else self._on_their_way(ranges)
         except BaseException:
@@ -86,7 +91,10 @@ class StreamedFile:
         """Have every (offset, size) stay here until `let_go`, if all of them are known to be; say whether they are."""
         if self._process != os.getpid():
             return False
-        self._blocks.acquire()
+        try:
+            self._blocks.acquire()
+        except NoRoom:
+            return False
         if self._blocks.has_seen(ranges):
             return True
         self._blocks.release()
@@ -98,7 +106,8 @@ class StreamedFile:
 
     def forget(self) -> None:
         """Have everything fetched again."""
-        self._blocks.forget()
+        with contextlib.suppress(NoRoom):  # then nothing is kept
+            self._blocks.forget()
 
     def _begin(self) -> None:
         # A lock on a file that was opened before a fork would be the parent's as well, and so are its requests.
@@ -128,7 +137,7 @@ class StreamedFile:
         start = first * BLOCK
         try:
             data = self._file.view(start, min(stop * BLOCK, self.size) - start)
-            with self._blocks.lease():
+            with contextlib.suppress(NoRoom), self._blocks.lease():
                 self._blocks.put({n: data[n * BLOCK - start : (n + 1) * BLOCK - start] for n in range(first, stop)})
             return Fetched(first, data)
         finally:

@@ -1,5 +1,6 @@
 """A cache at a URL is read as one here is: what a batch needs is fetched, kept up to a bound, and never believed."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -399,6 +400,33 @@ def test_a_bound_below_what_is_in_flight_and_a_folder_that_is_not_ours_are_refus
     assert [parse_size(text) for text in ("50GB", "1.5 mb", "0", "12")] == [50_000_000_000, 1_500_000, 0, 12]
     with pytest.raises(CacheError, match="no size"):
         parse_size("lots")
+
+
+def test_processes_that_use_a_folder_for_the_first_time_at_once_and_one_that_died_then_are_no_hindrance(
+    tmp_path: Path,
+) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        for number in range(4):
+            root = tmp_path / f"blocks-{number}"
+            root.mkdir()
+            (root / "dit-distill-blocks.tmp-host-1-ab-0").write_bytes(b"1")
+            assert len(list(threads.map(lambda _, root=root: BlockStore(root, 1 << 30), range(8)))) == 8
+
+
+def test_a_local_disk_that_is_full_costs_what_would_be_kept_and_not_the_run(
+    cache_of: CacheOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = cache_of(kind="int8")
+    here, there = open_cache(root), open_cache(on_s3(root, "full"))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stored.os, "ftruncate", full)
+    rows = list(range(FEATURE_ROWS))
+    for _ in range(2):
+        assert torch.equal(there.read(rows).decode(), here.read(rows).decode())
+        assert there.waits
 
 
 def test_only_our_own_files_in_the_folder_are_ever_removed(tmp_path: Path) -> None:
