@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from cache_schema.errors import DitDistillError
-from cache_schema.storage.files import write_file
+from cache_schema.storage.files import directory_lock, make_directory, write_file
 
 # Of a scan, a file may be left out; of a teacher's work, the batch. Anything else is needed, and can only be named.
 Kind = Literal["scan", "teacher", "needed"]
@@ -132,9 +132,11 @@ def known_hangs(output: Path, kind: Kind) -> dict[str, str]:
 
 def _note(output: Path, work: WatchedWork, reason: str) -> None:
     path = notes_of(output)
-    entries = json.loads(path.read_bytes())["hung"] if path.exists() else []
-    entries.append({"kind": work.kind, "ids": work.ids, "sources": work.sources, "reason": reason})
-    write_file(path, (json.dumps({"hung": entries}, indent=1) + "\n").encode())
+    make_directory(path.parent)
+    with directory_lock(path.parent):  # several machines may build one cache
+        entries = json.loads(path.read_bytes())["hung"] if path.exists() else []
+        entries.append({"kind": work.kind, "ids": work.ids, "sources": work.sources, "reason": reason})
+        write_file(path, (json.dumps({"hung": entries}, indent=1) + "\n").encode())
 
 
 def leave_out(output: Path, work: WatchedWork, seconds: float) -> str:

@@ -134,8 +134,13 @@ class Driver:
         stop = Event()
         with Claims(writer.folder) as claims, ThreadPoolExecutor(1) as pool:
             images = pool.submit(self._write_images, writer, claims, stop)
+
+            def check() -> None:
+                if images.done():
+                    images.result()
+
             try:
-                self._compute(writer, images.done)
+                self._compute(writer, check)
                 images.result()
             finally:
                 stop.set()

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from cache_schema.care.verify import verify
 from pipeline.build.config import BuildConfig
 from pipeline.build.run import build, scan_for
 from pipeline.inputs.tolerance import Tolerance
-from pipeline.watchdog import HangError, known_hangs, notes_of, under_watch, watched
+from pipeline.watchdog import HangError, WatchedWork, known_hangs, leave_out, notes_of, under_watch, watched
 
 SECONDS = 3.0
 CONFIG = BuildConfig(
@@ -122,3 +123,10 @@ def test_notes_that_are_none_are_refused_by_name(tmp_path):
     notes_of(tmp_path / "cache").write_text("{")
     with pytest.raises(HangError, match=r"cache\.hung\.json does not say what hung; remove it"):
         known_hangs(tmp_path / "cache", "scan")
+
+
+def test_slices_that_hang_at_once_all_note_what_they_were_at(tmp_path):
+    works = [WatchedWork("teacher", "its pass", [f"s{number}"], ["x"]) for number in range(6)]
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(lambda work: leave_out(tmp_path / "cache", work, 1.0), works))
+    assert sorted(known_hangs(tmp_path / "cache", "teacher")) == [f"s{number}" for number in range(6)]

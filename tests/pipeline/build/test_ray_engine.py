@@ -16,7 +16,7 @@ from build_process import BuildProcesses, contents
 from hanging_teacher import HUNG, Hanging, with_a_caption_that_hangs
 from typer.testing import CliRunner
 
-from cache_schema import open_cache
+from cache_schema import CacheStorageError, open_cache
 from cache_schema.format.journal import read_record
 from cache_schema.sharing.parts import Selection
 from cache_schema.sharing.pull import plan_pull, pull
@@ -173,6 +173,31 @@ def test_gpus_that_no_machine_has_are_not_waited_for(work):
     waiting: list[str] = []
     Driver(NoGpus(), work, RayCluster(1, 1, "auto"), waiting.append).look_for_gpus()
     assert waiting == ["Ray has 0 GPUs now; workers begin as machines with more of them join"]
+
+
+class AtHand(Driver):
+    """A driver whose one worker is in its own process, and whose student images have nowhere to lie."""
+
+    def _hire(self, place):
+        self._worker = Worker(self._work)
+        self._give(self._worker, [])
+
+    def _give(self, worker, run):
+        self._running[0] = (worker, run)
+
+    def _finished_one(self):
+        worker, run = self._running.pop(0)
+        assert worker.build(run) is None
+        return worker
+
+    def _write_images(self, writer, claims, stop):
+        raise CacheStorageError("no space is left for them")
+
+
+def test_student_images_that_cannot_be_written_end_the_build_before_the_workers_go_on(work):
+    with pytest.raises(CacheStorageError, match="no space is left for them"):
+        AtHand(NoGpus(), work, RayCluster(1, 0), str).run()
+    assert len(continue_cache(work.output).missing_shards()) > 1
 
 
 def wait_until(happened, process, seconds=240):
