@@ -87,6 +87,10 @@ class FeatureSource:
         """Rows of this source's cache for rows of the run's own, -1 where the sample is not there."""
         return rows if self._row_of is None else self._row_of[rows]
 
+    def rows_of_same(self, rows: np.ndarray) -> np.ndarray:
+        """Rows of this source's cache that are the same samples, whoever's features they are given; -1: not there."""
+        return rows if self._same is None else self._same[rows]
+
     def row_bytes(self, timesteps: int | None = None) -> int:
         """Bytes of an image's features as they are encoded, without their scales, at so many timesteps or at all."""
         shape, kind = self.shape, self.cache.manifest.encoding.kind

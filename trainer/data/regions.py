@@ -37,22 +37,18 @@ class Regions:
             raise TrainError("one teacher saw the whole image and another the object: their places cannot be compared")
         if len(cuts) > 1:
             raise TrainError("one teacher saw boxes and another squares around them: their places cannot be compared")
-        samples = cache.samples
         # Of the views that are random crops, what each shows of the photograph, by the view's number.
         self._crops = {
             number: cache.crops[:, int(view.removeprefix(CROP_VIEW))]
             for number, view in enumerate(views)
             if view.startswith(CROP_VIEW)
         }
-        self._frames = np.tile([0.0, 0.0, 1.0, 1.0], (len(samples), 1))  # the teacher's view in the photograph
+        self._frames = np.tile([0.0, 0.0, 1.0, 1.0], (len(cache.samples), 1))  # the teacher's view in the photograph
         if shown == {"object"}:
-            sides = np.stack([samples["width"].to_numpy(), samples["height"].to_numpy()], axis=1)
-            for row, box in enumerate(samples["box"].to_pylist()):
-                if box is not None and cuts == {"square"}:
-                    square = square_around(tuple(box), tuple(sides[row]))
-                    self._frames[row] = np.asarray(square) / np.tile(sides[row], 2)
-                elif box is not None:
-                    self._frames[row] = np.clip(np.asarray(box) / np.tile(sides[row], 2), 0.0, 1.0)
+            first, *others = {id(source.cache): source for source in sources.values()}.values()
+            self._frames = _object_frames(cache, first)
+            if any(not np.array_equal(self._frames, _object_frames(cache, other)) for other in others):
+                raise TrainError("one teacher saw other boxes than another: their places cannot be compared")
 
     def frames(self, rows: np.ndarray) -> np.ndarray:
         """What the teacher saw of the photographs, in fractions of their sides: (n, 4)."""
@@ -75,3 +71,18 @@ class Regions:
         inside[:, 0] = np.where(mirrored, 1 - right, left)
         inside[:, 2] = np.where(mirrored, 1 - left, right)
         return inside
+
+
+def _object_frames(own: Cache, source: FeatureSource) -> np.ndarray:
+    """What the teacher of a source saw of the run's photographs, by the boxes it was given: (n, 4), in fractions."""
+    frames = np.tile([0.0, 0.0, 1.0, 1.0], (len(own.samples), 1))
+    samples, square = source.cache.samples, source.cache.manifest.teacher.crop == "square"
+    sides = np.stack([samples["width"].to_numpy(), samples["height"].to_numpy()], axis=1)
+    boxes = samples["box"].to_pylist()
+    for place, row in enumerate(source.rows_of_same(np.arange(len(frames))).tolist()):
+        box = boxes[row] if row >= 0 else None
+        if box is not None and square:
+            frames[place] = np.asarray(square_around(tuple(box), tuple(sides[row]))) / np.tile(sides[row], 2)
+        elif box is not None:
+            frames[place] = np.clip(np.asarray(box) / np.tile(sides[row], 2), 0.0, 1.0)
+    return frames

@@ -57,6 +57,20 @@ def test_mirrored_images_without_mirrored_features_are_refused(make_cache):
         regions_of(make_cache(views=("canonical",)), ("canonical", "hflip"))
 
 
+def test_features_of_another_cache_are_of_the_boxes_of_that_cache(build_tiny, tmp_path):
+    boxes = {"own": [0, 0, 12, 12], "other": [12, 12, 24, 24]}  # two corners of the photograph
+    own, other = (
+        build_tiny(tmp_path / name, per_class=2, about=lambda *_, box=box: {"box": box, "box_source": "dataset"})
+        for name, box in boxes.items()
+    )
+    sources = open_sources(own, Needs({"teacher": FeatureNeed(None, cache=str(other.root))}, places=True))
+    seen = Regions(own, sources, ("canonical",)).seen(np.array([0]), ALL, np.array([False]))
+    assert np.allclose(seen, [[-1.0, -1.0, 1.0, 1.0]])
+    both = {**sources, "too": open_sources(own, NEEDS)["teacher"]}
+    with pytest.raises(TrainError, match="one teacher saw other boxes than another"):
+        Regions(own, both, ("canonical",))
+
+
 def test_a_teacher_that_was_shown_squares_saw_more_than_the_box(build_tiny, tmp_path):
     cache = build_tiny(tmp_path / "c", about=lambda *_: {"box": [0, 6, 24, 12], "box_source": "dataset"})
     teacher = cache.manifest.teacher.model_copy(update={"crop": "square"})
