@@ -91,8 +91,9 @@ def build_cache(
     picture: tuple[int, int] = (SIZE, SIZE),
     shape: tuple[Literal["square", "aspect"], int] = ("square", SIZE),
     about: Callable[[str, int, int], dict[str, Any]] = lambda split, label, index: {},
+    shards: int | None = None,
 ) -> Cache:
-    """A cache whose features say what they are of; among `views` may be crops."""
+    """A cache whose features say what they are of; among `views` may be crops. shards: how many more are made now."""
     rows = []
     crops = [view for view in views if view.startswith("crop.")]
     for split, labels in classes.items():
@@ -139,7 +140,7 @@ def build_cache(
     )  # fmt: skip
     writer = create_cache(path, manifest, samples)
     sources = [(int(source.split("-")[1]), int(source.split("-")[2])) for source in samples["source"].to_pylist()]
-    for shard in writer.missing_shards():
+    for shard in writer.missing_shards()[:shards]:
         drawn = [draw_features(row, sources[row][0], tokens, len(views)) for row in writer.shard_rows(shard)]
         writer.write_shard(shard, {"hidden": np.stack(drawn)})
     for shard in writer.missing_image_shards():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -181,6 +183,12 @@ class TrainingBatches:
     def caches(self) -> list[Cache]:
         """All caches that batches are read from."""
         return [self.cache, *(source.cache for source in self.sources.values())]
+
+    @property
+    def digest(self) -> str:
+        """Tells apart runs on other rows: those with a label, all that are trained on, those of classes held out."""
+        rows = [sorted(self.label_of), self.all_rows.tolist(), self.validation.rows.tolist()]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     @property
     def per_epoch(self) -> int:

@@ -123,7 +123,7 @@ def evaluate_queries(
     if load_auxiliary is not None and is_run:
         auxiliary = load_auxiliary(path, student, cache)
     if split == "validation":
-        test = open_validation_split(cache, validation_share(path), student.input_size, fit=student.fit)
+        test = _open_held_out(path, cache, student)
     else:
         test = open_test_split(cache, student.input_size, fit=student.fit)
     scores, embeddings, queries = _evaluate(student, test, device, auxiliary)
@@ -136,6 +136,26 @@ def evaluate_queries(
         "classes": test.split.classes,
     }
     return {**about, **scores}, embeddings, test, queries
+
+
+def _open_held_out(path: Path, cache: Cache, student: Student) -> TestSplit:
+    """The classes that a run held out; raises TrainError for a cache of which others are, trained on by the run."""
+    share = validation_share(path)
+    result = load_result(path) if share else {}
+    if share and result["cache_id"] != cache.manifest.cache_id:
+        raise TrainError(
+            f"{path} held classes out of cache {result['cache_id'][:8]}, and of {cache.manifest.label} others would be "
+            "held out: score it on its own cache"
+        )
+    test = open_validation_split(cache, share, student.input_size, fit=student.fit)
+    trained, held = _trained_on(path, cache).classes, test.split.classes
+    before = result["train_classes"], result.get("validation_classes", held)
+    if (trained, held) != before:
+        raise TrainError(
+            f"{path} was trained on {before[0]} classes and held out {before[1]}, and {cache.manifest.label} has "
+            f"features of {trained + held} now, of which others would be held out: score it on the cache as it was"
+        )
+    return test
 
 
 def _trained_on(path: Path, cache: Cache) -> Split:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ from trainer.evaluation.embed import TestSplit, open_rows
 from trainer.methods.method import Method
 from trainer.methods.registry import find_method
 from trainer.models.student import Student, build_student
-from trainer.training.checkpoint import Progress, latest_checkpoint, load_checkpoint
+from trainer.training.checkpoint import Progress, latest_checkpoint, load_checkpoint, read_progress, resuming
 from trainer.training.distributed import join, synchronise_batch_norm
 from trainer.training.optim import make_optimizer
 from trainer.training.rival import Rival, open_rival
@@ -64,6 +64,12 @@ class Parts:
         if self.batches.exact:
             return torch.float32
         return feature_dtype(self.config.precision, self.device, self.method.student)
+
+    @property
+    def other_caches(self) -> dict[str, str]:
+        """Ids of the caches that are read beside the run's own, by the method's names of what is read."""
+        found = self.batches.sources.items()
+        return {name: s.cache.manifest.cache_id for name, s in found if s.cache is not self.cache}
 
     @property
     def result(self) -> Method:
@@ -141,20 +147,40 @@ def _say_if_enlarged(config: TrainConfig, cache: Cache, student: Student) -> Non
 
 def start(parts: Parts, run: Path, resume: bool) -> Progress:
     """Restore the last checkpoint, or begin at update 0."""
-    cache, batches = parts.cache, parts.batches
-    others = {n: s.cache.manifest.cache_id for n, s in batches.sources.items() if s.cache is not cache}
-    beginning = Progress(0, 0.0, cache.manifest.cache_id, others)
+    batches = parts.batches
+    beginning = Progress(
+        0,
+        0.0,
+        parts.cache.manifest.cache_id,
+        parts.other_caches,
+        classes=batches.classes,
+        held_out=batches.validation.classes,
+        rows=batches.digest,
+    )
     checkpoint = latest_checkpoint(run) if resume else None
     if checkpoint is None:
         parts.method.fit(batches.fitting(FIT_UPDATES).to(parts.device))
         return beginning
     if not resumes_exactly(parts.device, parts.config.deterministic):
         print(f"note: on {parts.device} the run goes on with other last bits; with --deterministic it would not")
-    progress = load_checkpoint(checkpoint, parts.method, parts.optimizer, parts.device, parts.average)
-    if progress.cache_id != beginning.cache_id:
-        trained_on = f"cache {progress.cache_id[:8]}, not on {cache.manifest.label}"
+    with resuming(checkpoint):
+        progress = read_progress(checkpoint)
+    # Before its weights are read: those of other classes would not fit, and no more would be said.
+    _refuse_another(run, progress, beginning, parts.cache.manifest.label)
+    load_checkpoint(checkpoint, parts.method, parts.optimizer, parts.device, parts.average)
+    return replace(progress, held_out=beginning.held_out, rows=beginning.rows)
+
+
+def _refuse_another(run: Path, progress: Progress, now: Progress, label: str) -> None:
+    """Raise TrainError unless a run was, as far as its checkpoint says, on the same caches and the same rows."""
+    if progress.cache_id != now.cache_id:
+        trained_on = f"cache {progress.cache_id[:8]}, not on {label}"
         raise TrainError(f"{run} was trained on {trained_on}: give that cache, or start anew with --overwrite")
-    changed = [name for name, cache_id in progress.other_caches.items() if others.get(name) != cache_id]
+    changed = [name for name, cache_id in progress.other_caches.items() if now.other_caches.get(name) != cache_id]
     if changed:
         raise TrainError(f"{run} read {changed[0]} from another cache: give that one, or start anew with --overwrite")
-    return progress
+    if progress.rows not in ("", now.rows) or progress.classes not in (0, now.classes):
+        raise TrainError(
+            f"{run} was trained on other rows of cache {label} than have features now: it has grown, and going on "
+            "would be another run; start anew with --overwrite"
+        )

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -36,6 +38,8 @@ class Progress:
     timed: Timing = field(default_factory=Timing)  # of its updates
     classes: int = 0  # that are trained on; 0: a checkpoint that does not say
     images: int = 0  # seen so far
+    held_out: int = 0  # classes that are validated on; 0: none, or a checkpoint that does not say
+    rows: str = ""  # a digest of what is trained and validated on; "": a checkpoint that does not say
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Progress:
@@ -92,12 +96,19 @@ def load_checkpoint(
 
     Raises TrainError when the files do not fit the run.
     """
-    try:
+    with resuming(folder):
         modules.load_state_dict(load_weights(folder / WEIGHTS, str(device)))
         if average is not None:
             average.load_state_dict(load_weights(folder / AVERAGE, str(device)))
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
         return Progress.from_json(json.loads((folder / PROGRESS).read_text()))
+
+
+@contextmanager
+def resuming(folder: Path) -> Iterator[None]:
+    """Say of what goes wrong with a checkpoint that a run cannot resume from it, and what could be done; TrainError."""
+    try:
+        yield
     except DAMAGE as error:
         older = [other for other in sorted(folder.parent.glob("update-*")) if other < folder]
         advice = f"remove it to go on from {older[-1].name}, or " if older else ""

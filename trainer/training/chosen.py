@@ -74,7 +74,9 @@ def _restored(folder: Path, config: TrainConfig, progress: Progress, cache: Cach
 
 
 def _about(config: TrainConfig, progress: Progress) -> dict[str, object]:
+    held_out = {"validation_classes": progress.held_out} if progress.held_out else {}
     return {
+        **held_out,
         "method": config.method,
         "mode": mode_name(config.method),
         "seed": config.seed,

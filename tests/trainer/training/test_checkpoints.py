@@ -39,19 +39,25 @@ def recalls(run):
 def made(tmp_path_factory, tiny_settings, wide_cache):
     """A run that died in its last epoch, and what it would have been."""
     config = make_config("paper", [*tiny_settings[1::2], *FOLLOWED], cache=str(wide_cache.root))
-    place, step = tmp_path_factory.mktemp("runs"), loop.train_step
+    place = tmp_path_factory.mktemp("runs")
     train(config, wide_cache, place / "whole")
+    train_until(7, config, wide_cache, place / "run")
+    return config, place
+
+
+def train_until(update, config, cache, run):
+    """Train, and die when the given update is about to be made."""
+    step = loop.train_step
 
     def step_and_die(*given):
-        if given[-1].update == 7:
+        if given[-1].update == update:
             raise MemoryError
         return step(*given)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", step_and_die)
         with pytest.raises(MemoryError):
-            train(config, wide_cache, place / "run")
-    return config, place
+            train(config, cache, run)
 
 
 @pytest.fixture
@@ -84,6 +90,23 @@ def test_a_damaged_checkpoint_may_be_removed_to_go_on_from_the_one_before(stoppe
     (run / "checkpoints/update-00000006").rmdir()
     train(config, wide_cache, run, resume=True)
     assert weights(run) == weights(whole)
+
+
+def test_a_run_does_not_go_on_with_the_other_rows_of_a_cache_that_grew(build_tiny, tiny_config, tmp_path):
+    config, run = tiny_config("batch_size=8", "epochs=2", mode="baseline"), tmp_path / "run"
+    grow = {"path": tmp_path / "cache", "per_class": 9, "seal": False}
+    train_until(4, config, build_tiny(**grow, shards=3), run)
+    grown = build_tiny(**grow, shards=1)  # more images of the same classes
+    with pytest.raises(TrainError, match=r"was trained on other rows of cache tiny-\w+ than have features now: it has"):
+        train(config, grown, run, resume=True)
+    file = run / "checkpoints/update-00000003/progress.json"
+    progress = json.loads(file.read_text())
+    file.write_text(json.dumps({**progress, "classes": 2, "rows": ""}))
+    with pytest.raises(TrainError, match="was trained on other rows"):
+        train(config, grown, run, resume=True)
+    # As older versions wrote it, whose runs go on.
+    file.write_text(json.dumps({n: value for n, value in progress.items() if n not in ("rows", "held_out", "classes")}))
+    assert train(config, grown, run, resume=True)["train_images"] == 27
 
 
 def evaluated(run, cache, *options):

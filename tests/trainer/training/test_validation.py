@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from trainer.cli import app
 from trainer.errors import TrainError
 from trainer.evaluation.embed import feature_sources
+from trainer.evaluation.evaluate import evaluate_run
 from trainer.runs import load_result, read_metrics
 from trainer.training.assembly import assemble
 from trainer.training.loop import train
@@ -57,6 +59,16 @@ def test_a_run_says_how_it_does_on_the_classes_it_held_out(tiny_config, wide_cac
     scores = json.loads((tmp_path / "run/eval-validation.json").read_text())
     assert (scores["split"], scores["student"]) == ("validation", result["validation"]["student"])
     assert not (tmp_path / "run/eval.json").exists()
+
+
+def test_a_run_is_not_scored_on_classes_that_another_cache_would_hold_out(cache, build_tiny, tiny_config, tmp_path):
+    run = tmp_path / "run"
+    grow = {"path": tmp_path / "cache", "classes": {"train": range(5), "test": (10, 11)}, "seal": False}
+    train(tiny_config(HELD, "updates=1", mode="baseline"), build_tiny(**grow, shards=2), run)
+    with pytest.raises(TrainError, match=r"held classes out of cache \w{8}, and of tiny-"):
+        evaluate_run(run, cache, torch.device("cpu"), split="validation")
+    with pytest.raises(TrainError, match=r"trained on 2 classes and held out 2, and tiny-\w+ has features of 5 now"):
+        evaluate_run(run, build_tiny(**grow), torch.device("cpu"), split="validation")
 
 
 def test_a_run_is_held_beside_anothers_curve_and_told_once_that_it_is_behind(tiny_config, wide_cache, tmp_path, capsys):
