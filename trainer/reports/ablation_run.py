@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
@@ -22,6 +22,7 @@ from cache_schema.storage.places import folder_at
 from trainer.device import choose_device
 from trainer.errors import TrainError
 from trainer.evaluation.evaluate import evaluate_queries
+from trainer.methods.registry import find_method
 from trainer.methods.settings import load_config, settings_of
 from trainer.methods.trained import load_trained
 from trainer.reports.ablation_plan import Cell
@@ -59,20 +60,30 @@ def run_cells(
 
 
 def _refuse_other_caches(cells: Sequence[Cell], work: Path) -> None:
-    """A cell's name says nothing of where its cache lies, for that may change; what is in it must not."""
+    """A cell's name says nothing of what is in its caches, only where some of them lie: it must be what it was."""
     ids: dict[str, str] = {}
     for cell in cells:
-        place, run = cell.config.cache, work / cell.name
+        run = work / cell.name
         if not is_finished(run):
             continue
-        if place not in ids:
-            ids[place] = load_manifest(folder_at(place)).cache_id
-        trained_on = load_result(run)["cache_id"]
-        if trained_on != ids[place]:
-            raise TrainError(
-                f"{run} is of cache {trained_on[:8]}, and {place} is {ids[place][:8]}: give another --output, or the "
-                "cache of the runs that are there"
-            )
+        for place, trained_on in _read_by(cell, load_result(run)):
+            if place not in ids:
+                ids[place] = load_manifest(folder_at(place)).cache_id
+            if trained_on != ids[place]:
+                raise TrainError(
+                    f"{run} is of cache {trained_on[:8]}, and {place} is {ids[place][:8]}: give another --output, or "
+                    "the cache of the runs that are there"
+                )
+
+
+def _read_by(cell: Cell, result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The caches that a finished cell was made of: where each was, and its id as far as the result says it."""
+    needs = find_method(cell.config.method).needs(cell.config).features
+    others = result.get("other_caches", {})  # of an older version, of its own cache alone
+    return [
+        (cell.config.cache, result["cache_id"]),
+        *((str(n.cache), others[name]) for name, n in needs.items() if name in others),
+    ]
 
 
 def _made(cells: Sequence[Cell], work: Path, split: SplitName, jobs: int, allow_partial: bool) -> Iterator[Cell]:

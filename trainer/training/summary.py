@@ -32,6 +32,7 @@ def describe(
         "scored": parts.method.scored,
         "precision": decide_precision(parts.config.precision, parts.device, parts.method.student),
         "cache_id": parts.cache.manifest.cache_id,
+        "other_caches": parts.other_caches,
         "seconds": round(seconds, 3),
         **timing.rates(batches.batch_rows),
         "feature_bytes": done * batches.feature_bytes,

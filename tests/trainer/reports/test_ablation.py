@@ -1,4 +1,6 @@
 import csv
+import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,10 +14,11 @@ from cache_schema.errors import CacheUnsealed
 from trainer.cli import app
 from trainer.errors import TrainError
 from trainer.reports import ablation_run
-from trainer.reports.ablation_plan import VARIANTS, choose_variants, make_cells, read_sweep
+from trainer.reports.ablation_plan import VARIANTS, Variant, choose_variants, make_cells, read_sweep
 from trainer.reports.ablation_run import run_cells
 from trainer.reports.ablation_table import as_csv, as_markdown, tabulate
 from trainer.reports.control_targets import TIMESTEP
+from trainer.runs import load_result
 
 TINY = ("updates=2", "epochs=1")
 
@@ -106,6 +109,24 @@ def test_finished_runs_are_not_made_again_and_the_tables_pair_them(cells, make_c
     elsewhere = [replace(cell, config=cell.config.model_copy(update={"cache": other})) for cell in cells]
     with pytest.raises(TrainError, match="give another --output"):
         list(run_cells(elsewhere, tmp_path, "test", 1))
+
+
+def test_runs_of_features_that_are_others_now_are_not_taken_for_these(
+    cache_path, make_cache, tiny_settings, tmp_path, monkeypatch
+):
+    other = make_cache("other")
+    variant = Variant("others", "", "gcd", (f"features={other.root}",))
+    (cell,) = make_cells(str(cache_path), [variant], 1, "small", [*tiny_settings[1::2], *TINY])
+    list(run_cells([cell], tmp_path / "runs", "test", 1))
+    monkeypatch.setattr(ablation_run, "run_cell", None)
+    assert len(list(run_cells([cell], tmp_path / "runs", "test", 1))) == 1
+    shutil.rmtree(other.root)
+    make_cache("other", tokens=6)
+    with pytest.raises(TrainError, match="give another --output"):
+        list(run_cells([cell], tmp_path / "runs", "test", 1))
+    result = tmp_path / "runs" / cell.name / "result.json"  # as older versions wrote it
+    result.write_text(json.dumps({n: value for n, value in load_result(result.parent).items() if n != "other_caches"}))
+    assert len(list(run_cells([cell], tmp_path / "runs", "test", 1))) == 1
 
 
 def test_the_command_makes_runs_and_tables(cache_path, tiny_settings, tmp_path):
