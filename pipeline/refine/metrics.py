@@ -7,6 +7,8 @@ from typing import IO
 
 from torch.utils.tensorboard import SummaryWriter
 
+from cache_schema.storage.files import write_file
+
 
 class MetricsLog:
     """Appends one JSON line per call; lines and events after `step`, of a run that was interrupted, are dropped."""
@@ -20,9 +22,8 @@ class MetricsLog:
         if self.enabled:
             self.output.mkdir(parents=True, exist_ok=True)
             path = self.output / "metrics.jsonl"
-            kept = _lines_until(path, self.step)
-            self._file = path.open("w", encoding="utf-8")
-            self._file.writelines(kept)
+            write_file(path, "".join(line + "\n" for line in _lines_until(path, self.step)).encode())
+            self._file = path.open("a", encoding="utf-8")
             self._board = SummaryWriter(str(self.output / "tensorboard"), purge_step=self.step + 1)
         return self
 
@@ -35,10 +36,11 @@ class MetricsLog:
             self._board.close()
 
     def write(self, step: int, **values: float) -> None:
-        """Record values of a step (the first is 1)."""
+        """Record values of a step (the first is 1); flushed, for a resumed run does not make them again."""
         if self._file is None or self._board is None:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
@@ -47,7 +49,7 @@ def _lines_until(path: Path, step: int) -> list[str]:
     if not path.is_file():
         return []
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             written = json.loads(line)["step"]
         except (ValueError, KeyError, TypeError):

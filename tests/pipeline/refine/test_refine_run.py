@@ -19,6 +19,7 @@ from cache_schema.errors import DitDistillError
 from pipeline.refine import RefineConfig, cdr_loss, refine
 from pipeline.refine.checkpoint import Progress, newest_progress, save_checkpoint
 from pipeline.refine.draws import noise_of, rows_of
+from pipeline.refine.metrics import MetricsLog
 from pipeline.teachers.lora import add_lora
 
 CONFIG = RefineConfig(
@@ -126,6 +127,18 @@ def one_thread():
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_what_was_measured_is_in_the_file_at_once_and_goes_on_after_a_kill(tmp_path):
+    with MetricsLog(tmp_path, 0) as killed:
+        for step in (1, 2, 3):
+            killed.write(step, loss=0.5)
+        assert losses(tmp_path) == [0.5] * 3
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 4, "lo')
+        with MetricsLog(tmp_path, 2) as resumed:
+            resumed.write(3, loss=0.25)
+        assert losses(tmp_path) == [0.5, 0.5, 0.25]
+
+
 def test_a_killed_process_resumes_from_a_whole_checkpoint(load_teacher, flux_folder, tiny_dataset, tmp_path):
     settings = {"steps": 100_000, "batch": 2, "lr": 1e-2, "rank": 2, "validation_images": 4, "checkpoint_every": 1}
     command = child(flux_folder, tmp_path / "run", [sys.executable, "-c", CHILD], **settings)
