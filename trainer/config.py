@@ -163,7 +163,7 @@ class TrainConfig(Frozen):
         str, Setting("Disk that may hold what was fetched of a cache at a URL, e.g. 50GB.", resumable=True)
     ] = "10GB"
     method: str
-    seed: Annotated[int, Setting("The one seed of the run.")] = Field(default=0, ge=0)
+    seed: Annotated[int, Setting("The one seed of the run.")] = Field(default=0, ge=0, lt=1 << 32)
     epochs: Annotated[int, Setting("Passes over the labelled images.")] = Field(default=30, ge=1)
     updates: Annotated[int | None, Setting("Student updates, instead of epochs.")] = Field(default=None, ge=1)
     batch_size: Annotated[int, Setting("Labelled images per update.")] = Field(default=32, ge=1)

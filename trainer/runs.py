@@ -15,7 +15,10 @@ BEST = "best"  # the folder of the student that did best on validation classes
 DIVERGED = "diverged.json"  # why a run stopped, and on which images
 
 # What every finished run says of itself.
-ALWAYS = ("mode", "seed", "cache_id", "seconds", "student_updates", "images_seen", "train_classes")
+ALWAYS: dict[str, type | tuple[type, ...]] = {
+    "mode": str, "seed": int, "cache_id": str, "seconds": (int, float), "student_updates": int, "images_seen": int,
+    "train_classes": int,
+}  # fmt: skip
 
 
 def is_finished(run: Path) -> bool:
@@ -35,6 +38,10 @@ def load_result(run: Path) -> dict[str, Any]:
     lacking = [name for name in ALWAYS if name not in result]
     if lacking:
         raise TrainError(f"{run / RESULT} is damaged, it says nothing of {lacking[0]}; copy or make the run again")
+    wrong = [name for name, kind in ALWAYS.items() if not isinstance(result[name], kind)]
+    if wrong:
+        said = f"{wrong[0]} is {json.dumps(result[wrong[0]])}"
+        raise TrainError(f"{run / RESULT} is damaged, its {said}; copy or make the run again")
     return result
 
 

@@ -121,6 +121,8 @@ def _measure(network: Any, resolution: int, teacher: str) -> list[TapShape]:
 
 def _grid(network: Any, final: Tensor, teacher: str) -> tuple[tuple[int, int], int]:
     """Rows and columns of the output's tokens, and their channels; raises TeacherError where it is no grid."""
+    if not isinstance(final, Tensor):
+        raise TeacherError(f"teacher {teacher}: its output is a {type(final).__name__}, not a grid of tokens")
     if final.dim() == 4:
         _, channels, rows, columns = _channels_first(network, final).shape
         return (rows, columns), channels

@@ -68,7 +68,7 @@ def takes_size(name: str, resolution: int, teacher: str) -> bool:
 
 
 def size_refused(teacher: str, resolution: int, error: Exception) -> TeacherError:
-    reason = str(error).splitlines()[0]
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
     return TeacherError(f"teacher {teacher}: it does not take --resolution {resolution}: {reason}")
 
 

@@ -42,6 +42,7 @@ def test_timesteps_may_be_written_as_a_list_of_numbers(text, timesteps):
         ("epochs=many", "epochs: .*integer"),
         ("epochs", "field=value"),
         ("seed.more=1", "seed"),
+        ("seed=4294967296", "seed: .*less than 4294967296"),
     ],
 )
 def test_a_bad_setting_is_answered_with_one_line_that_names_the_field(setting, message):

@@ -49,6 +49,21 @@ def test_a_result_that_lacks_what_every_run_says_is_damaged(run):
         load_result(run)
 
 
+@pytest.mark.parametrize(
+    ("file", "name", "value", "words"),
+    [
+        ("result.json", "train_classes", "three", 'damaged, its train_classes is "three"'),
+        ("student.json", "name", 3, "does not describe a student that can be built: its name is 3"),
+        ("student.json", "kwargs", [1], "does not describe a student that can be built"),
+    ],
+)
+def test_a_value_of_another_kind_is_named_in_one_line(run, file, name, value, words):
+    (run / file).write_text(json.dumps({**json.loads((run / file).read_text()), name: value}))
+    with pytest.raises(TrainError, match=words) as caught:
+        {"result.json": load_result, "student.json": load_student}[file](run)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\x80\x04"])
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.pt", "progress.json"])
 def test_a_damaged_file_of_a_checkpoint_says_which_checkpoint_and_what_to_do(tmp_path, name, content):

@@ -102,6 +102,11 @@ class Student(nn.Module):
     def _map(self, features: Tensor) -> Tensor:
         """What `forward_features` gives as (B, h, w, C_s): tokens lie in rows, maps have channels first or last."""
         network: Any = self.network
+        if not isinstance(features, Tensor):
+            raise TrainError(
+                f"student {self.name} keeps no map of the image before it pools, but a {type(features).__name__}; "
+                "set regression.weight=0, or choose another network"
+            )
         if features.dim() == 4:
             return (
                 features if network.num_features == features.shape[3] != features.shape[1] else features.movedim(1, 3)
@@ -216,6 +221,8 @@ def rebuild_student(name: str, kwargs: dict[str, Any], input_: dict[str, Any], w
 
     Raises TrainError when it cannot be built, or the weights are missing, damaged or do not fit.
     """
+    if not isinstance(name, str):
+        raise TrainError(f"{about} does not describe a student that can be built: its name is {json.dumps(name)}")
     try:
         student = _wrap(name, kwargs, _create(name, kwargs), input_)
     except (KeyError, *BUILD_ERRORS) as error:

@@ -175,6 +175,18 @@ def test_what_cannot_be_found_is_named_in_one_line(spec, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "side", "words"),
+    [
+        ("efficientvim_m1", 64, "its output is a list, not a grid of tokens"),
+        ("bat_resnext26ts", 33, "it does not take --resolution 33: AssertionError"),
+    ],
+)
+def test_a_network_without_a_grid_of_tokens_is_refused_in_one_line(name, side, words):
+    with pytest.raises(TeacherError, match=words):
+        outline_teacher(f"timm:{name}", resolution=side)
+
+
 def test_weights_of_another_network_are_refused_by_name(vit, convnet, tmp_path):
     file = vit.split(":")[2]
     with pytest.raises(TeacherError, match="the weights are not those of test_efficientnet") as caught:

@@ -218,3 +218,9 @@ def test_what_is_compiled_of_a_student_is_used_with_its_tokens_and_without(image
     assert torch.equal(student(images), alone)
     assert len(compiled) == 2
     assert all(map(torch.equal, found, expected))
+
+
+def test_a_student_whose_features_are_no_map_is_refused_for_regression():
+    student = build_student(StudentConfig(name="efficientvim_m1", img_size=64))
+    with pytest.raises(TrainError, match=r"keeps no map of the image before it pools, but a list; set regression"):
+        assert student.token_shape
