@@ -9,12 +9,12 @@ from pathlib import Path
 
 from cache_schema.errors import CacheError, CacheNotFound, CacheRequestError
 from cache_schema.format.card import format_bytes, format_encoding
+from cache_schema.format.journal import JOURNAL_FOLDER, committed
 from cache_schema.format.manifest import Manifest
 from cache_schema.format.manifest_file import MANIFEST_NAME, load_manifest
-from cache_schema.sharing.transfer import sizes_of
+from cache_schema.sharing.transfer import delete_all, sizes_of
 from cache_schema.storage.folder import Folder
 from cache_schema.storage.places import folder_at
-from cache_schema.storage.remote import RemoteFolder
 
 VARIABLE = "DIT_CACHE_REMOTE"
 _READERS = 16
@@ -145,12 +145,12 @@ def find_built(cache_id: str, label: str) -> str | None:
 
 
 def removable(url: str) -> list[str]:
-    """Return the files of the cache at a URL, as `files_of`.
+    """Return the files of the cache at a URL, as `files_of`: a whole one, or what is left of one or not yet there.
 
     Raises CacheNotFound where there is none, so that nothing else is removed by mistake.
     """
     folder = folder_at(url)
-    if not folder.exists(MANIFEST_NAME) and not folder.exists("push.json"):
+    if not folder.exists(MANIFEST_NAME) and not folder.exists("push.json") and not any(committed(folder)):
         raise CacheNotFound(f"no cache at {url}: nothing is removed")
     return files_of(folder)
 
@@ -160,20 +160,17 @@ def remove(url: str) -> int:
 
     Raises as `removable` does.
     """
-    folder, names = folder_at(url), removable(url)
-    if isinstance(folder, RemoteFolder) and folder.committing is not None:
-        most = folder.committing.files_per_commit
-        for start in range(0, len(names), most):
-            folder.commit({}, remove=names[start : start + most])
-        return len(names)
-    for name in names:
-        folder.delete(name)
+    names = removable(url)
+    delete_all(folder_at(url), names)
     return len(names)
 
 
 def files_of(folder: Folder) -> list[str]:
     """Return the files of a cache, manifest first; raises CacheRequestError where other caches lie in its folder."""
-    names = sorted(sizes_of(folder), key=lambda name: (name != MANIFEST_NAME, name))
+    # The journal last: what an interruption leaves can be told from other things.
+    names = sorted(
+        sizes_of(folder), key=lambda name: (name != MANIFEST_NAME, name.startswith(f"{JOURNAL_FOLDER}/"), name)
+    )
     inside = [name for name in names if name.endswith(f"/{MANIFEST_NAME}")]
     if inside:
         raise CacheRequestError(f"{folder} holds other caches ({inside[0]}): name one of them")

@@ -116,8 +116,8 @@ def parse_timesteps(text: str) -> tuple[int, ...]:
 def shards_of(selection: Selection, manifest: Manifest, samples: pa.Table) -> set[tuple[Kind, int]]:
     """Return the shards that hold what is asked for; raises CacheRequestError where that is nothing."""
     usable, store = count_usable(samples), manifest.store
-    rows = range(*selection.samples) if selection.samples else range(usable)
-    wanted = [row for row in rows if row < usable]
+    first, last = selection.samples or (0, usable)
+    wanted = list(range(first, min(last, usable)))
     if selection.split is not None:
         splits = samples["split"].to_pylist()
         wanted = [row for row in wanted if splits[row] == selection.split]

@@ -28,9 +28,10 @@ from cache_schema.format.manifest_file import (
 from cache_schema.format.samples import MAX_SAMPLES_BYTES, check_against_manifest, load_samples
 from cache_schema.sharing.cutting import cut_calibration, cut_shard
 from cache_schema.sharing.parts import EVERYTHING, Selection, manifest_of, shards_of
-from cache_schema.sharing.rewriting import rewrite
-from cache_schema.sharing.signing import signed_files
+from cache_schema.sharing.rewriting import Rewritten, rewrite
+from cache_schema.sharing.signing import sha256_of, signed_files
 from cache_schema.sharing.transfer import Advance, in_parallel, receive
+from cache_schema.storage.files import is_aside
 from cache_schema.storage.folder import Folder
 from cache_schema.storage.local import LocalFolder, local_folder
 from cache_schema.storage.names import is_inside
@@ -143,7 +144,7 @@ def _check_target(here: LocalFolder, manifest: Manifest, whole: Manifest) -> Non
     try:
         begun = json.loads(here.read_bounded(CLAIM_NAME, 1 << 16)).get("manifest")
     except (FileNotFoundError, NotADirectoryError):
-        if here.names():
+        if not all(map(is_aside, here.names())):
             raise CacheMismatch(f"{here} holds other things; choose an empty folder") from None
         return
     except (ValueError, AttributeError):
@@ -153,8 +154,9 @@ def _check_target(here: LocalFolder, manifest: Manifest, whole: Manifest) -> Non
 
 
 def _receive(plan: PullPlan, piece: Piece, advance: Advance) -> None:
-    if read_record_or_none(plan.target, piece) is not None:
-        advance(sum(plan.target.size(name) or 0 for name in piece.files))
+    here = read_record_or_none(plan.target, piece)
+    if here is not None and plan.signed is None and _are_here(plan, here):
+        advance(sum(file.bytes for file in here.files.values()))
         return
     original, data = _record_there(plan, piece)
     if plan.cut and piece.kind == "features":
@@ -162,16 +164,26 @@ def _receive(plan: PullPlan, piece: Piece, advance: Advance) -> None:
         advance(sum(plan.target.size(name) or 0 for name in store_of(plan.manifest).shard_files(piece.shard)))
         return
     made = cut_calibration(plan.source, plan.manifest, plan.whole) if plan.cut and piece.kind == "calibration" else {}
-    wanted = rewrite(plan.manifest, original, made) if plan.manifest.provenance.pulled else None
-    record = original if wanted is None else wanted.record
-    for name, expected in record.files.items():
-        if wanted is not None and name in wanted.made:
+    wanted = rewrite(plan.manifest, original, made) if plan.manifest.provenance.pulled else Rewritten(original)
+    if here is not None and here != wanted.record:
+        plan.target.delete(record_name(piece.kind, piece.shard))  # before its files become others
+    for name, expected in wanted.record.files.items():
+        sha256 = None if plan.signed is None or name in wanted.made else _signed(plan, name)
+        if name in wanted.made:
             plan.target.write(name, wanted.made[name])
-        else:
-            sha256 = None if plan.signed is None else _signed(plan, name)
+        elif sha256 is None or not _is_file(plan.target, name, expected.bytes, sha256):
             receive(plan.source, plan.target, name, expected, sha256)
         advance(expected.bytes)
-    plan.target.write(record_name(piece.kind, piece.shard), data if wanted is None else render_record(record))
+    rewritten = render_record(wanted.record) if plan.manifest.provenance.pulled else data
+    plan.target.write(record_name(piece.kind, piece.shard), rewritten)
+
+
+def _are_here(plan: PullPlan, record: Record) -> bool:
+    return all(plan.target.size(name) == file.bytes for name, file in record.files.items())
+
+
+def _is_file(folder: LocalFolder, name: str, size: int, sha256: str) -> bool:
+    return folder.size(name) == size and sha256_of(folder.path / name) == sha256
 
 
 def _cut(plan: PullPlan, piece: Piece, original: Record) -> None:

@@ -1,5 +1,6 @@
 """Bringing a sealed cache to a place where others find it: piece by piece, resumable, visible once it is whole."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
@@ -7,7 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cache_schema.errors import CacheCorrupt, CacheError, CacheMismatch, CacheNotFound, CacheUnsealed
-from cache_schema.format.journal import Kind, Record, committed, read_record, record_name, render_record
+from cache_schema.format.journal import (
+    MAX_RECORD_BYTES,
+    Kind,
+    Record,
+    committed,
+    read_record,
+    record_name,
+    render_record,
+)
 from cache_schema.format.manifest import Manifest
 from cache_schema.format.manifest_file import (
     MANIFEST_NAME,
@@ -22,7 +31,7 @@ from cache_schema.sharing.committing import CommittedPieces
 from cache_schema.sharing.rewriting import Rewritten, rewrite
 from cache_schema.sharing.scrubbing import scrub
 from cache_schema.sharing.signing import sha256_of, sign
-from cache_schema.sharing.transfer import Advance, in_parallel, send, sizes_of
+from cache_schema.sharing.transfer import Advance, delete_all, in_parallel, send, sizes_of
 from cache_schema.storage.checksum import crc32c
 from cache_schema.storage.folder import Folder
 from cache_schema.storage.local import LocalFolder, local_folder
@@ -91,26 +100,47 @@ def push(plan: Plan, take_over: bool = False, advance: Advance = lambda size: No
     """
     data = render_manifest(plan.manifest)
     ours = _checksum_of_build(plan.manifest)
-    if not _is_there(plan.target, plan.manifest, ours):
+    there = _found_there(plan.target, plan.manifest, ours)
+    first = False
+    if there is None:
         _claim(plan.target, _build_of(plan, ours), take_over)
-        there = sizes_of(plan.target)
-        # The record of a piece is written once all of it is there and right: a piece with a record is not sent again.
-        missing = [piece for piece in plan.pieces if not _is_whole(piece.record, there)]
+        missing = _missing(plan)
         advance(plan.bytes_total - sum(_size(piece) for piece in missing))
         if isinstance(plan.target, RemoteFolder) and plan.target.committing is not None:
             first = _send_in_commits(plan, plan.target, missing, data, advance)
         else:
             first = _send_each(plan, missing, data, advance)
-        if not first:
-            _is_there(plan.target, plan.manifest, ours)
-            if plan.key is not None:
-                # Whoever was faster may have named another owner: what is signed is what is there.
-                others = plan.target.read_bounded(MANIFEST_NAME, MAX_MANIFEST_BYTES)
-                plan.target.write(SIGNATURE_NAME, sign(_hashes(plan, others), plan.key))
+        there = plan.manifest if first else _found_there(plan.target, plan.manifest, ours)
     else:
         advance(plan.bytes_total)
+    if not first and plan.key is not None:
+        # Whoever was faster may have named another owner: what is signed is what is there.
+        others = plan.target.read_bounded(MANIFEST_NAME, MAX_MANIFEST_BYTES)
+        plan.target.write(SIGNATURE_NAME, sign(_hashes(plan, others), plan.key))
     plan.target.delete(CLAIM_NAME)
-    return plan.manifest
+    return there or plan.manifest
+
+
+def _missing(plan: Plan) -> list[Rewritten]:
+    """Return the pieces that are not there, whole; records there of other pieces are removed.
+
+    The record of a piece is written once all of it is there and right: a piece with its record is not sent again.
+    """
+    there = sizes_of(plan.target)
+    same: set[str] = set()
+
+    def compare(piece: Rewritten) -> None:
+        # Another build of the same cache, removed or given up half way, may have left one of the very same size.
+        name, ours = _record_name(piece), render_record(piece.record)
+        with contextlib.suppress(FileNotFoundError):
+            if there[name] == len(ours) and plan.target.read_bounded(name, MAX_RECORD_BYTES) == ours:
+                same.add(name)
+
+    recorded = [piece for piece in plan.pieces if _record_name(piece) in there]
+    in_parallel(compare, recorded)
+    # First, so that no interruption leaves the record of one build beside the files of another.
+    delete_all(plan.target, [name for piece in recorded if (name := _record_name(piece)) not in same])
+    return [piece for piece in plan.pieces if _record_name(piece) not in same or not _is_whole(piece.record, there)]
 
 
 def _send_each(plan: Plan, missing: list[Rewritten], manifest: bytes, advance: Advance) -> bool:
@@ -140,7 +170,7 @@ def _send_in_commits(
 def _layout(pieces: list[Rewritten], manifest: Manifest, signed: bool) -> dict[str, int]:
     """Return the names and sizes of all files that will be there."""
     files = {name: file.bytes for piece in pieces for name, file in piece.record.files.items()}
-    files |= {record_name(piece.record.kind, piece.record.shard): len(render_record(piece.record)) for piece in pieces}
+    files |= {_record_name(piece): len(render_record(piece.record)) for piece in pieces}
     files |= {MANIFEST_NAME: len(render_manifest(manifest)), CLAIM_NAME: 0}
     return files | ({SIGNATURE_NAME: 0} if signed else {})
 
@@ -153,7 +183,7 @@ def _hashes(plan: Plan, manifest: bytes) -> dict[str, str]:
             made = piece.made.get(name)
             found[name] = sha256_of(plan.source.path / name) if made is None else hashlib.sha256(made).hexdigest()
         record = render_record(piece.record)
-        found[record_name(piece.record.kind, piece.record.shard)] = hashlib.sha256(record).hexdigest()
+        found[_record_name(piece)] = hashlib.sha256(record).hexdigest()
     return found
 
 
@@ -169,22 +199,24 @@ def _checksum_of_build(manifest: Manifest) -> str:
     return manifest_checksum({**document, "provenance": {**document["provenance"], "owner": None}})
 
 
+def _record_name(piece: Rewritten) -> str:
+    return record_name(piece.record.kind, piece.record.shard)
+
+
 def _size(piece: Rewritten) -> int:
     return sum(file.bytes for file in piece.record.files.values())
 
 
 def _is_whole(record: Record, there: dict[str, int]) -> bool:
-    name = record_name(record.kind, record.shard)
-    expected = {file: known.bytes for file, known in record.files.items()} | {name: len(render_record(record))}
-    return all(there.get(file) == size for file, size in expected.items())
+    return all(there.get(name) == file.bytes for name, file in record.files.items())
 
 
-def _is_there(target: Folder, manifest: Manifest, ours: str) -> bool:
-    """Say whether this very build is there, whole; raises CacheMismatch for anything else."""
+def _found_there(target: Folder, manifest: Manifest, ours: str) -> Manifest | None:
+    """Return the manifest of this very build where it is there, whole; raises CacheMismatch for anything else."""
     try:
         found = load_manifest(target)
     except CacheNotFound:
-        return False
+        return None
     if found.cache_id != manifest.cache_id:
         raise CacheMismatch(f"{target} holds another cache ({found.label}); choose another place")
     if _checksum_of_build(found) != ours:
@@ -192,7 +224,7 @@ def _is_there(target: Folder, manifest: Manifest, ours: str) -> bool:
             f"{target} holds this cache already, from another build ({found.provenance.created or 'undated'}); "
             "pull or stream that, or choose another place"
         )
-    return True
+    return found
 
 
 def _claim(target: Folder, ours: str, take_over: bool) -> None:
@@ -222,4 +254,4 @@ def _send(plan: Plan, piece: Rewritten, advance: Callable[[int], None]) -> None:
         else:
             send(plan.source, plan.target, name, expected)
         advance(expected.bytes)
-    plan.target.write(record_name(piece.record.kind, piece.record.shard), render_record(piece.record))
+    plan.target.write(_record_name(piece), render_record(piece.record))

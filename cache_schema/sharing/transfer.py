@@ -41,6 +41,18 @@ def sizes_of(folder: Folder) -> dict[str, int]:
     return {name: size for name in folder.walk() if (size := folder.size(name)) is not None}
 
 
+def delete_all(folder: Folder, names: Sequence[str]) -> None:
+    """Remove files in this order, where every change is a commit as many at once as one may remove."""
+    place = folder.committing if isinstance(folder, RemoteFolder) else None
+    if place is None:
+        for name in names:
+            folder.delete(name)
+        return
+    assert isinstance(folder, RemoteFolder)
+    for start in range(0, len(names), place.files_per_commit):
+        folder.commit({}, remove=names[start : start + place.files_per_commit])
+
+
 def matches(found: FileDigest, expected: FileRecord) -> bool:
     """Say whether a file is what a record says."""
     return (found.bytes, found.crc32c) == (expected.bytes, expected.crc32c)

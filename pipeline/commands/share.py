@@ -50,7 +50,9 @@ def push(
     if dry_run:
         return
     with _bar("push", plan.bytes_total) as advance:
-        work.push(plan, take_over, advance)
+        there = work.push(plan, take_over, advance)
+    if owner and owner != there.provenance.owner:
+        typer.echo(printable(f"it is there already, owned by {there.provenance.owner or 'nobody'}: that stays so"))
     typer.echo(printable(f"pushed: `dit-cache pull {place} FOLDER`, or `dit-train run --cache {place}`"))
 
 

@@ -1,11 +1,13 @@
 """Tiny caches for the tests: what is in them is a pure function of the row, so that any process can check it."""
 
+import contextlib
 import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -189,6 +191,20 @@ def failures_of_two_at_once(work: Callable[[], object]) -> list[CacheError]:
     for thread in threads:
         thread.join()
     return failures
+
+
+def interrupted(work: Callable[[], object], method: str, at: str) -> None:
+    """Have a method of local folders interrupt `work`, as Ctrl-C does, at the first file whose name begins so."""
+    original = getattr(LocalFolder, method)
+
+    def interrupting(folder: LocalFolder, name: str, *arguments: object) -> object:
+        if name.startswith(at):
+            raise KeyboardInterrupt
+        return original(folder, name, *arguments)
+
+    with mock.patch.object(LocalFolder, method, interrupting), contextlib.suppress(KeyboardInterrupt):
+        work()
+        raise AssertionError("nothing was interrupted")
 
 
 def tree(root: Path) -> dict[str, bytes]:

@@ -1,5 +1,6 @@
 """A cache comes to another place whole, is seen there once it is, and nothing is moved twice."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from cache_building import (
     failures_of_two_at_once,
     features_of,
     fill,
+    interrupted,
     start,
     tiny_manifest,
     tiny_samples,
@@ -40,9 +42,9 @@ from cache_schema import (
     open_cache,
 )
 from cache_schema.care.verify import verify
-from cache_schema.format.journal import read_record, write_record
-from cache_schema.sharing.catalogue import catalogue, find_built, matching, remove, table, unused
-from cache_schema.sharing.parts import Selection, parse_timesteps
+from cache_schema.format.journal import committed, read_record, write_record
+from cache_schema.sharing.catalogue import catalogue, remove
+from cache_schema.sharing.parts import Selection, parse_samples_range, parse_timesteps
 from cache_schema.sharing.pull import plan_pull, pull
 from cache_schema.sharing.push import plan_push, push
 from cache_schema.sharing.scrubbing import scrub
@@ -74,6 +76,24 @@ def fetch(url: str, folder: Path, selection: Selection | None = None, key: Path 
 @pytest.fixture(scope="module")
 def secretive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("secretive") / "cache", SECRETIVE, kind="int8")
+
+
+@pytest.fixture(scope="module")
+def newer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another build of `secretive`, whose teacher computed other values: records of both have the same sizes."""
+    root = tmp_path_factory.mktemp("newer") / "cache"
+    samples, rows = tiny_samples()
+    writer = create_cache(root, tiny_manifest(samples, rows, kind="int8"), samples)
+    writer.calibrate({tap: values * 3 for tap, values in features_of(range(4), writer.manifest).items()})
+    for shard in writer.missing_shards():
+        features = features_of(writer.shard_rows(shard), writer.manifest)
+        writer.write_shard(shard, {tap: values * 3 for tap, values in features.items()})
+    fill(writer).seal(Provenance(created="2026-07-07T00:00:00+00:00"))
+    return root
+
+
+def is_same(one: Path, other: Path) -> bool:
+    return torch.equal(open_cache(one).read(range(7)).decode(), open_cache(other).read(range(7)).decode())
 
 
 def test_what_was_pushed_and_pulled_is_the_cache_without_what_is_nobody_elses_business(
@@ -108,8 +128,10 @@ def test_a_push_that_was_killed_goes_on_without_sending_again_what_arrived(secre
         proxy.go_on()
     assert catalogue("s3://team/push/killed") == []
     there = set(folder_at(url).walk())  # type: ignore[attr-defined]
-    committed = {name for name in there if name.startswith("journal/")}
-    assert committed
+    recorded = {name for name in there if name.startswith("journal/")}
+    records = [read_record(folder_at(url), *piece) for piece in committed(folder_at(url))]
+    arrived = [name for record in records if record is not None for name in record.files]
+    assert arrived
     with pytest.raises(CacheNotFound):
         open_cache(url)
     with FaultyProxy(servers.s3_endpoint()) as proxy, pytest.MonkeyPatch.context() as patch:
@@ -119,7 +141,9 @@ def test_a_push_that_was_killed_goes_on_without_sending_again_what_arrived(secre
         sent = [path for method, path in proxy.log if method == "PUT"]
         asked = [path for method, path in proxy.log if method in ("GET", "HEAD")]
     _store.cache_clear()
-    assert not [name for name in committed if any(path.endswith(f"/{name}") for path in sent + asked)]
+    # Of a piece that arrived the record alone is asked for: whether it is one of this build.
+    assert not [name for name in recorded if any(path.endswith(f"/{name}") for path in sent)]
+    assert not [name for name in arrived if any(path.endswith(f"/{name}") for path in sent + asked)]
     assert verify(url) == []
 
 
@@ -137,6 +161,28 @@ def test_two_who_push_at_once_end_with_one_good_cache_and_another_build_is_refus
         send(other, f"file://{tmp_path}/begun")
     push(plan_push(str(other), f"file://{tmp_path}/begun"), take_over=True)
     assert verify(tmp_path / "begun") == []
+
+
+def test_nothing_of_another_build_is_taken_for_what_is_pushed(secretive: Path, newer: Path, tmp_path: Path) -> None:
+    begun, removed = tmp_path / "begun", tmp_path / "removed"
+    interrupted(lambda: send(secretive, str(begun)), "write", "journal/features-")
+    push(plan_push(str(newer), str(begun)), take_over=True)
+    assert is_same(begun, newer)
+    send(secretive, str(removed))
+    interrupted(lambda: remove(str(removed)), "delete", "features/")
+    send(newer, str(removed))
+    assert is_same(removed, newer)
+
+
+def test_a_pull_begun_again_fetches_what_was_lost_here(secretive: Path, tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "pull.json.tmp-host-1-abcd-0").write_bytes(b"{")  # left long ago by a pull that was killed
+    os.utime(here / "pull.json.tmp-host-1-abcd-0", (0, 0))
+    fetch(str(secretive), here)
+    next(path for path in (here / "features").rglob("*") if path.is_file() and path.name != "zarr.json").unlink()
+    assert verify(fetch(str(secretive), here)) == []
+    assert tree(here) == tree(secretive)
 
 
 def test_damage_at_either_end_is_named_and_nothing_becomes_a_cache(secretive: Path, tmp_path: Path) -> None:
@@ -189,6 +235,8 @@ def test_a_split_and_images_alone_come_with_just_their_shards(secretive: Path, t
     images = open_cache(fetch(f"file://{secretive}", tmp_path / "images", Selection(images_only=True)))
     assert len(images) == 0
     assert images.images([0, 9]) == open_cache(secretive).images([0, 9])
+    many = parse_samples_range("6:1000000000000000")
+    assert list(open_cache(fetch(str(secretive), tmp_path / "last", Selection(samples=many))).feature_rows) == [6]
     split = open_cache(fetch(f"file://{secretive}", tmp_path / "split", Selection(split="test")))
     assert len(split) == 0
     assert split.images([9]) == images.images([9])
@@ -315,7 +363,8 @@ def test_a_signed_cache_is_told_from_one_that_another_altered(secretive: Path, t
     public.write_bytes(key.public_key().public_bytes(*ssh))
     other.write_bytes(Ed25519PrivateKey.generate().public_key().public_bytes(*ssh))
     url = f"file://{tmp_path}/signed"
-    push(plan_push(str(secretive), url, private))
+    send(secretive, url)
+    push(plan_push(str(secretive), url, private))  # what is there already is signed as well
     assert verify(url) == []
     assert verify(fetch(url, tmp_path / "copy", key=public)) == []
     with pytest.raises(CacheCorrupt, match="not signed by the owner"):
@@ -323,11 +372,17 @@ def test_a_signed_cache_is_told_from_one_that_another_altered(secretive: Path, t
     with pytest.raises(CacheCorrupt, match="is not signed"):
         fetch(f"file://{secretive}", tmp_path / "unsigned", key=public)
     # A record that is valid by its own checksum, of another build: only the signature can tell.
-    forged = read_record(LocalFolder(tmp_path / "signed"), "features", 1)
+    shutil.copytree(tmp_path / "signed", tmp_path / "mirror")
+    forged = read_record(LocalFolder(tmp_path / "mirror"), "features", 1)
     assert forged is not None
-    write_record(LocalFolder(tmp_path / "signed"), forged.model_copy(update={"fidelity": []}))
+    write_record(LocalFolder(tmp_path / "mirror"), forged.model_copy(update={"fidelity": []}))
+    mirror, altered = f"file://{tmp_path}/mirror", tmp_path / "altered"
     with pytest.raises(CacheCorrupt, match="is not what was signed"):
-        fetch(url, tmp_path / "altered", key=public)
+        fetch(mirror, altered, key=public)
+    # What came from there unseen, or was altered here, does not stay where the signature is asked for.
+    fetch(mirror, altered)
+    damage(next(path for path in (altered / "images").iterdir() if path.suffix == ".tar"), 5)
+    assert tree(fetch(url, altered, key=public)) == tree(tmp_path / "copy")
 
 
 @pytest.mark.parametrize(
@@ -350,35 +405,3 @@ def test_user_and_host_are_taken_out_and_hub_names_stay(cache_of: CacheOf) -> No
     assert cleaned.provenance.command == "dit-cache build --teacher owner/name --data birds"
     assert cleaned.provenance.device == "A100 on …"
     assert cleaned.cache_id == manifest.cache_id
-
-
-def test_a_catalogue_lists_finds_and_removes_what_is_there(
-    secretive: Path, cache_of: CacheOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prefix = "s3://team/catalogue"
-    label = open_cache(secretive).manifest.label
-    send(secretive, f"{prefix}/{label}")
-    send(cache_of(kind="float16"), f"{prefix}/floats")
-    folder_at(f"{prefix}/broken").write("manifest.json", b"{")
-    folder_at(f"{prefix}/other").write("notes.txt", b"no cache")
-    entries = catalogue(prefix)
-    assert [entry.name for entry in entries] == ["broken", "floats", label]
-    assert "cannot be read" in entries[0].row()["state"]
-    assert "int8" in table(entries)
-    assert [entry.name for entry in matching(entries, ["encoding=int8", "tiny"])] == [label]
-    with pytest.raises(CacheError, match="no column"):
-        list(matching(entries, ["colour=red"]))
-    cache_id = open_cache(secretive).manifest.cache_id
-    assert find_built(cache_id, label) is None
-    monkeypatch.setenv("DIT_CACHE_REMOTE", prefix)
-    assert find_built(cache_id, label) == f"{prefix}/{label}"
-    (tmp_path / "runs/a").mkdir(parents=True)
-    (tmp_path / "runs/a/config.json").write_text(f'{{"cache": "{prefix}/floats"}}')
-    assert [entry.name for entry in unused(entries, tmp_path / "runs")] == [label]
-    with pytest.raises(CacheError):
-        remove(prefix)
-    with pytest.raises(CacheNotFound):
-        remove(f"{prefix}/other")
-    assert remove(f"{prefix}/{label}") > 5
-    assert [entry.name for entry in catalogue(prefix)] == ["broken", "floats"]
-    assert folder_at(f"{prefix}/other").exists("notes.txt")
