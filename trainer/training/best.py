@@ -26,8 +26,13 @@ class Best:
 
 
 def best_so_far(run: Path) -> Best | None:
-    """What `keep_best` kept last, in this process or before it was interrupted; None where it kept nothing."""
+    """What `keep_best` kept last, in this process or before it was interrupted; None where it kept nothing.
+
+    To be asked for by the process that writes the run: what a kill left half done is mended or removed.
+    """
     folder = run / BEST
+    for left in run.glob(f".tmp-*-{BEST}"):
+        shutil.rmtree(left, ignore_errors=True)
     if not folder.exists() and (run / _BEFORE).exists():
         (run / _BEFORE).rename(folder)  # a kill came between
     return Best(**load_result(folder)["best"]) if is_finished(folder) else None

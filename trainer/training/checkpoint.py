@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from cache_schema.storage.files import flush_directory, write_file
+from trainer.data.images import Fit
 from trainer.errors import TrainError
 from trainer.models.weights import load_weights, save_weights
 from trainer.training.pace import Timing
@@ -40,6 +41,7 @@ class Progress:
     images: int = 0  # seen so far
     held_out: int = 0  # classes that are validated on; 0: none, or a checkpoint that does not say
     rows: str = ""  # a digest of what is trained and validated on; "": a checkpoint that does not say
+    fit: Fit | None = None  # how its images are made square; None: a checkpoint that does not say
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Progress:

@@ -65,7 +65,7 @@ def _restored(folder: Path, config: TrainConfig, progress: Progress, cache: Cach
         raise TrainError(f"{folder} does not say how many classes it was trained on: an older version wrote it")
     blank = {"pretrained": False, "weights": None, "batch_norm": "train"}  # its weights come from the checkpoint
     student = build_student(config.student.model_copy(update=blank))
-    student.fit = choose_fit(config.fit, cache)
+    student.fit = progress.fit or choose_fit(config.fit, cache)
     kind = find_method(config.method)
     sources = open_sources(cache, kind.needs(config), config.verify_reads, config.local_cache)
     method = kind(config, student, progress.classes, {name: source.shape for name, source in sources.items()})

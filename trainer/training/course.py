@@ -78,6 +78,7 @@ class Course:
             timed=self.pace.whole,
             classes=batches.classes,
             images=self.done * batches.batch_rows,
+            fit=parts.method.student.fit,
         )
         save_checkpoint(self.run, parts.method, parts.optimizer, now, parts.average, parts.config.keep_checkpoints)
 

@@ -12,10 +12,12 @@ from cache_schema.errors import CacheStorageError
 from trainer.cli import app
 from trainer.errors import TrainError
 from trainer.methods.settings import make_config
+from trainer.models.student import load_student
 from trainer.runs import load_result, read_metrics
 from trainer.training import best, loop
 from trainer.training.best import Best, best_so_far, keep_best
 from trainer.training.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
+from trainer.training.chosen import run_at
 from trainer.training.loop import train
 
 FOLLOWED = ("validation_classes=0.4", "eval_every=1", "gim.mask_student=0.5", "optim.ema=0.5", "epochs=4")
@@ -138,6 +140,13 @@ def test_any_checkpoint_the_best_student_and_the_last_can_be_scored(stopped, wid
         evaluated(run, wide_cache, "--checkpoint", "update-00000006")
 
 
+def test_a_checkpoint_is_scored_on_another_cache_with_images_as_it_was_trained_on_them(stopped, make_cache):
+    _, run, _ = stopped
+    tall = make_cache(shape=("aspect", 16), picture=(24, 36))  # by which images would be cropped
+    with run_at(run, "last", tall) as folder:
+        assert load_student(folder).fit == "squash"
+
+
 def test_a_run_that_follows_no_recall_says_how_to_keep_the_best(tiny_config, cache, tmp_path):
     train(tiny_config(updates=1, mode="baseline"), cache, tmp_path / "run")
     assert not (tmp_path / "run/best").exists()
@@ -176,7 +185,9 @@ def test_a_kill_while_the_best_student_is_replaced_leaves_one_whole(stopped, mon
 
     monkeypatch.setattr(Path, "rename", dies)
     result = {**load_result(run / "best"), "best": {"recall_at_1": 2.0, "update": 8}}
+    (run / ".tmp-1-best").mkdir()  # of another process that was killed
     before = best_so_far(run)
+    assert not (run / ".tmp-1-best").exists()
     if at < 2:
         with pytest.raises(KeyboardInterrupt):
             keep_best(run, method, config, result)
