@@ -10,6 +10,7 @@ from html import escape
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from cache_schema.errors import printable
 from trainer.errors import TrainError
 from trainer.retrieval.images import Images
 from trainer.retrieval.search import Found
@@ -130,7 +131,7 @@ def _tile(
     inside = ImageOps.contain(picture, (TILE - 6, TILE - 6), Image.Resampling.BICUBIC)
     canvas.paste(inside, (left + (TILE - inside.width) // 2, top + (TILE - inside.height) // 2))
     for number, line in enumerate(lines):
-        font = _font(12)
+        font, line = _font(12), printable(line)  # names of files and classes may hold line breaks
         while draw.textlength(line, font=font) > TILE and len(line) > 4:
             line = line.rstrip("…")[:-1] + "…"
         draw.text((left, top + TILE + 4 + 16 * number), line, fill=_INK if number == 0 else _SOFT, font=font)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from trainer import retrieval
+from trainer.retrieval.gallery import Query, render_png
 
 
 def test_the_whole_way_from_a_folder_to_a_page_of_hits(here, students, pictures, tmp_path):
@@ -55,6 +56,13 @@ def test_an_indexed_image_finds_others_and_is_marked_by_its_class(here, indexes,
     assert found["note"] == "there are 9 images to find"
     assert name not in [hit["name"] for hit in found["hits"]]
     assert (page.read_text().count('class="hit"'), page.read_text().count('class="miss"')) == (4, 5)
+
+
+def test_a_line_break_in_a_name_is_drawn_in_one_line():
+    def drawn(name, class_name):
+        return render_png(Query(name, Image.new("RGB", (8, 8)), class_name), [], [])
+
+    assert drawn("a\nb.png", "two\nlines") == drawn(r"a\nb.png", r"two\nlines")
 
 
 def test_an_empty_result_says_why(here, indexes, tmp_path):
