@@ -23,6 +23,7 @@ from cache_schema.format.journal import (
     Record,
     is_committed,
     parse_record,
+    record_name,
     render_record,
 )
 from cache_schema.format.manifest import Manifest
@@ -30,6 +31,7 @@ from cache_schema.format.manifest_file import MANIFEST_NAME, load_manifest
 from cache_schema.sharing.transfer import in_parallel, receive, send
 from cache_schema.storage.checksum import Bytes
 from cache_schema.storage.files import FileDigest, digest
+from cache_schema.storage.folder import Folder
 from cache_schema.storage.local import LocalFolder, user_cache
 from cache_schema.storage.places import folder_at
 from cache_schema.storage.remote import RemoteFolder
@@ -119,23 +121,21 @@ class SpooledFolder(LocalFolder):
 
     def _agreed(self, ours: bytes, name: str) -> bytes | None:
         """Return the record of the calibration that another builder decided on, once it is there; None for ours."""
-        if self.remote.write_new(_DECISION, ours):
-            return None
-        theirs = self.remote.read_bounded(_DECISION, MAX_RECORD_BYTES)
-        if theirs == ours:
-            return None
-        until = time.monotonic() + patience(600.0)
-        while not is_committed(self.remote, "calibration"):
+        decision, until = _render_decision(self.token, ours), time.monotonic() + patience(600.0)
+        # One that was withdrawn, as its builder had ended, leaves it to whoever decides next.
+        while not self.remote.write_new(_DECISION, decision) and _decision(self.remote)[1] != ours:
+            if is_committed(self.remote, "calibration"):
+                agreed = self.remote.read_bounded(name, MAX_RECORD_BYTES)
+                for file, expected in parse_record(agreed, self.where(name)).files.items():
+                    receive(self.remote, self._here, file, expected)
+                return agreed
             if time.monotonic() > until:
                 raise CacheError(
                     f"another builder of {self} has measured the calibration and not stored it; run that one again, "
-                    "and this one then"
+                    "and this one then, or, if that was given up, take its place with --take-over"
                 )
             time.sleep(_PAUSE)
-        agreed = parse_record(theirs, self.where(name))
-        for file, expected in agreed.files.items():
-            receive(self.remote, self._here, file, expected)
-        return theirs
+        return None
 
 
 def spooled_folder(url: str, path: Path, index: int = 0, count: int = 1, take_over: bool = False) -> SpooledFolder:
@@ -148,6 +148,8 @@ def spooled_folder(url: str, path: Path, index: int = 0, count: int = 1, take_ov
     if there is not None and there.sealed:
         forget_builders(folder.remote)
     else:
+        with folder.lock():  # else another process in this folder may be about to store what it decided on
+            _withdraw(folder.remote, folder.token, *([None] if take_over else []))
         _announce(folder.remote, folder.token, index, count, take_over)
     return folder
 
@@ -185,12 +187,27 @@ def _spool(url: str, path: Path, token: str | None) -> tuple[SpooledFolder, Mani
     except CacheNotFound:
         there = None
     known = _read(mark)
-    if known is not None and (known.get("url") != remote.url or there is None or there.sealed):
-        shutil.rmtree(path)  # of another cache, or of one that is done or gone
-        known = None
-    token = token or (str(known["token"]) if known else uuid.uuid4().hex)
+    same_place = known is not None and known.get("url") == remote.url
+    if known is not None and not (same_place and _is_beginning_of(LocalFolder(path), remote, there)):
+        shutil.rmtree(path)  # of another cache, or of one that is done, gone or begun anew
+    # The builder is the same one as before it was stopped, whatever had come of it.
+    token = token or (str(known["token"]) if known and same_place else uuid.uuid4().hex)
     LocalFolder(path).write(_MARK, json.dumps({"url": remote.url, "token": token}).encode())
     return SpooledFolder(path, remote, token), there
+
+
+def _is_beginning_of(here: LocalFolder, remote: RemoteFolder, there: Manifest | None) -> bool:
+    """Say whether what is here was begun as the unfinished cache there: with its arrays and its calibration."""
+    beginning = (record_name("layout"), record_name("calibration"))
+    sealed = there is not None and there.sealed
+    return not sealed and all(_contents(here, name) == _contents(remote, name) for name in beginning)
+
+
+def _contents(folder: Folder, name: str) -> bytes | None:
+    try:
+        return folder.read_bounded(name, MAX_RECORD_BYTES)
+    except FileNotFoundError:
+        return None
 
 
 def forget_builders(remote: RemoteFolder) -> None:
@@ -204,22 +221,54 @@ def _announce(remote: RemoteFolder, token: str, index: int, count: int, take_ove
     for found in filter(None, map(_BUILDER.fullmatch, remote.names())):
         if int(found["count"]) == count:
             continue
-        if take_over:
-            remote.delete(found[0])
-        else:
+        if not take_over:
             raise CacheMismatch(
                 f"{remote} is being built in {found['count']} parts, not {count}; give --shard-slice "
                 f"I/{found['count']}, or, if that was given up, take its place with --take-over"
             )
+        _withdraw(remote, _token(_contents(remote, found[0])))
+        remote.delete(found[0])
     name, ours = f"builder-{index}-of-{count}.json", json.dumps({"token": token}).encode()
-    if remote.write_new(name, ours) or remote.read_bounded(name, _MOST) == ours:
+    if remote.write_new(name, ours) or (theirs := remote.read_bounded(name, _MOST)) == ours:
         return
     if not take_over:
         raise CacheMismatch(
             f"{remote} is being built on another machine; give each machine a part with --shard-slice, or, if that "
             "build was given up, take its place with --take-over"
         )
+    _withdraw(remote, _token(theirs))
     remote.write(name, ours)
+
+
+def _withdraw(remote: RemoteFolder, *tokens: str | None) -> None:
+    """Take back a calibration that one of these builders decided on and, as it ended, did not store.
+
+    None: one that did not say who it is.
+    """
+    by, record = _decision(remote)
+    if record is not None and by in tokens and not is_committed(remote, "calibration"):
+        remote.delete(_DECISION)
+
+
+def _render_decision(token: str, record: bytes) -> bytes:
+    return json.dumps({"token": token, "record": record.decode("ascii")}).encode()
+
+
+def _decision(remote: RemoteFolder) -> tuple[str | None, bytes | None]:
+    """Return whose the decision there is and the record that it is for; None for a builder that did not say."""
+    data = _contents(remote, _DECISION)
+    try:
+        document = json.loads(data or b"")
+        return str(document["token"]), document["record"].encode("ascii")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None, data  # the record itself, as earlier releases wrote it
+
+
+def _token(builder: bytes | None) -> str | None:
+    try:
+        return str(json.loads(builder or b"")["token"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _read(mark: Path) -> dict | None:

@@ -9,6 +9,7 @@ from cache_building import features_of, image_of, tiny_manifest, tiny_samples, t
 
 from cache_schema import CacheError, CacheMismatch, CacheUnsealed, CacheWriter, create_cache, open_cache
 from cache_schema.care.verify import verify
+from cache_schema.sharing.catalogue import remove
 from cache_schema.sharing.parts import Selection
 from cache_schema.sharing.pull import plan_pull, pull
 from cache_schema.sharing.spool import spooled_folder
@@ -125,6 +126,42 @@ def test_a_spool_of_a_cache_that_was_removed_there_is_begun_anew(local: dict[str
     write(writer, [0, 1, 2], [0, 1, 2])
     writer.seal()
     assert files_at(url) == local
+
+
+def record_at(url: str, name: str) -> bytes:
+    return folder_at(url).read_bounded(f"journal/{name}.json", 1 << 20)
+
+
+def test_a_spool_of_a_cache_that_was_removed_and_begun_by_another_is_begun_anew(
+    local: dict[str, bytes], tmp_path: Path
+) -> None:
+    url = "s3://team/spool/begun-anew"
+    write(begin(url, tmp_path / "0", 0, 2), [], [], scale=3.0)
+    write(begin(url, tmp_path / "1", 1, 2), [], [])  # whose spool holds that calibration
+    remove(url)
+    write(begin(url, tmp_path / "0", 0, 2), [], [])
+    write(begin(url, tmp_path / "1", 1, 2), [1], [])
+    assert record_at(url, "features-00001") == local["journal/features-00001.json"]
+
+
+def test_a_build_that_ended_before_or_amid_its_beginning_goes_on_with_the_same_command_or_elsewhere(
+    local: dict[str, bytes], tmp_path: Path
+) -> None:
+    url, spool, other = "s3://team/spool/amid", tmp_path / "spool", tmp_path / "other"
+    token = spooled_folder(url, spool).token
+    assert spooled_folder(url, spool).token == token
+    for there, take_over, scale in ((spool, False, 3.0), (spool, False, 4.0), (other, True, 5.0)):
+        writer = begin(url, there, take_over=take_over)
+        with (
+            mock.patch("cache_schema.sharing.spool.send", side_effect=KeyboardInterrupt),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            write(writer, [], [], scale)
+        assert folder_at(url).exists("calibration.json")  # what it would be was said, and is not there
+    # As earlier releases said it.
+    folder_at(url).write("calibration.json", local["journal/calibration-00000.json"].replace(b"0", b"1"))
+    write(begin(url, other, take_over=True), [], [])
+    assert record_at(url, "calibration-00000") == local["journal/calibration-00000.json"]
 
 
 def test_places_and_folders_that_cannot_be_used_are_refused_in_one_line(tmp_path: Path) -> None:
