@@ -17,6 +17,7 @@ import typer
 from cache_schema.advice import advised
 from cache_schema.devices import prepare_memory
 from cache_schema.errors import DitDistillError, printable
+from cache_schema.interrupts import leaving
 
 EXIT_ERROR = 1
 _SPINS = "1000"  # of libgomp's 300 000
@@ -109,6 +110,7 @@ def _interruptible() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         for each in changed:
             signal.signal(each, signal.SIG_DFL)
+        leaving.set()
         raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
@@ -125,6 +127,7 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     finally:
+        leaving.clear()
         for number, handler in changed.items():
             signal.signal(number, handler)
 

@@ -7,6 +7,9 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+# Set once this process was told to end, or ends: what fails then is not tried again.
+leaving = threading.Event()
+
 
 class DeferredInterrupt:
     """Inside `with DeferredInterrupt() as interrupt`, the first signal only sets `interrupt.requested`.

@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from types import TracebackType
@@ -19,6 +20,9 @@ import torch
 from cache_schema.errors import LoaderError
 
 PREFETCH = 2  # made ahead per thread or process
+_LOOK = 0.2  # seconds between questions whether a result is still waited for
+# What is being made has so many seconds to come to its end: of a server that died, nothing comes for minutes.
+_GRACE = 5.0
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -61,15 +65,16 @@ class ReadAhead(Generic[T, R]):
         """How many items are made ahead now."""
         return self._depth() if callable(self._depth) else self._depth
 
-    def over(self, items: Iterable[T]) -> Generator[R, None, None]:
+    def over(self, items: Iterable[T], unless: Callable[[], bool] | None = None) -> Generator[R, None, None]:
         """Yield `make(item)` for each item, in order; raises what it raises, and LoaderError if a process died.
 
-        Workers stay for a next call. What was made ahead for a loop that is not run to its end is dropped.
+        Workers stay for a next call. What was made ahead for a loop that is not run to its end is dropped. Where
+        `unless` is given and says so, a result that is not there yet is not waited for, and nothing more is yielded.
         """
         source, pending = iter(items), deque[Future[R]]()
         try:
             self._start_more(pending, source)
-            while result := self._next(pending, source):
+            while _arrives(pending, unless) and (result := self._next(pending, source)):
                 self._start_more(pending, source)
                 yield result.pop()  # not kept here: its memory may be used again as soon as the loop lets go of it
         except BrokenProcessPool as error:
@@ -80,10 +85,13 @@ class ReadAhead(Generic[T, R]):
             ) from error
 
     def close(self) -> None:
-        """End the workers, after what they are making now; a next `over` would start new ones."""
+        """End the workers, after what they are making now; a next `over` would start new ones.
+
+        Where that takes more than a few seconds, processes are killed, and threads are left to come to their end.
+        """
         executor, self._executor = self._executor, None
         if executor is not None:
-            executor.shutdown(wait=True, cancel_futures=True)
+            _end(executor)
 
     def __enter__(self) -> ReadAhead[T, R]:
         return self
@@ -113,6 +121,30 @@ class ReadAhead(Generic[T, R]):
         return ProcessPoolExecutor(
             self._processes, mp_context=self._context, initializer=_start_worker, initargs=(self._make,)
         )
+
+
+def _arrives(pending: deque[Future[R]], unless: Callable[[], bool] | None) -> bool:
+    """Wait until the next result is there, if one is on its way; False where `unless` said that nobody waits."""
+    while unless is not None and pending and not pending[0].done():
+        if unless():
+            return False
+        wait([pending[0]], timeout=_LOOK)
+    return True
+
+
+def _end(executor: Executor) -> None:
+    # There is no public way yet to end an executor whose workers hang.
+    processes = list((getattr(executor, "_processes", None) or {}).values())
+    manager = getattr(executor, "_executor_manager_thread", None)
+    threads = list(getattr(executor, "_threads", ())) if manager is None else [manager]
+    executor.shutdown(wait=False, cancel_futures=True)
+    until = time.monotonic() + _GRACE
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+    if manager is not None and manager.is_alive():
+        for process in processes:
+            process.kill()
+        manager.join()
 
 
 _make: Callable[[Any], Any] | None = None  # in a worker process

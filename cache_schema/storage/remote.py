@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
 from cache_schema.errors import CacheCorrupt, CacheStorageError, CacheUnreachable
+from cache_schema.interrupts import leaving
 from cache_schema.storage.checksum import Bytes, crc32c
 from cache_schema.storage.files import FileDigest, digest
 from cache_schema.storage.folder import Signature
@@ -99,6 +100,7 @@ def _requests(process: int) -> ThreadPoolExecutor:
 
     def end() -> None:
         _ending.set()
+        leaving.set()
         pool.shutdown(wait=False, cancel_futures=True)
 
     # A process waits for its pools when it ends, before `atexit` is heard: for minutes, if a server does not answer.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from cache_schema.errors import CacheRequestError, CacheUnreachable
+from cache_schema.interrupts import leaving
 
 T = TypeVar("T")
 
@@ -63,7 +64,7 @@ class Retrying:
     """How long one request is repeated, in seconds, and how it is waited for in between."""
 
     deadline: float = field(default_factory=patience)
-    sleep: Callable[[float], None] = time.sleep
+    sleep: Callable[[float], object] = leaving.wait
 
     def until_first_answer(self) -> "Retrying":
         """Return how a place is waited for that has never answered yet."""
@@ -76,13 +77,13 @@ class Retrying:
             try:
                 return ask()
             except Transient as error:
-                if 0 < error.wait <= _LONGEST_ASKED - asked:
+                if 0 < error.wait <= _LONGEST_ASKED - asked and not leaving.is_set():
                     asked, begun = asked + error.wait, time.monotonic()
                     self.sleep(error.wait)
                     started += time.monotonic() - begun
                     continue
                 spent = time.monotonic() - started
-                if spent + wait > self.deadline:
+                if spent + wait > self.deadline or leaving.is_set():
                     raise CacheUnreachable(
                         f"{where} cannot be reached: {error} (asked for {spent:.0f} s); check the connection and run "
                         "the same command again: finished work is kept"

@@ -166,3 +166,15 @@ def test_a_process_that_is_killed_is_one_line_and_the_next_loop_has_new_ones() -
         assert "\n" not in str(caught.value)
         assert not multiprocessing.active_children()
         assert list(ahead.over([1, 2])) == [1, 4]
+
+
+@pytest.mark.parametrize("workers", [{"threads": 1}, {"processes": 1}])
+def test_work_that_hangs_is_not_waited_for_when_nobody_wants_it_any_more(
+    workers: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cache_schema.read_ahead._GRACE", 0.05)
+    end = threading.Event()
+    with ReadAhead(lambda item: item or end.wait(), **workers) as ahead:
+        assert list(ahead.over([0, 0], unless=lambda: True)) == []
+    assert not multiprocessing.active_children()
+    end.set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -370,11 +370,16 @@ class _SourceReader:
         return self.drawn.read(rows, views, np.array(self.source.shape.timesteps)[drawn])
 
 
-def iterate(batches: TrainingBatches, start: int, stop: int, workers: int) -> Generator[Batch, None, None]:
-    """Yield batches start..stop-1 in order, made ahead of time by threads or by `workers` processes."""
+def iterate(
+    batches: TrainingBatches, start: int, stop: int, workers: int, unless: Callable[[], bool] | None = None
+) -> Generator[Batch, None, None]:
+    """Yield batches start..stop-1 in order, made ahead of time by threads or by `workers` processes.
+
+    unless: as of `ReadAhead.over`.
+    """
     depth = read_ahead_depth(workers)
     with reading_ahead(batches.__getitem__, batches.caches, workers=workers, depth=depth, calm=PREFETCH) as ahead:
-        yield from ahead.over(range(start, stop))
+        yield from ahead.over(range(start, stop), unless)
 
 
 def read_ahead_depth(workers: int) -> int:

@@ -57,7 +57,7 @@ class Course:
             if measured:
                 self.parts.method.validated(self._measure())
             if saved and processes.leads():
-                self._save()
+                self.save()
             processes.wait_for_all()  # or one that is interrupted would have the others ended before it is saved
 
     def result(self) -> dict[str, Any]:
@@ -69,7 +69,8 @@ class Course:
             self._note(scores["validation"])
         return self._describe(scores)
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Save what the run has come to."""
         parts, batches = self.parts, self.parts.batches
         now = replace(
             self.progress,

@@ -48,10 +48,16 @@ def train(
     processes.wait_for_all()
     progress = start(parts, run, resume)
     wrapped = wrap(parts.method, parts.device)
+    interrupt = DeferredInterrupt()
+
+    def gives_up() -> bool:
+        # One of several processes has to make the update that the others make.
+        return interrupt.requested and processes.count() == 1
+
     with (
         sound_gradients(),
         open_log(run, config, progress.update) as log,
-        closing(iterate(batches, progress.update, total, batches.workers)) as stream,
+        closing(iterate(batches, progress.update, total, batches.workers, gives_up)) as stream,
         tqdm(
             total=total,
             initial=progress.update,
@@ -60,7 +66,7 @@ def train(
             mininterval=0.5,
             disable=not processes.leads(),
         ) as bar,
-        DeferredInterrupt() as interrupt,
+        interrupt,
     ):
         feed = Feed(stream, parts.device, parts.feature_dtype, batches.reclaim)
         course = Course(parts, run, log, progress, Pace(feed, progress.timed))
@@ -76,6 +82,9 @@ def train(
             course.keep(stopping)
             if stopping:
                 raise KeyboardInterrupt
+        if course.done < total:
+            course.save()  # no batch came, of a server that died, say
+            raise KeyboardInterrupt
     result = course.result()
     if processes.leads():
         finish_run(run, parts.result, result)

@@ -29,12 +29,13 @@ from cache_schema import (
 )
 from cache_schema.care.describe import describe
 from cache_schema.care.verify import verify
+from cache_schema.interrupts import leaving
 from cache_schema.storage import blocks as stored
 from cache_schema.storage.blocks import BLOCK, BlockStore
 from cache_schema.storage.object_store import _store
 from cache_schema.storage.places import folder_at
 from cache_schema.storage.remote import RemoteFolder, Stat
-from cache_schema.storage.retrying import Retrying
+from cache_schema.storage.retrying import Retrying, Transient
 from cache_schema.storage.streamed import StreamedFolder, parse_size
 
 CacheOf = Callable[..., Path]
@@ -199,6 +200,21 @@ def test_a_server_that_does_not_answer_is_said_to_be_unreachable_after_the_deadl
         with pytest.raises(CacheUnreachable, match="cannot be reached: the connection was refused"):
             patient.read_bounded("manifest.json", 100)
     assert waits == sorted(waits, key=lambda wait: wait > 0.1)  # ever longer
+
+
+def test_a_process_that_was_told_to_end_does_not_ask_again_for_what_failed() -> None:
+    asked = []
+
+    def ask() -> None:
+        asked.append(leaving.set())
+        raise Transient("the server is gone", wait=60)
+
+    try:
+        with pytest.raises(CacheUnreachable, match="the server is gone"):
+            Retrying(60).call("s3://x/y", ask)
+    finally:
+        leaving.clear()
+    assert len(asked) == 1
 
 
 @settings(max_examples=40, deadline=None)

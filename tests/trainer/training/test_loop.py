@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import threading
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from cache_schema import open_cache
 from cache_schema.care.convert import convert
 from trainer.cli import app
 from trainer.config import OptimConfig
+from trainer.data.batches import TrainingBatches
 from trainer.errors import TrainError
 from trainer.methods.settings import with_absolute_paths
 from trainer.runs import load_result, read_metrics
@@ -112,6 +114,39 @@ def test_an_interrupted_run_resumes_to_the_very_same_end(
     train(config, cache, run, resume=True)
     assert weights(run) == weights(whole)
     assert log_without_speed(run) == log_without_speed(whole)
+
+
+def test_a_run_that_is_interrupted_while_no_batch_comes_is_saved_and_resumes_to_the_very_same_end(
+    run_of, tiny_config, cache, tmp_path, monkeypatch
+):
+    config = tiny_config(*RANDOM)
+    whole = run_of(config, "whole")
+    step, iterate, read, done, end = loop.train_step, loop.iterate, TrainingBatches.__getitem__, [], threading.Event()
+
+    def hang(batches, update):
+        if update == 2:
+            end.wait()
+        return read(batches, update)
+
+    def interrupted(batches, start, stop, workers, unless):
+        def wait_no_longer():
+            if len(done) == 2:
+                os.kill(os.getpid(), done.append(None) or signal.SIGINT)
+            return unless()
+
+        return iterate(batches, start, stop, workers, wait_no_longer)
+
+    with monkeypatch.context() as changed:
+        changed.setattr("cache_schema.read_ahead._GRACE", 0.05)
+        changed.setattr(TrainingBatches, "__getitem__", hang)
+        changed.setattr(loop, "iterate", interrupted)
+        changed.setattr(loop, "train_step", lambda *given: (done.append(None), step(*given))[1])
+        with pytest.raises(KeyboardInterrupt):
+            train(config, cache, tmp_path / "run")
+        end.set()
+    assert latest_checkpoint(tmp_path / "run").name == "update-00000002"
+    train(config, cache, tmp_path / "run", resume=True)
+    assert weights(tmp_path / "run") == weights(whole)
 
 
 def test_a_run_that_died_resumes_from_its_last_epoch_to_the_very_same_end(
