@@ -14,7 +14,7 @@ from cache_schema.format.manifest import Manifest
 from cache_schema.format.manifest_file import MANIFEST_NAME, load_manifest
 from cache_schema.sharing.transfer import delete_all, sizes_of
 from cache_schema.storage.folder import Folder
-from cache_schema.storage.places import folder_at
+from cache_schema.storage.places import folder_at, inside
 
 VARIABLE = "DIT_CACHE_REMOTE"
 _READERS = 16
@@ -82,7 +82,7 @@ def catalogue(prefix: str) -> list[Entry]:
     if MANIFEST_NAME in names:
         return [_entry(prefix.rpartition("/")[2], prefix)]
     with ThreadPoolExecutor(_READERS) as pool:
-        entries = pool.map(lambda name: _entry(name, f"{prefix}/{name}"), sorted(names))
+        entries = pool.map(lambda name: _entry(name, inside(prefix, name)), sorted(names))
         return [entry for entry in entries if entry.problem != _NONE]
 
 

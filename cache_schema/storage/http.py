@@ -5,8 +5,10 @@ read what only this machine can reach.
 """
 
 import functools
+import netrc
 import os
 import re
+import time
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ SCHEMES = ("http", "https")
 _MAX_LISTING = 64 << 20
 _MAX_FOLDERS = 100_000
 _REDIRECTS = 5
+_SLOWEST = 1000  # bytes a second: a server that sends less does not get on
 _LINK = re.compile(r"<a\s[^>]*?href\s*=\s*[\"']([^\"'>]*)[\"']", re.IGNORECASE)
 _PASSING = {408, 425, 429}
 
@@ -127,7 +130,7 @@ class _Answer:
                 self._response = client.send(request, stream=True)
                 if not self._response.is_redirect:
                     break
-                url = _same_host(url, urljoin(url, self._response.headers["location"]))
+                url = _same_host(url, self._response.headers["location"])
                 self._response.close()
             else:
                 raise CacheUnreachable(f"{self._place} redirects in a circle")
@@ -150,7 +153,7 @@ class _Answer:
         if status in _PASSING or status >= 500:
             raise Transient(f"the server answered {status}")
         if status in (401, 403):
-            raise CacheUnreachable(f"{self._place} refuses access ({status}); a .netrc file can hold the credentials")
+            raise CacheUnreachable(f"{self._place} refuses access ({status}); ~/.netrc can hold the credentials")
         if status not in (200, 206, 404, 410, 416):
             raise CacheUnreachable(f"{self._place} answered {status}, which is not what a file server says")
         return response
@@ -164,13 +167,26 @@ class _Answer:
 def _client(process: int) -> Any:
     """Return the client of a process: connections do not survive a fork."""
     httpx = required("httpx", "http")
-    return httpx.Client(timeout=httpx.Timeout(stall(), connect=5.0), limits=httpx.Limits(max_connections=64))
+    timeout, limits = httpx.Timeout(stall(), connect=5.0), httpx.Limits(max_connections=64)
+    return httpx.Client(timeout=timeout, limits=limits, auth=_credentials(httpx))
 
 
-def _same_host(before: str, after: str) -> str:
+def _credentials(httpx: Any) -> Any:
+    path = Path("~/.netrc").expanduser()
+    try:
+        return httpx.NetRCAuth(str(path)) if path.is_file() else None
+    except (OSError, netrc.NetrcParseError) as error:
+        raise CacheUnreachable(f"{path} cannot be read: {error}; mend it or move it away") from None
+
+
+def _same_host(before: str, location: str) -> str:
     """Return where a redirect leads; raises CacheUnreachable unless that is the same host, as safe as before."""
-    old, new = urlsplit(before), urlsplit(after)
-    upgraded = (old.scheme, new.scheme) == ("http", "https") and old.port in (None, 80) and new.port in (None, 443)
+    try:
+        after = urljoin(before, location)
+        old, new = urlsplit(before), urlsplit(after)
+        upgraded = (old.scheme, new.scheme) == ("http", "https") and old.port in (None, 80) and new.port in (None, 443)
+    except ValueError:
+        raise CacheUnreachable(f"{before} redirects to what is no address") from None
     same = (old.scheme, old.hostname, old.port) == (new.scheme, new.hostname, new.port)
     if not same and not (upgraded and old.hostname == new.hostname):
         raise CacheUnreachable(
@@ -182,11 +198,13 @@ def _same_host(before: str, after: str) -> str:
 
 def _read(answer: Any, limit: int) -> bytes:
     """Return the body, or its first `limit` bytes: no more is taken in than was asked for."""
-    data = bytearray()
+    data, started = bytearray(), time.monotonic()
     for part in answer.iter_raw():
         data += part
         if len(data) >= limit:
             break
+        if time.monotonic() - started > stall() + len(data) / _SLOWEST:
+            raise Transient("it took too long")
     return bytes(data[:limit])
 
 

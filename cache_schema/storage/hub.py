@@ -40,7 +40,7 @@ class HubPlace:
             raise CacheRequestError(f"{url}: write hf://datasets/OWNER/NAME, and a folder of it if there is one")
         self._repository = f"{found['owner']}/{found['name']}"
         self._revision = unquote(found["revision"]) if found["revision"] else "main"
-        self._root = found["root"] or ""
+        self._root = unquote(found["root"] or "")
         self._is_there = False
 
     def stat(self, name: str) -> Stat | None:

@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 from cache_schema.errors import CacheError
 from cache_schema.storage import files
@@ -125,8 +126,9 @@ class LocalFolder:
 def local_folder(path: str | os.PathLike[str]) -> LocalFolder:
     """Return the local folder that a path or a file:// URL names; other URLs raise CacheError."""
     text = os.fspath(path)
-    if text.startswith("file://"):
-        text = text.removeprefix("file://")
-    elif "://" in text:
+    scheme, separator, rest = text.partition("://")
+    if separator and scheme.lower() == "file":
+        text = unquote(rest.removeprefix("localhost") if rest.startswith("localhost/") else rest)
+    elif separator:
         raise CacheError(f"{text} is not a local directory; copy the cache here and open the copy")
     return LocalFolder(text)

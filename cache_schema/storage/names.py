@@ -1,10 +1,12 @@
 """Names of files in places that answer as they like: only what can lie inside the folder it was listed in."""
 
+import re
 import unicodedata
 
 from cache_schema.errors import CacheCorrupt, printable
 
 _MAX_NAME = 1024
+_DRIVE = re.compile(r"[A-Za-z]:")
 
 
 def is_inside(name: str) -> bool:
@@ -14,7 +16,7 @@ def is_inside(name: str) -> bool:
         len(name) <= _MAX_NAME
         and all(part not in ("", ".", "..") for part in parts)
         and "\\" not in name
-        and ":" not in parts[0]
+        and not _DRIVE.match(name)
         and not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)
     )
 

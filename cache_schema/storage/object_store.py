@@ -77,13 +77,13 @@ class ObjectStorePlace:
 
     def list_folder(self, under: str) -> list[str]:
         """Return the names of objects, and of prefixes, one level below."""
-        found = self._ask(lambda obstore, store: obstore.list_with_delimiter(store, under or None))
+        found = self._ask_bucket(lambda obstore, store: obstore.list_with_delimiter(store, under or None))
         paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
         return [path.removeprefix(f"{under}/").rstrip("/") for path in paths]
 
     def list_files(self) -> dict[str, int]:
         """Return the names and sizes of all objects, a thousand of them a request."""
-        return self._ask(
+        return self._ask_bucket(
             lambda obstore, store: {
                 meta["path"]: meta["size"] for part in obstore.list(store, chunk_size=1000) for meta in part
             }
@@ -104,7 +104,7 @@ class ObjectStorePlace:
         from obstore.exceptions import AlreadyExistsError
 
         try:
-            return self._ask(ask)
+            return self._ask_bucket(ask)
         except AlreadyExistsError:
             return False
 
@@ -114,6 +114,14 @@ class ObjectStorePlace:
             self._ask(lambda obstore, store: obstore.delete(store, name))
         except FileNotFoundError:
             return
+
+    def _ask_bucket(self, request: Callable[[Any, Any], T]) -> T:
+        """Return the answer to a request that needs nothing but the bucket to be there."""
+        try:
+            return self._ask(request)
+        except FileNotFoundError:
+            bucket = self.url.split("/")[2]
+            raise CacheUnreachable(f"{self.url}: there is no bucket {bucket}; check its name, and make it") from None
 
     def _ask(self, request: Callable[[Any, Any], T]) -> T:
         """Return the answer to a request; FileNotFoundError, ChangedWhileRead and AlreadyExistsError pass through."""
@@ -143,6 +151,12 @@ class ObjectStorePlace:
         except exceptions.NotSupportedError as error:
             raise CacheError(f"{self.url} cannot do what is needed: {_reason(error)}") from None
         except exceptions.BaseError as error:
+            if _status(error) == 404:
+                raise FileNotFoundError(self.url) from None
+            if _is_of_another_region(error):
+                raise CacheUnreachable(
+                    f"{self.url} is in another region than this is asked in; set AWS_REGION to the bucket's"
+                ) from None
             if _status(error) == 501:
                 raise CacheError(
                     f"{self.url} does not know a request that is needed here ({_message(error)}); use a server that "
@@ -228,6 +242,11 @@ def _status(error: BaseException) -> int | None:
     """Return the HTTP status that the client was answered, if it was."""
     found = re.search(r"status code: ([1-5][0-9]{2})\b", str(error))
     return None if found is None else int(found[1])
+
+
+def _is_of_another_region(error: BaseException) -> bool:
+    signs = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint", "without LOCATION")
+    return any(sign in str(error) for sign in signs)
 
 
 def _message(error: BaseException) -> str:

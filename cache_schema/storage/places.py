@@ -49,8 +49,14 @@ _PLACES: dict[str, Callable[[str], Place]] = {
 
 def is_remote(location: Location) -> bool:
     """Say whether this is a URL of another place than this machine's files."""
+    scheme, separator, _ = os.fspath(location).partition("://")
+    return bool(separator) and scheme.lower() != "file"
+
+
+def inside(location: Location, name: str) -> str:
+    """Return where a folder inside another one is; in URLs a % of its name is written %25."""
     text = os.fspath(location)
-    return "://" in text and not text.startswith("file://")
+    return f"{text}/{name.replace('%', '%25') if '://' in text else name}"
 
 
 def folder_at(location: Location) -> Folder:
@@ -58,10 +64,16 @@ def folder_at(location: Location) -> Folder:
     text = os.fspath(location)
     if not is_remote(text):
         return local_folder(text)
-    scheme = text.partition("://")[0].lower()
+    scheme, _, rest = text.partition("://")
+    scheme = scheme.lower()
+    text = f"{scheme}://{rest}"
     if scheme not in _PLACES:
         raise CacheError(f"{scheme}:// is no kind of place known here; there are file, {', '.join(_PLACES)}")
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+        _ = parts.port
+    except ValueError as error:
+        raise CacheError(f"this {scheme}:// URL cannot be read ({error}); write {scheme}://HOST/PATH") from None
     if parts.password is not None or (parts.username is not None and scheme != "sftp"):
         # The URL would be printed, saved with runs and seen in the list of processes.
         raise CacheError(f"a {scheme}:// URL holds credentials; leave them where the tools of that place look for them")

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from cache_schema.errors import CacheStorageError, CacheUnreachable
 from cache_schema.storage.checksum import Bytes
@@ -40,9 +40,9 @@ class SftpPlace:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         parts = urlsplit(self.url)
-        self._address = (parts.hostname or "", parts.port, unquote(parts.username) if parts.username else None)
+        self._address = _address(parts)
         path = unquote(parts.path)
-        self._root = path.removeprefix("/~/") if path.startswith("/~/") else path or "/"
+        self._root = path[len("/~/") :] or "." if f"{path}/".startswith("/~/") else path or "/"
 
     def stat(self, name: str) -> Stat | None:
         """Return size and time of the last change of a plain file."""
@@ -139,6 +139,11 @@ class SftpPlace:
         except (paramiko.SSHException, EOFError, OSError) as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise CacheStorageError(f"cannot write {self.url}/{name}: no space is left there") from error
+            if type(error) is OSError and error.errno is None and connection.is_alive():
+                # All that the protocol says of a full disk is "Failure".
+                raise CacheStorageError(
+                    f"{self.url}/{name}: the host answers {str(error)!r}; if it is written to, is its disk full?"
+                ) from error
             connection.drop()
             raise Transient(f"the connection was lost ({type(error).__name__})") from error
 
@@ -149,33 +154,48 @@ class _Connection:
     def __init__(self, address: _Address) -> None:
         self._address = address
         self._lock = threading.Lock()
+        self._connecting = threading.Lock()
         self._limit = threading.Semaphore(_SESSIONS)
-        self._client: Any = None
+        self._clients: list[Any] = []  # as `_connect` returns them
         self._idle: list[Any] = []
 
     @contextlib.contextmanager
     def session(self) -> Iterator[Any]:
         """Give a session that no other thread uses meanwhile."""
         with self._limit:
-            with self._lock:
-                if self._client is None:
-                    self._client, self._idle = _connect(self._address), []
-                client = self._client
-                sftp = self._idle.pop() if self._idle else client.open_sftp()
+            clients, idle = self._take()
+            sftp = idle or _open_session(clients[-1])
             sftp.get_channel().settimeout(stall())
             try:
                 yield sftp
             finally:
                 with self._lock:
-                    if client is self._client:
+                    if clients is self._clients:
                         self._idle.append(sftp)
+
+    def _take(self) -> tuple[list[Any], Any]:
+        """Return the clients, connected, and a session that is idle, if there is one."""
+        # `drop` waits for neither: a host that went silent is waited for here.
+        with self._connecting:
+            with self._lock:
+                if self._clients:
+                    return self._clients, self._idle.pop() if self._idle else None
+            clients = _connect(self._address)
+            with self._lock:
+                self._clients, self._idle = clients, []
+            return clients, None
+
+    def is_alive(self) -> bool:
+        """Say whether the host still answers, as far as is known here."""
+        with self._lock:
+            transport = self._clients[-1].get_transport() if self._clients else None
+        return transport is not None and transport.is_active()
 
     def drop(self) -> None:
         """Forget a connection that was lost."""
         with self._lock:
-            client, self._client = self._client, None
-        if client is not None:
-            client.close()
+            clients, self._clients = self._clients, []
+        _close(clients)
 
 
 @functools.lru_cache(maxsize=16)
@@ -184,26 +204,57 @@ def _connection(address: _Address, process: int) -> _Connection:
     return _Connection(address)
 
 
-def _connect(address: _Address) -> Any:
-    """Return a client, connected as `ssh` would connect; raises CacheUnreachable where the host or we are refused."""
+def _address(parts: SplitResult) -> _Address:
+    host = parts.hostname or ""
+    # As it was typed: ~/.ssh/config tells hosts apart by that.
+    start = parts.netloc.lower().rindex(host)
+    typed = parts.netloc[start : start + len(host)]
+    return typed, parts.port, unquote(parts.username) if parts.username else None
+
+
+def _open_session(client: Any) -> Any:
+    # Not all of its steps have a time limit of their own.
+    alarm = threading.Timer(stall(), client.close)
+    alarm.daemon = True
+    alarm.start()
+    try:
+        return client.open_sftp()
+    finally:
+        alarm.cancel()
+
+
+def _close(clients: list[Any]) -> None:
+    for client in reversed(clients):
+        client.close()
+
+
+def _connect(address: _Address, by_way_of: str | None = None) -> list[Any]:
+    """Return clients, the last connected as `ssh` would connect, those before it with the hosts that lead there.
+
+    by_way_of: these, in the words of ProxyJump; by default those of ~/.ssh/config. Raises CacheUnreachable where a host
+    is refused, or we are.
+    """
     paramiko = required("paramiko", "sftp://")
     host, port, user = address
     settings = _host_settings(paramiko, host)
+    before, _, gate = (by_way_of or settings.get("proxyjump", "")).rpartition(",")
+    # A setting for all hosts names the gate for itself as well.
+    clients = _connect(_address(urlsplit(f"ssh://{gate}")), before) if gate not in ("", "none", host) else []
     client = paramiko.SSHClient()
     client.load_system_host_keys()
     client.set_missing_host_key_policy(paramiko.RejectPolicy())
-    jump = settings.get("proxycommand")
+    there = settings.get("hostname", host).lower(), port or int(settings.get("port", 22))
     try:
         client.connect(
-            settings.get("hostname", host),
-            port=port or int(settings.get("port", 22)),
+            *there,
             username=user or settings.get("user"),
             key_filename=settings.get("identityfile"),
-            sock=paramiko.ProxyCommand(jump) if jump else None,
+            sock=_way(paramiko, there, clients, settings.get("proxycommand")),
             timeout=stall(),
             banner_timeout=stall(),
             auth_timeout=stall(),
         )
+        return [*clients, client]
     except paramiko.BadHostKeyException:
         raise CacheUnreachable(f"sftp://{host}: the host has another key than ~/.ssh/known_hosts says") from None
     except paramiko.AuthenticationException:
@@ -212,7 +263,16 @@ def _connect(address: _Address) -> Any:
         if "not found in known_hosts" in str(error):
             raise CacheUnreachable(f"sftp://{host}: not in ~/.ssh/known_hosts; `ssh {host}` adds it") from None
         raise
-    return client
+    finally:
+        if client.get_transport() is None or not client.get_transport().is_authenticated():
+            _close([*clients, client])
+
+
+def _way(paramiko: Any, there: tuple[str, int], clients: list[Any], command: str | None) -> Any:
+    """Return what to take for a connection with a host and port; None where nothing lies between."""
+    if clients:
+        return clients[-1].get_transport().open_channel("direct-tcpip", there, ("127.0.0.1", 0), timeout=stall())
+    return paramiko.ProxyCommand(command) if command else None
 
 
 def _host_settings(paramiko: Any, host: str) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """What every folder keeps to, wherever its files are: one line in FOLDERS puts another kind of them to these tests."""
 
 import os
+import pwd
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from unittest import mock
+from urllib.parse import urlsplit
 
 import cache_servers as servers
 import pytest
@@ -14,14 +17,15 @@ from cache_building import many_examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cache_schema import CacheCorrupt, CacheError
+from cache_schema import CacheCorrupt, CacheError, CacheStorageError
 from cache_schema.storage.checksum import Bytes
 from cache_schema.storage.files import FileDigest, digest, is_aside
 from cache_schema.storage.folder import Folder
 from cache_schema.storage.http import HttpPlace
 from cache_schema.storage.local import LocalFolder, local_folder
-from cache_schema.storage.places import folder_at
+from cache_schema.storage.places import folder_at, inside
 from cache_schema.storage.remote import RemoteFolder
+from cache_schema.storage.sftp import _connection, _open_session
 
 
 def _on_s3(place: Path) -> Folder:
@@ -300,3 +304,40 @@ def test_a_path_or_a_file_url_is_a_local_folder_and_another_url_is_none(tmp_path
     assert local_folder(tmp_path).path == local_folder(f"file://{tmp_path}").path == tmp_path
     with pytest.raises(CacheError, match="not a local directory"):
         local_folder("https://example.org/cache")
+
+
+def test_urls_are_read_as_other_programs_read_them(tmp_path: Path) -> None:
+    (tmp_path / "a b").mkdir()
+    for url in (f"file://localhost{tmp_path}/a%20b", f"FILE://{tmp_path}/a b"):
+        assert folder_at(url).location == str(tmp_path / "a b")
+    assert folder_at("S3://team/x").location == "s3://team/x"
+    assert folder_at(inside("hf://datasets/team/a", "50%25")).place._root == "50%25"  # type: ignore[attr-defined]
+    assert inside(tmp_path, "50%25") == f"{tmp_path}/50%25"
+
+
+def test_a_host_is_reached_as_the_ssh_config_says_by_way_of_others_and_from_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, home = servers.ssh_host()
+    shutil.copytree(home / ".ssh", tmp_path / ".ssh")
+    gate = urlsplit(url)
+    (tmp_path / ".ssh/config").write_text(
+        f"Host GPUbox\n ProxyJump Gate\nHost *\n HostName 127.0.0.1\n Port {gate.port}\n User {gate.username}\n"
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    theirs = {path.name for path in Path(pwd.getpwuid(os.getuid()).pw_dir).iterdir()}
+    for place in ("~", "~/", "~/."):
+        assert set(folder_at(f"sftp://GPUbox/{place}").names()) == theirs
+    connection = _connection(("GPUbox", None, None), os.getpid())
+    assert len(connection._clients) == 2
+    with pytest.raises(CacheStorageError, match="the host answers '"):
+        folder_at(f"sftp://GPUbox{tmp_path}").write("n" * 255, b"")
+    assert connection.is_alive()
+    connection.drop()
+
+
+def test_a_session_that_a_host_does_not_open_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIT_CACHE_TIMEOUT", "0.1")
+    closed = threading.Event()
+    silent = mock.Mock(close=closed.set, open_sftp=lambda: "closed" if closed.wait(30) else "open")
+    assert _open_session(silent) == "closed"
