@@ -12,6 +12,7 @@ SplitName = Literal["test", "validation"]  # the images that a run is scored on
 CONFIG, RESULT, SCORES, LOG = "config.json", "result.json", "eval.json", "metrics.jsonl"
 BOARD = "tensorboard"  # the folder of its events
 BEST = "best"  # the folder of the student that did best on validation classes
+CACHES = "caches.json"  # the ids of what an unfinished run reads, so that nobody takes it for unused
 DIVERGED = "diverged.json"  # why a run stopped, and on which images
 
 # What every finished run says of itself.

@@ -14,7 +14,8 @@ from cache_schema.format.manifest import Manifest
 from cache_schema.format.manifest_file import MANIFEST_NAME, load_manifest
 from cache_schema.sharing.transfer import delete_all, sizes_of
 from cache_schema.storage.folder import Folder
-from cache_schema.storage.places import folder_at, inside
+from cache_schema.storage.local import local_folder
+from cache_schema.storage.places import folder_at, inside, is_remote
 
 VARIABLE = "DIT_CACHE_REMOTE"
 _READERS = 16
@@ -87,6 +88,8 @@ def catalogue(prefix: str) -> list[Entry]:
 
 
 _NONE = "no cache"
+# Where runs say what they read: `dit-train` when it begins and when it is done, `dit-cache run`.
+_OF_RUNS = ("config.json", "caches.json", "result.json", "run.json")
 
 
 def _entry(name: str, url: str) -> Entry:
@@ -178,22 +181,45 @@ def files_of(folder: Folder) -> list[str]:
 
 
 def unused(entries: Iterable[Entry], runs: Path) -> list[Entry]:
-    """Return the sealed caches that no run below the folder `runs` refers to, by its id or its URL."""
+    """Return the sealed caches that no run below the folder `runs` refers to, be it finished or not.
+
+    Whatever a run says that is the id, the URL or the path of a cache counts. A path may be relative to here, or to a
+    folder that the run lies in.
+    """
     used: set[str] = set()
-    for name in ("config.json", "result.json", "run.json"):
-        for path in runs.rglob(name):
-            used |= _references(path)
+    relative: set[tuple[Path, str]] = set()
+    for path in (path for name in _OF_RUNS for path in runs.rglob(name)):
+        words = _words(path)
+        used |= words
+        relative |= {(folder, word) for folder in (Path.cwd(), *path.absolute().parents) for word in words}
+    used |= {os.path.realpath(folder / word) for folder, word in relative}
     return [
         entry
         for entry in entries
-        if entry.manifest is not None and entry.manifest.cache_id not in used and entry.url.rstrip("/") not in used
+        if entry.manifest is not None
+        and entry.manifest.sealed
+        and used.isdisjoint({entry.manifest.cache_id, entry.url.rstrip("/"), _place(entry.url)})
     ]
 
 
-def _references(path: Path) -> set[str]:
+def _words(path: Path) -> set[str]:
+    """Return all texts in a JSON file, at any depth; none of one that is damaged. Of a file:// URL it is the path."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        left = [json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, RecursionError):
         return set()
-    found = [values.get(name) for name in ("cache", "cache_id")] if isinstance(values, dict) else []
-    return {str(value).rstrip("/") for value in found if value}
+    found = set()
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            found.add(value.removeprefix("file://").rstrip("/"))
+        elif isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    return {word for word in found if word and "\0" not in word}
+
+
+def _place(url: str) -> str:
+    """Return the one name of a place: of a folder here its path without links."""
+    return url.rstrip("/") if is_remote(url) else os.path.realpath(local_folder(url).path)

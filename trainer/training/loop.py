@@ -23,7 +23,7 @@ from trainer.training.divergence import diverged
 from trainer.training.logs import open_log
 from trainer.training.optim import learning_rate
 from trainer.training.pace import Pace
-from trainer.training.run_folder import finish_run, prepare_run
+from trainer.training.run_folder import finish_run, note_caches, prepare_run
 from trainer.training.step import LossNotFiniteError, train_step
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def train(
     processes.wait_for_all()  # until none looks any more at what is there
     if processes.leads():
         prepare_run(run, config, resume, overwrite)
+        note_caches(run, cache.manifest.cache_id, parts.other_caches)
     processes.wait_for_all()
     progress = start(parts, run, resume)
     wrapped = wrap(parts.method, parts.device)

@@ -16,11 +16,11 @@ from trainer.methods.method import Method
 from trainer.methods.registry import find_method
 from trainer.methods.settings import differing_fields, load_config
 from trainer.models.student import save_student
-from trainer.runs import BEST, BOARD, CONFIG, DIVERGED, LOG, RESULT, SCORES, SplitName, is_finished, scores_file
+from trainer.runs import BEST, BOARD, CACHES, CONFIG, DIVERGED, LOG, RESULT, SCORES, SplitName, is_finished, scores_file
 from trainer.training.checkpoint import remove_checkpoints
 
 # Of any method; result.json first, so that what is left of a removed run is never taken for a finished one.
-FILES = (RESULT, SCORES, scores_file("validation"), "student.safetensors", "student.json", LOG, DIVERGED)
+FILES = (RESULT, SCORES, scores_file("validation"), "student.safetensors", "student.json", LOG, DIVERGED, CACHES)
 
 
 def check_run(run: Path, config: TrainConfig, resume: bool = False, overwrite: bool = False) -> None:
@@ -52,12 +52,18 @@ def prepare_run(run: Path, config: TrainConfig, resume: bool = False, overwrite:
     save_config(config, run / CONFIG)
 
 
+def note_caches(run: Path, cache_id: str, others: dict[str, str]) -> None:
+    """Say in a run's folder which caches it reads, until its result does."""
+    write_json(run / CACHES, {"cache_id": cache_id, "other_caches": others})
+
+
 def finish_run(run: Path, method: Method, result: dict[str, Any]) -> None:
     """Write what is kept of a run and drop the rest; `result.json`, the sign that it is finished, comes last."""
     save_student(method.student, run)
     method.save(run)
     (run / DIVERGED).unlink(missing_ok=True)  # of an attempt before this one
     write_json(run / RESULT, result)
+    (run / CACHES).unlink(missing_ok=True)
     remove_checkpoints(run)
 
 

@@ -1,5 +1,6 @@
 """What caches are at a place is read from them; nothing is removed that is not one, or that somebody needs."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 from cache_building import interrupted, tree
 
 from cache_schema import CacheError, CacheNotFound, open_cache
-from cache_schema.sharing.catalogue import catalogue, find_built, matching, remove, table, unused
+from cache_schema.format.manifest_file import as_unsealed
+from cache_schema.sharing.catalogue import Entry, catalogue, find_built, matching, remove, table, unused
 from cache_schema.sharing.push import plan_push, push
 from cache_schema.storage.places import folder_at
 
@@ -64,3 +66,26 @@ def test_what_is_left_of_a_removed_cache_can_be_removed_and_nothing_else(cache_o
     (there / "journal/monday.json").write_text("{}")
     with pytest.raises(CacheNotFound):
         remove(str(there))
+
+
+def test_a_cache_that_is_under_way_or_that_any_run_reads_is_not_unused(
+    cache_of: CacheOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sealed = Entry("birds", str(cache_of(kind="int8")), open_cache(cache_of(kind="int8")).manifest)
+    assert sealed.manifest is not None
+    begun = Entry("begun", "s3://team/begun", as_unsealed(sealed.manifest))
+    run = tmp_path / "runs/a"
+    run.mkdir(parents=True)
+    assert unused([sealed, begun], tmp_path / "runs") == [sealed]
+    (tmp_path / "mine").symlink_to(sealed.url)
+    monkeypatch.chdir(tmp_path)
+    for name, said in (
+        ("config.json", {"cache": "s3://team/other", "features": "mine"}),
+        ("config.json", {"cache": f"file://{sealed.url}/"}),
+        ("caches.json", {"other_caches": {"features": sealed.manifest.cache_id}}),
+    ):
+        (run / name).write_text(json.dumps(said))
+        for here in (tmp_path, Path("/")):
+            monkeypatch.chdir(here)
+            assert unused([sealed, begun], tmp_path / "runs") == []
+        (run / name).unlink()
