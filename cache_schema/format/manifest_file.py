@@ -49,6 +49,12 @@ def manifest_checksum(document: dict[str, Any]) -> str:
     return f"{crc32c(text.encode('ascii')):08x}"
 
 
+def build_checksum(manifest: Manifest) -> str:
+    """Return the checksum of a manifest but for its owner: two may push the same build, each in their own name."""
+    document = manifest.document()
+    return manifest_checksum({**document, "provenance": {**document["provenance"], "owner": None}})
+
+
 def load_manifest(folder: Folder) -> Manifest:
     """Read, migrate and validate the manifest of the cache in a folder.
 

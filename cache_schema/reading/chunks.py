@@ -21,6 +21,7 @@ from cache_schema.format.layout import ArrayLayout
 from cache_schema.format.manifest import Manifest
 from cache_schema.reading.fetching import at_once, fetched, stretches
 from cache_schema.reading.open_shards import Checksums, ChunkPlaces, OpenShard, OpenShards
+from cache_schema.reading.same_build import SameBuild
 from cache_schema.reading.waiting import SIDE_BY_SIDE, DiskPace, FetchingPace
 from cache_schema.storage.checksum import combine_crc32c, crc32c
 from cache_schema.storage.folder import Folder, ReadableFile
@@ -292,11 +293,13 @@ class ChunkSource:
         kept = folder.blocks_here if isinstance(folder, StreamedFolder) else None
         self._fetching = None if kept is None else FetchingPace(lambda: kept.fetched)
         self._store = store_of(manifest)
+        self.same_build = SameBuild(folder, manifest)
 
     def open_at_once(self, arrays: Sequence[ArrayLayout], rows: Sequence[int]) -> dict[tuple[str, int], OpenShard]:
         """Return the shards of distant arrays that rows lie in, opened side by side: each takes several answers.
 
-        One that cannot be opened is left out, for whoever knows what it was asked for to find the same.
+        One that cannot be opened is left out, for whoever knows what it was asked for to find the same. Raises
+        CacheCorrupt where there is another build by now.
         """
         if not self.distant:
             return {}
@@ -315,10 +318,16 @@ class ChunkSource:
                 return self.open_shard(*each)
             return None
 
-        for (array, number), shard in zip(new, at_once(open_one, new), strict=True):
-            if shard is not None:
-                found[array.name, number] = shard
-        return found
+        try:
+            same = requests().submit(self.same_build.check) if new else None
+            shards = at_once(open_one, new)
+            if same is not None:
+                same.result()
+        except BaseException:
+            self.opened = OpenShards(self.folder)  # of those open by now, some may be another build's
+            raise
+        opened = zip(new, shards, strict=True)
+        return found | {(array.name, number): shard for (array, number), shard in opened if shard is not None}
 
     def open_shard(self, array: ArrayLayout, number: int) -> OpenShard:
         """Return a shard of an array, open; raises CacheCorrupt."""

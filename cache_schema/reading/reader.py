@@ -218,6 +218,7 @@ class Cache:
         if self.manifest.encoding.pca is None:
             return features
         if tap not in self._components:
+            self._opened.same_build.check()
             try:
                 stored = load_components(self.folder, self.manifest, info)
             except CacheCorrupt as error:

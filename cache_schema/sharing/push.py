@@ -22,8 +22,8 @@ from cache_schema.format.manifest_file import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
     SIGNATURE_NAME,
+    build_checksum,
     load_manifest,
-    manifest_checksum,
     render_manifest,
     revalidate,
 )
@@ -99,7 +99,7 @@ def push(plan: Plan, take_over: bool = False, advance: Advance = lambda size: No
     cache, or another build of this one, is there already; CacheCorrupt for damage at either end; CacheUnreachable.
     """
     data = render_manifest(plan.manifest)
-    ours = _checksum_of_build(plan.manifest)
+    ours = build_checksum(plan.manifest)
     there = _found_there(plan.target, plan.manifest, ours)
     first = False
     if there is None:
@@ -193,12 +193,6 @@ def _build_of(plan: Plan, manifest: str) -> str:
     return f"{manifest}-{crc32c(records):08x}"
 
 
-def _checksum_of_build(manifest: Manifest) -> str:
-    """Return the checksum of a manifest but for its owner: two may push the same build, each in their own name."""
-    document = manifest.document()
-    return manifest_checksum({**document, "provenance": {**document["provenance"], "owner": None}})
-
-
 def _record_name(piece: Rewritten) -> str:
     return record_name(piece.record.kind, piece.record.shard)
 
@@ -219,7 +213,7 @@ def _found_there(target: Folder, manifest: Manifest, ours: str) -> Manifest | No
         return None
     if found.cache_id != manifest.cache_id:
         raise CacheMismatch(f"{target} holds another cache ({found.label}); choose another place")
-    if _checksum_of_build(found) != ours:
+    if build_checksum(found) != ours:
         raise CacheMismatch(
             f"{target} holds this cache already, from another build ({found.provenance.created or 'undated'}); "
             "pull or stream that, or choose another place"

@@ -29,6 +29,7 @@ from cache_schema import (
 )
 from cache_schema.care.describe import describe
 from cache_schema.care.verify import verify
+from cache_schema.format.manifest_file import render_manifest
 from cache_schema.interrupts import leaving
 from cache_schema.storage import blocks as stored
 from cache_schema.storage.blocks import BLOCK, BlockStore
@@ -76,6 +77,25 @@ def test_a_cache_on_s3_reads_as_the_one_it_is_a_copy_of(
         assert there.images(list(range(IMAGE_ROWS))) == [image_of(row) for row in range(IMAGE_ROWS)]
     assert verify(url) == []
     assert {**describe(url), "path": ""} == {**describe(root), "path": ""}
+
+
+def test_a_cache_that_another_build_replaces_is_read_no_further(cache_of: CacheOf) -> None:
+    folder = folder_at(on_s3(cache_of(kind="int8"), "replaced"))
+    expected, there = open_cache(cache_of(kind="int8")), open_cache(folder.location)
+    assert torch.equal(there.read([0]).decode(), expected.read([0]).decode())
+
+    def put_there(**changes: str) -> None:
+        provenance = expected.manifest.provenance.model_copy(update={**changes, "checksum": None})
+        folder.write("manifest.json", render_manifest(expected.manifest.model_copy(update={"provenance": provenance})))
+
+    put_there(owner="mia")  # who pushed the same build
+    assert torch.equal(there.read([3]).decode(), expected.read([3]).decode())
+    put_there(created="2027-01-01T00:00:00+00:00")
+    with pytest.raises(CacheCorrupt, match="was replaced by another build while it was read"):
+        there.read([FEATURE_ROWS - 1])
+    folder.delete("manifest.json")
+    with pytest.raises(CacheCorrupt, match="was removed while it was read"):
+        there.read([FEATURE_ROWS - 1])
 
 
 def test_workers_of_a_loader_and_a_web_server_in_forked_processes_read_the_same(cache_of: CacheOf) -> None:
