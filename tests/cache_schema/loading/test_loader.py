@@ -257,7 +257,8 @@ def test_nothing_is_left_of_a_loader(cache: Cache, end: str) -> None:
         worker.join()
     # The thread that looked after them closes their pipes, a moment after the last of them is gone.
     # Nothing may hold that thread either: its pipes are closed with what it had.
-    while later := set(threading.enumerate()) - threads:
+    # Those of this process that read files side by side, where a disk is slow, are not the loader's and stay.
+    while later := {each for each in threading.enumerate() if not each.name.startswith("files-")} - threads:
         later.pop().join()
     assert len(workers) == 2
     del workers, worker
