@@ -103,8 +103,7 @@ def push(plan: Plan, take_over: bool = False, advance: Advance = lambda size: No
     there = _found_there(plan.target, plan.manifest, ours)
     first = False
     if there is None:
-        _claim(plan.target, _build_of(plan, ours), take_over)
-        missing = _missing(plan)
+        missing = _missing(plan, _build_of(plan, ours), take_over)
         advance(plan.bytes_total - sum(_size(piece) for piece in missing))
         if isinstance(plan.target, RemoteFolder) and plan.target.committing is not None:
             first = _send_in_commits(plan, plan.target, missing, data, advance)
@@ -121,26 +120,40 @@ def push(plan: Plan, take_over: bool = False, advance: Advance = lambda size: No
     return there or plan.manifest
 
 
-def _missing(plan: Plan) -> list[Rewritten]:
-    """Return the pieces that are not there, whole; records there of other pieces are removed.
+def _missing(plan: Plan, build: str, take_over: bool) -> list[Rewritten]:
+    """Claim the target and return the pieces that are not there, whole; records there of other pieces are removed.
 
     The record of a piece is written once all of it is there and right: a piece with its record is not sent again.
     """
     there = sizes_of(plan.target)
+    recorded = [piece for piece in plan.pieces if _record_name(piece) in there]
+    if _claim(plan.target, build, not recorded, take_over):
+        # What is there was sent under this claim: nobody needs to ask for it again.
+        same = {_record_name(piece) for piece in recorded}
+    else:
+        same = _those_of_this_build(plan, recorded, there)
+        # First, so that no interruption leaves the record of one build beside the files of another.
+        delete_all(plan.target, [name for piece in recorded if (name := _record_name(piece)) not in same])
+        if not (isinstance(plan.target, RemoteFolder) and plan.target.committing is not None):
+            plan.target.write(CLAIM_NAME, _render_claim(build, alone=True))
+    return [piece for piece in plan.pieces if _record_name(piece) not in same or not _is_whole(piece.record, there)]
+
+
+def _those_of_this_build(plan: Plan, recorded: list[Rewritten], there: dict[str, int]) -> set[str]:
+    """Return the names of the records there that are those of the pieces themselves.
+
+    Another build of the same cache, removed or given up half way, may have left some of the very same size.
+    """
     same: set[str] = set()
 
     def compare(piece: Rewritten) -> None:
-        # Another build of the same cache, removed or given up half way, may have left one of the very same size.
         name, ours = _record_name(piece), render_record(piece.record)
         with contextlib.suppress(FileNotFoundError):
             if there[name] == len(ours) and plan.target.read_bounded(name, MAX_RECORD_BYTES) == ours:
                 same.add(name)
 
-    recorded = [piece for piece in plan.pieces if _record_name(piece) in there]
     in_parallel(compare, recorded)
-    # First, so that no interruption leaves the record of one build beside the files of another.
-    delete_all(plan.target, [name for piece in recorded if (name := _record_name(piece)) not in same])
-    return [piece for piece in plan.pieces if _record_name(piece) not in same or not _is_whole(piece.record, there)]
+    return same
 
 
 def _send_each(plan: Plan, missing: list[Rewritten], manifest: bytes, advance: Advance) -> bool:
@@ -221,24 +234,35 @@ def _found_there(target: Folder, manifest: Manifest, ours: str) -> Manifest | No
     return found
 
 
-def _claim(target: Folder, ours: str, take_over: bool) -> None:
-    claim = json.dumps({"manifest": ours}).encode()
+def _claim(target: Folder, ours: str, alone: bool, take_over: bool) -> bool:
+    """Say that this build is on its way to the target; return whether all records there are known to be of it.
+
+    `alone`: whether there are none. Raises CacheMismatch where another build has the claim.
+    """
+    claim = _render_claim(ours, alone)
     if target.write_new(CLAIM_NAME, claim):
-        return
+        return alone
     try:
-        theirs = json.loads(target.read_bounded(CLAIM_NAME, _MAX_CLAIM))["manifest"]
+        found = json.loads(target.read_bounded(CLAIM_NAME, _MAX_CLAIM))
+        theirs, theirs_alone = found["manifest"], found.get("alone") is True
     except FileNotFoundError:
-        return
-    except (ValueError, KeyError, TypeError, CacheCorrupt):
-        theirs = None
+        return False
+    except (ValueError, KeyError, TypeError, AttributeError, CacheCorrupt):
+        theirs, theirs_alone = None, False
     if theirs == ours:
-        return
+        return theirs_alone
     if not take_over:
         raise CacheMismatch(
             f"another build of this cache is being pushed to {target}; wait for it and pull that, or, if that push was "
             "given up, take its place with --take-over"
         )
-    target.write(CLAIM_NAME, claim)
+    target.write(CLAIM_NAME, _render_claim(ours, alone=False))
+    return False
+
+
+def _render_claim(build: str, alone: bool) -> bytes:
+    """Return the claim of a build; alone: nothing is there but what was sent under it."""
+    return json.dumps({"manifest": build, "alone": alone}).encode()
 
 
 def _send(plan: Plan, piece: Rewritten, advance: Callable[[int], None]) -> None:
