@@ -293,7 +293,8 @@ def is_aside(name: str) -> bool:
 
 
 @atexit.register
-def _sweep_own_files() -> None:
+def sweep_own_files() -> None:
+    """Remove what this process was writing: an exception may come before the context that would have undone it."""
     for path in list(_BEING_WRITTEN):
         if f".tmp-{_HOST}-{os.getpid()}-" in path.name:  # not those of the process this one was forked from
             with contextlib.suppress(OSError):

@@ -27,6 +27,7 @@ import pipeline.probe.picture
 import pipeline.refine.loop
 import pipeline.teachers.flux  # noqa: F401 - imported here so that no forked process has to
 from cache_schema.cli import run
+from cache_schema.storage.files import sweep_own_files
 from pipeline.cli import app
 
 _CHANGES = {"os.rename", "os.link", "os.remove", "os.mkdir"}
@@ -108,6 +109,7 @@ def _build(arguments: list[str], log: str, moment: Moment | None, largest_file: 
     try:
         run(app, ["build", *arguments], name="dit-cache")
     finally:
+        sweep_own_files()  # as a process does at its end, which one that was forked does not
         Path(log).with_suffix(".json").write_text(json.dumps({"changes": watch.seen, "written": watch.written}))
 
 

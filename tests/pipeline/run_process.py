@@ -18,6 +18,7 @@ from tiny_annotators import photograph
 
 import pipeline.chain.process
 from cache_schema.cli import run
+from cache_schema.storage.files import sweep_own_files
 from pipeline.cli import app
 
 _SETTINGS = (
@@ -47,6 +48,7 @@ class _Forked:
             except SystemExit as leaving:
                 code = int(leaving.code or 0)
             finally:
+                sweep_own_files()  # as a process does at its end, which one that was forked does not
                 with contextlib.suppress(OSError):
                     sys.stdout.flush()
                 os._exit(code)
@@ -83,6 +85,7 @@ def _run(arguments: list[str], log: str, moment: Moment | None, in_step: bool, h
     try:
         run(app, ["run", *arguments], name="dit-cache")
     finally:
+        sweep_own_files()
         Path(log).with_suffix(".json").write_text(json.dumps({"changes": watch.seen, "written": []}))
 
 
