@@ -173,6 +173,8 @@ class _Run:
                 metrics.write(step + 1, loss=loss)
                 self._now_and_then(step + 1, validation, metrics, stopping)
                 if stopping and step + 1 < config.steps:
+                    # Whoever left before the checkpoint is there would have the one that writes it ended too.
+                    self.accelerator.wait_for_everyone()
                     raise KeyboardInterrupt
 
     def finish(self) -> dict[str, Any]:
