@@ -186,12 +186,17 @@ def unused(entries: Iterable[Entry], runs: Path) -> list[Entry]:
     Whatever a run says that is the id, the URL or the path of a cache counts. A path may be relative to here, or to a
     folder that the run lies in.
     """
+    entries = list(entries)
+    any_here = not all(is_remote(entry.url) for entry in entries)
     used: set[str] = set()
     relative: set[tuple[Path, str]] = set()
     for path in (path for name in _OF_RUNS for path in runs.rglob(name)):
         words = _words(path)
-        used |= words
-        relative |= {(folder, word) for folder in (Path.cwd(), *path.absolute().parents) for word in words}
+        urls = {word for word in words if "://" in word}
+        used |= words | {_place(url) for url in urls}
+        if any_here:
+            folders = (Path.cwd(), *path.absolute().parents)
+            relative |= {(folder, word) for folder in folders for word in words - urls}
     used |= {os.path.realpath(folder / word) for folder, word in relative}
     return [
         entry
@@ -203,7 +208,7 @@ def unused(entries: Iterable[Entry], runs: Path) -> list[Entry]:
 
 
 def _words(path: Path) -> set[str]:
-    """Return all texts in a JSON file, at any depth; none of one that is damaged. Of a file:// URL it is the path."""
+    """Return all texts in a JSON file, at any depth; none of one that is damaged."""
     try:
         left = [json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, RecursionError):
@@ -212,7 +217,7 @@ def _words(path: Path) -> set[str]:
     while left:
         value = left.pop()
         if isinstance(value, str):
-            found.add(value.removeprefix("file://").rstrip("/"))
+            found.add(value.rstrip("/"))
         elif isinstance(value, dict):
             left += value.values()
         elif isinstance(value, list):

@@ -82,6 +82,7 @@ def test_a_cache_that_is_under_way_or_that_any_run_reads_is_not_unused(
     for name, said in (
         ("config.json", {"cache": "s3://team/other", "features": "mine"}),
         ("config.json", {"cache": f"file://{sealed.url}/"}),
+        ("config.json", {"cache": f"file://localhost{sealed.url[:-1]}%{ord(sealed.url[-1]):02X}"}),
         ("caches.json", {"other_caches": {"features": sealed.manifest.cache_id}}),
     ):
         (run / name).write_text(json.dumps(said))
