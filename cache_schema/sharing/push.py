@@ -31,7 +31,7 @@ from cache_schema.sharing.committing import CommittedPieces
 from cache_schema.sharing.rewriting import Rewritten, rewrite
 from cache_schema.sharing.scrubbing import scrub
 from cache_schema.sharing.signing import sha256_of, sign
-from cache_schema.sharing.transfer import Advance, delete_all, in_parallel, send, sizes_of
+from cache_schema.sharing.transfer import Advance, committing_place, delete_all, in_parallel, send, sizes_of
 from cache_schema.storage.checksum import crc32c
 from cache_schema.storage.folder import Folder
 from cache_schema.storage.local import LocalFolder, local_folder
@@ -80,7 +80,7 @@ def plan_push(source: str, url: str, key: Path | None = None, owner: str | None 
         assert record is not None
         pieces.append(rewrite(scrubbed.manifest, record) if scrubbed.changes else Rewritten(record))
     total = sum(file.bytes for piece in pieces for file in piece.record.files.values())
-    place = target.committing if isinstance(target, RemoteFolder) else None
+    place = committing_place(target)
     if place is not None:
         place.check_layout(_layout(pieces, scrubbed.manifest, key is not None))
     return Plan(folder, target, scrubbed.manifest, scrubbed.changes, pieces, total, key)
@@ -88,7 +88,7 @@ def plan_push(source: str, url: str, key: Path | None = None, owner: str | None 
 
 def is_public(plan: Plan) -> bool:
     """Say whether everybody can read what is at the target, where that can be known: of a repository of the Hub."""
-    place = plan.target.committing if isinstance(plan.target, RemoteFolder) else None
+    place = committing_place(plan.target)
     return place is not None and place.is_public()
 
 
@@ -134,7 +134,7 @@ def _missing(plan: Plan, build: str, take_over: bool) -> list[Rewritten]:
         same = _those_of_this_build(plan, recorded, there)
         # First, so that no interruption leaves the record of one build beside the files of another.
         delete_all(plan.target, [name for piece in recorded if (name := _record_name(piece)) not in same])
-        if not (isinstance(plan.target, RemoteFolder) and plan.target.committing is not None):
+        if committing_place(plan.target) is None:
             plan.target.write(CLAIM_NAME, _render_claim(build, alone=True))
     return [piece for piece in plan.pieces if _record_name(piece) not in same or not _is_whole(piece.record, there)]
 

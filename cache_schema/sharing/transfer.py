@@ -12,7 +12,7 @@ from cache_schema.storage.checksum import Bytes
 from cache_schema.storage.files import FileDigest
 from cache_schema.storage.folder import Folder
 from cache_schema.storage.local import LocalFolder
-from cache_schema.storage.remote import RemoteFolder
+from cache_schema.storage.remote import CommittingPlace, RemoteFolder
 
 T = TypeVar("T")
 
@@ -41,9 +41,14 @@ def sizes_of(folder: Folder) -> dict[str, int]:
     return {name: size for name in folder.walk() if (size := folder.size(name)) is not None}
 
 
+def committing_place(folder: Folder) -> CommittingPlace | None:
+    """Return the place of a folder where every change is a commit; None of any other."""
+    return folder.committing if isinstance(folder, RemoteFolder) else None
+
+
 def delete_all(folder: Folder, names: Sequence[str]) -> None:
     """Remove files in this order, where every change is a commit as many at once as one may remove."""
-    place = folder.committing if isinstance(folder, RemoteFolder) else None
+    place = committing_place(folder)
     if place is None:
         for name in names:
             folder.delete(name)
