@@ -7,7 +7,6 @@ process: only files without one are removed, the longest unused first, and only 
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from cache_schema.errors import CacheError
 from cache_schema.storage.checksum import Bytes, crc32c
-from cache_schema.storage.files import is_aside, make_directory, storage_errors, write_file
+from cache_schema.storage.files import NO_SPACE, is_aside, make_directory, storage_errors, write_file
 from cache_schema.storage.local import user_cache
 
 BLOCK = 256 << 10
@@ -35,7 +34,6 @@ _THERE = 0x600D
 _ALIGNMENT = 2 << 20
 _GRANT = 16 << 20  # bytes that a process counts as used before it has written them, of a large store
 _SHOW_USE = 60.0  # seconds between notes that a file is in use
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FAR = ("nfs", "cifs", "smb", "fuse.sshfs", "lustre", "beegfs", "gpfs", "ceph", "9p")
 
 
@@ -268,7 +266,7 @@ class BlockFile:
                     os.pwrite(file.fd, _HEAD, 0)
                 return file
             except OSError as error:
-                if error.errno in _FULL:
+                if error.errno in NO_SPACE:
                     raise NoRoom from error
                 raise
 

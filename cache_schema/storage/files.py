@@ -39,6 +39,7 @@ _WRITE_BLOCK = 64 << 10
 # The system is asked to begin with the disk after so many bytes, so that less is left for the flush at the end, during
 # which nothing else of a shard is done.
 _BEGIN_FLUSH = 8 << 20
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # of a disk that is full, or of a share of it that is used up
 # The files that this process is writing: a Ctrl-C can fall between any two steps of leaving a context.
 _BEING_WRITTEN: set[Path] = set()
 # Answers of file systems that have no hard links or no locks: not failures of this write.

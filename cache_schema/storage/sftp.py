@@ -5,7 +5,6 @@ whole files where a range is asked for.
 """
 
 import contextlib
-import errno
 import functools
 import io
 import os
@@ -21,7 +20,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from cache_schema.errors import CacheStorageError, CacheUnreachable
 from cache_schema.storage.checksum import Bytes
 from cache_schema.storage.extras import required
-from cache_schema.storage.files import is_aside
+from cache_schema.storage.files import NO_SPACE, is_aside
 from cache_schema.storage.remote import ChangedWhileRead, Stat
 from cache_schema.storage.retrying import Transient, stall
 
@@ -137,7 +136,7 @@ class SftpPlace:
         except PermissionError as error:
             raise CacheStorageError(f"no permission for {self.url}/{name}") from error
         except (paramiko.SSHException, EOFError, OSError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
                 raise CacheStorageError(f"cannot write {self.url}/{name}: no space is left there") from error
             if type(error) is OSError and error.errno is None and connection.is_alive():
                 # All that the protocol says of a full disk is "Failure".
