@@ -12,6 +12,7 @@ from cache_schema.format.card import format_bytes, format_encoding
 from cache_schema.format.journal import JOURNAL_FOLDER, committed
 from cache_schema.format.manifest import Manifest
 from cache_schema.format.manifest_file import MANIFEST_NAME, load_manifest
+from cache_schema.sharing.push import CLAIM_NAME
 from cache_schema.sharing.transfer import delete_all, sizes_of
 from cache_schema.storage.folder import Folder
 from cache_schema.storage.local import local_folder
@@ -96,7 +97,7 @@ def _entry(name: str, url: str) -> Entry:
     try:
         return Entry(name, url, load_manifest(folder_at(url)))
     except CacheNotFound:
-        return Entry(name, url, None, "being pushed" if folder_at(url).size("push.json") else _NONE)
+        return Entry(name, url, None, "being pushed" if folder_at(url).size(CLAIM_NAME) else _NONE)
     except CacheError as error:
         return Entry(name, url, None, f"cannot be read: {error}")
 
@@ -153,7 +154,7 @@ def removable(url: str) -> list[str]:
     Raises CacheNotFound where there is none, so that nothing else is removed by mistake.
     """
     folder = folder_at(url)
-    if not folder.exists(MANIFEST_NAME) and not folder.exists("push.json") and not any(committed(folder)):
+    if not folder.exists(MANIFEST_NAME) and not folder.exists(CLAIM_NAME) and not any(committed(folder)):
         raise CacheNotFound(f"no cache at {url}: nothing is removed")
     return files_of(folder)
 

@@ -74,7 +74,7 @@ def storage_errors(path: Path) -> Iterator[None]:
             errno.EROFS: "choose a writable place",
         }.get(error.errno or 0, "mend that")
         raise CacheStorageError(
-            f"cannot write {path}: {error.strerror or error}; {advice} and run the same command again: it resumes"
+            f"cannot write {path}: {error.strerror or error}; {advice} and run the same command again"
         ) from error
 
 
