@@ -101,6 +101,19 @@ def test_shuffled_features_are_another_images_of_the_same_split(cache, tiny_conf
     assert len(set(labelled)) == len(labelled)  # a permutation
 
 
+@pytest.mark.parametrize("method", ["gcd", "regression", "relational", "auxiliary"])
+def test_every_method_that_reads_features_can_read_those_of_another_cache(cache, make_cache, tiny_config, method):
+    other = make_cache("other", tokens=6)
+    config = tiny_config(f"features={other.root}", method=method)
+    batches = TrainingBatches(cache, config, 24, find_method(method).needs(config))
+    rows = cache.samples["id"].take(batches.rows(0)).to_pylist()
+    there = [other.samples["id"].to_pylist().index(each) for each in rows]
+    read = batches[0].to(CPU).features["teacher"].float()
+    expected = other.read(there).decode()
+    assert read.shape == expected.shape
+    torch.testing.assert_close(read[..., 0], expected[..., 0])  # channel 1 is the view's
+
+
 def test_features_of_another_image_cannot_be_had_where_there_is_none(make_cache, tiny_config):
     cache = make_cache(per_class=1)
     config = tiny_config("shuffle_features=true")

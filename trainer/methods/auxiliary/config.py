@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from trainer.config import ShuffleFeatures, TimestepsPerStep, TrainConfig
+from trainer.config import FeaturesFrom, ShuffleFeatures, TimestepsPerStep, TrainConfig
 from trainer.methods.baseline.config import BaselineLossConfig, BaselineOptimConfig
 from trainer.methods.gcd.config import GimConfig
 
@@ -28,6 +28,7 @@ class AuxiliaryConfig(TrainConfig):
     }
 
     method: Literal["auxiliary"] = "auxiliary"
+    features: FeaturesFrom = None
     tap: str | None = None  # None: hidden where the cache has it, otherwise its first
     timesteps: tuple[int, ...] | None = None  # None: all that the cache has
     timesteps_per_step: TimestepsPerStep = Field(default=None, ge=1)

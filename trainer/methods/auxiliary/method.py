@@ -50,7 +50,7 @@ class Auxiliary(Method):
         shuffled = config.seed if config.shuffle_features else None
         whole = config.gim.fits_all
         return Needs(
-            {TEACHER: FeatureNeed(config.tap, config.timesteps, shuffled=shuffled)},
+            {TEACHER: FeatureNeed(config.tap, config.timesteps, config.features, shuffled=shuffled)},
             fit_on="all" if whole else "few",
             exact=whole or config.gim.token_norm == "standardize",
             timesteps_per_step=config.timesteps_per_step,

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from cache_schema.fields import Setting
-from trainer.config import ExtraRowsFrom, ShuffleFeatures, TrainConfig
+from trainer.config import ExtraRowsFrom, FeaturesFrom, ShuffleFeatures, TrainConfig
 from trainer.methods.baseline.config import BaselineLossConfig, BaselineOptimConfig
 
 
@@ -33,6 +33,7 @@ class RelationalConfig(TrainConfig):
         default=0, ge=0
     )
     unlabeled_from: ExtraRowsFrom = "unlabeled"
+    features: FeaturesFrom = None
     tap: str | None = None  # None: hidden where the cache has it, otherwise its first
     timesteps: tuple[int, ...] | None = None  # None: all that the cache has
     shuffle_features: ShuffleFeatures = False

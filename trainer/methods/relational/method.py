@@ -42,7 +42,7 @@ class Relational(Method):
     @classmethod
     def needs(cls, config: RelationalConfig) -> Needs:
         shuffled = config.seed if config.shuffle_features else None
-        features = {TEACHER: FeatureNeed(config.tap, config.timesteps, shuffled=shuffled)}
+        features = {TEACHER: FeatureNeed(config.tap, config.timesteps, config.features, shuffled=shuffled)}
         return Needs(
             features,
             unlabelled=config.unlabeled_per_batch,
