@@ -131,7 +131,10 @@ class AugmentConfig(Frozen):
         Setting("Share of the image's area that a random crop has, from least to most, e.g. 0.2,1."),
     ] = None
     flip: Annotated[
-        bool, Setting("Mirror half of the images; where a cache holds the view hflip, with the features of that.")
+        bool,
+        Setting(
+            "Train on mirrored images as on one more view; where a cache holds the view hflip, with the features of it."
+        ),
     ] = False
     color: Annotated[float, Setting("Brightness, contrast and saturation times 1 ± this.")] = Field(
         default=0.0, ge=0, le=1
@@ -256,6 +259,18 @@ class TrainConfig(Frozen):
         return self
 
     @property
+    def followed(self) -> frozenset[str]:
+        """Fields that may change at a resume in other runs, and that this one's training goes by."""
+        return frozenset()
+
+    @property
+    def at_once(self) -> int:
+        """Labelled images that a loss sees together: a batch, or the part of it that `optim.accumulate` cuts."""
+        classes, each = self.balanced
+        batch = classes * each if self.sampler == "balanced" else self.batch_size
+        return batch // self.optim.accumulate
+
+    @property
     def balanced(self) -> tuple[int, int]:
         """Classes in a batch and images of each, of sampler balanced."""
         each = self.images_per_class or 4
@@ -308,14 +323,22 @@ RECOMMENDED_FOR: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# recommended: a pretrained student on real photographs. paper: the setting as published, untuned, and as there with
-# pretrained weights. small: a small student on any cache, from scratch. demo: small, on the demo's data set.
+# recommended: a pretrained student on real photographs. paper: the setting as published, with pretrained weights as
+# there. small: a small student on any cache, from scratch. demo: small, on the demo's data set.
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": _RECOMMENDED,
     "paper": {},
     "small": _SMALL,
     "demo": {**_SMALL, "epochs": 15},
 }
+# What is to be known of a preset wherever it is named.
+PRESET_REMARKS = {"paper": "as published, untuned; pretrained weights needed"}
+
+
+def name_preset(preset: str) -> str:
+    """A preset's name, with the remark on it where there is one."""
+    remark = PRESET_REMARKS.get(preset)
+    return preset if remark is None else f"{preset} ({remark})"
 
 
 def save_config(config: TrainConfig, path: Path) -> None:

@@ -100,6 +100,20 @@ def test_the_paper_preset_wants_weights_and_says_how_to_give_them():
     require_weights(make_config("paper", student__pretrained=True), "paper")
 
 
+def test_the_paper_preset_is_named_as_untuned_and_no_other(
+    tmp_path, students, cache_path, tiny_baseline_settings, here
+):
+    code, said, _ = here("run", "--help")
+    words = " ".join(said.replace("│", " ").split())
+    assert code == 0
+    assert "recommended, paper (as published, untuned; pretrained weights needed), small, demo;" in words
+    weights = ["--student-weights", students["first"] / "student.safetensors", "--updates", 1, "--mode", "baseline"]
+    run = ["run", "--cache", cache_path, "--preset", "paper", *tiny_baseline_settings, "--output", tmp_path / "run"]
+    code, said, _ = here(*run, *weights)
+    assert code == 0
+    assert "method baseline, preset paper (as published, untuned;" in said
+
+
 def test_the_recommended_preset_fine_tunes_whatever_network_is_named():
     for name in (None, "vit_tiny_patch16_224"):
         config = make_config("recommended", student__name=name)

@@ -39,7 +39,7 @@ def ablate(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, … of every variant.")] = 3,
     jobs: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
-    preset: Annotated[str, typer.Option(help="Preset of every run.")] = "recommended",
+    preset: Annotated[str, typer.Option(help="Preset of every run, one of `dit-train run`.")] = "recommended",
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="For every run whose method has the field; repeatable."),

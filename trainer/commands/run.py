@@ -11,7 +11,7 @@ import typer
 from cache_schema.options import Exposed, with_options
 from cache_schema.settings import Values
 from trainer.commands.opening import open_for
-from trainer.config import PRESETS
+from trainer.config import PRESETS, name_preset
 from trainer.methods.registry import DEFAULT, METHODS
 from trainer.methods.settings import require_weights, settings_of
 
@@ -23,7 +23,8 @@ DEFAULT_CACHE = Path("runs/demo/cache")
 
 SHOWN = (
     Exposed("cache", shown=str(DEFAULT_CACHE)),
-    "epochs", "updates", "batch_size", "sampler", "classes_per_batch", "images_per_class", "seed",
+    Exposed("epochs", shown="of the preset"), "updates", Exposed("batch_size", shown="of the preset"),
+    "sampler", "classes_per_batch", "images_per_class", "seed",
     "validation_classes", "eval_every", "against", "keep_checkpoints",
     Exposed("optim.lr", shown="of the preset", help="Peak learning rate."),
     Exposed("loss.alpha", shown="of the preset", help="Weight of CAL (method gcd)."),
@@ -49,7 +50,9 @@ def run(
     mode: Annotated[str | None, typer.Option(help="The same: distill (gcd), baseline, auxiliary, …")] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(PRESETS)} (untuned); default: demo for the demo data set, else recommended."),
+        typer.Option(
+            help=f"{', '.join(map(name_preset, PRESETS))}; default: demo for the demo data set, else recommended."
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -129,7 +132,8 @@ def _config_of_run(
     config = with_absolute_paths(config)
     if before is not None and not asked:
         return config, f"method {config.method}, as the run was started", None
-    return config, f"method {config.method}, preset {chosen}\n{changes(config, chosen)}".rstrip(), chosen
+    said = f"method {config.method}, preset {name_preset(chosen)}"
+    return config, f"{said}\n{changes(config, chosen)}".rstrip(), chosen
 
 
 def _train(config: TrainConfig, said: str, output: Path, resume: bool, overwrite: bool, allow_partial: bool) -> None:

@@ -149,7 +149,7 @@ class TrainingBatches:
         self.fit_on, self.exact = needs.fit_on, needs.exact
         self.unlabelled: StreamSampler | None = None
         if needs.unlabelled:
-            extra = unlabelled_rows(cache, needs.unlabelled_from, split.rows, self.views)
+            extra = unlabelled_rows(cache, needs, split.rows, self.views)
             self.unlabelled = StreamSampler(extra, needs.unlabelled, config.seed)
             rows = np.union1d(rows, extra)
         for source in self.sources.values():

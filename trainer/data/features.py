@@ -47,6 +47,7 @@ class Needs:
     features: Mapping[str, FeatureNeed] = field(default_factory=dict)
     unlabelled: int = 0
     unlabelled_from: UnlabelledFrom = "unlabeled"  # training images among them are not in the view of a labelled row
+    unlabelled_settings: tuple[str, str] = ("unlabeled_per_batch", "unlabeled_from")  # that say the two, for advice
     places: bool = False  # features are compared with what the student sees at the same place of the picture
     timesteps_per_step: int | None = None  # drawn for each image at each update, of all features alike; None: all
     # Means are taken off the features, of which little may be left: rounded to bfloat16 before, it would be noise.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trainer.config import UnlabelledFrom
+from trainer.data.features import Needs
 from trainer.data.splits import select_split
 from trainer.errors import TrainError
 
@@ -14,23 +14,24 @@ if TYPE_CHECKING:
     from cache_schema import Cache
 
 
-def unlabelled_rows(cache: Cache, wanted: UnlabelledFrom, labelled: np.ndarray, views: tuple[str, ...]) -> np.ndarray:
+def unlabelled_rows(cache: Cache, needs: Needs, labelled: np.ndarray, views: tuple[str, ...]) -> np.ndarray:
     """(n,) rows with features to draw from; `labelled`: those of the training images, without validation classes.
 
     Raises TrainError where there are none, or where training images have no other view to be shown in.
     """
+    wanted, (per_batch, taken_from) = needs.unlabelled_from, needs.unlabelled_settings
     if wanted != "unlabeled" and len(views) < 2:
         raise TrainError(
             f"training images are shown in {views[0]} alone, and without a label they need another view: build the "
-            "cache with --views canonical,hflip, set augment.flip=true, or take unlabelled rows from unlabeled"
+            f"cache with --views canonical,hflip, set augment.flip=true, or set {taken_from}=unlabeled"
         )
     if wanted == "train":
         return labelled
     rows = select_split(cache, "unlabeled", need_features=True).rows
     if not len(rows):
         raise TrainError(
-            f"cache {cache.manifest.label} has no unlabeled rows with features; set unlabeled_per_batch=0, or "
-            "unlabeled_from=train"
+            f"cache {cache.manifest.label} has no unlabeled rows with features; set {per_batch}=0, or "
+            f"{taken_from}=train"
         )
     return rows if wanted == "unlabeled" else np.concatenate([labelled, rows])
 

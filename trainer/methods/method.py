@@ -60,6 +60,8 @@ class Method(nn.Module, ABC):
     readers: ClassVar[str] = ""
     # What `save` leaves in a run's folder.
     files: ClassVar[tuple[str, ...]] = ()
+    # The setting by which training itself goes by `validated`, and so needs scores before its last update.
+    waits_for_scores: str | None = None
     # What to try when a loss is not finite.
     advice: ClassVar[str] = "lower --lr, or set optim.grad_clip=1"
 

@@ -66,8 +66,9 @@ def require_weights(config: TrainConfig, preset: str | None) -> None:
     """Raise TrainError where a preset that is meant for a pretrained student would start from random weights."""
     if preset == "paper" and not config.student.starts_trained:
         raise TrainError(
-            f"preset paper trains a pretrained student: add --pretrained (timm's weights of {config.student.name}, "
-            "from its hub) or --student-weights FILE.safetensors; --preset small trains one from scratch"
+            f"preset paper trains a pretrained student: add --pretrained (student.pretrained=true: timm's weights of "
+            f"{config.student.name}, from its hub) or --student-weights FILE.safetensors (student.weights=FILE); "
+            "--preset small trains one from scratch"
         )
 
 
@@ -105,7 +106,8 @@ def differing_fields(a: TrainConfig, b: TrainConfig) -> list[str]:
     """Dotted names of the fields in which two configs would train differently."""
     if a.method != b.method:
         return ["method"]
-    return settings_of(a.method).differing(with_absolute_paths(a), with_absolute_paths(b))
+    found = settings_of(a.method).differing(with_absolute_paths(a), with_absolute_paths(b))
+    return [*found, *(name for name in sorted(a.followed | b.followed) if getattr(a, name) != getattr(b, name))]
 
 
 def changes(config: TrainConfig, preset: str) -> str:

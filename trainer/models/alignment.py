@@ -7,15 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer import processes
+from trainer.errors import TrainError
 
 CLASS_MEAN_MOMENTUM = 0.9
+FEWEST_ALIKE = 3  # images: of two, each has one other, which takes all of its softmax whatever the similarity
 
 
 def relational_loss(student: Tensor, target: Tensor, temperature: float) -> Tensor:
     """KL between row-softmaxed cosine similarities within the batch, averaged over images and P.
 
     student (B, C), target (B, P, D): the widths may differ, for only similarities are compared, each image's to the
-    B − 1 others, of all processes. A batch of one image gives 0. Source: similarities within a batch as the knowledge
+    B − 1 others, of all processes. One image, or two, give 0. Source: similarities within a batch as the knowledge
     to transfer: Tung & Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019; Park et al., "Relational
     Knowledge Distillation", CVPR 2019; as distributions compared by KL: Passalis & Tefas, "Learning Deep
     Representations with Probabilistic Knowledge Transfer", ECCV 2018.
@@ -31,6 +33,15 @@ def relational_loss(student: Tensor, target: Tensor, temperature: float) -> Tens
         own = (student @ student.T / temperature).masked_fill(itself, -torch.inf)  # (B, B)
         wanted = (target @ target.transpose(1, 2) / temperature).masked_fill(itself, -torch.inf)  # (P, B, B)
         return _divergence(own.unsqueeze(0).expand_as(wanted), wanted)
+
+
+def require_others(images: int, setting: str) -> None:
+    """Raise TrainError where the similarities within so many images tell nothing: their loss would always be 0."""
+    if images < FEWEST_ALIKE:
+        raise TrainError(
+            f"{setting}: similarities within {images} image{'s' * (images > 1)} tell nothing; raise --batch-size, or "
+            "lower optim.accumulate, to have three at a time"
+        )
 
 
 def memory_loss(student: Tensor, target: Tensor, memory: Tensor, filled: Tensor, temperature: float) -> Tensor:

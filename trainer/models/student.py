@@ -159,6 +159,7 @@ def build_student(config: StudentConfig) -> Student:
         weights = f" with weights {config.weights}" if config.weights else ""
         raise TrainError(f"cannot build student {config.name}{weights}: {reason}") from error
     student = _wrap(config.name, config.timm_kwargs(), network)
+    _refuse_unseen_edges(student)
     _set_batch_norm(student, config)
     return student
 
@@ -172,6 +173,20 @@ def has_batch_norm(name: str) -> bool:
     except BUILD_ERRORS:
         return False  # said when it is built
     return any(isinstance(module, _BatchNorm) for module in network.modules())
+
+
+def _refuse_unseen_edges(student: Student) -> None:
+    """Raise TrainError where patches do not cover the image: timm leaves pixels on the right and below unread."""
+    embed = getattr(student.network, "patch_embed", None)
+    project = getattr(embed, "proj", None)
+    if not isinstance(project, nn.Conv2d) or getattr(embed, "dynamic_img_pad", False):
+        return
+    side, size = project.stride[0], student.input_size
+    if project.kernel_size == project.stride and size % side:
+        raise TrainError(
+            f"student {student.name} reads patches of {side} pixels, and the last {size % side} of {size} would never "
+            f"be seen; use --image-size {size - size % side} or {size - size % side + side}"
+        )
 
 
 def _set_batch_norm(student: Student, config: StudentConfig) -> None:

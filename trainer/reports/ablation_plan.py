@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from trainer.config import TrainConfig
 from trainer.errors import TrainError
 from trainer.methods.registry import METHODS
-from trainer.methods.settings import absolute, make_config, settings_of
+from trainer.methods.settings import absolute, make_config, require_weights, settings_of
 from trainer.reports.control_targets import PIXELS, TIMESTEP, WORDS, check_target, target_folder
 from trainer.runs import SplitName
 
@@ -45,7 +45,8 @@ class Cell:
     @property
     def name(self) -> str:
         known = settings_of(self.config.method)
-        kept = {name: value for name, value in known.flat(self.config).items() if name not in known.resumable()}
+        free = known.resumable() - self.config.followed
+        kept = {name: value for name, value in known.flat(self.config).items() if name not in free}
         # Where the cache lies does not change a run; that another one is read does.
         kept["cache"] = self.config.cache if self.variant.cache else ""
         if self.variant.target:
@@ -228,6 +229,7 @@ def make_cells(
             given = [*shared[variant.method], *variant.settings, *_of_target(variant, targets or {})]
             where = variant.cache or cache
             config = make_config(preset, given, method=variant.method, seed=seed, cache=where)
+            require_weights(config, preset)
             cells.append(Cell(variant, config))
     return cells
 

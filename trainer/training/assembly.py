@@ -24,7 +24,7 @@ from trainer.device import (
     watch_memory,
 )
 from trainer.errors import TrainError
-from trainer.evaluation.embed import TestSplit, open_rows
+from trainer.evaluation.embed import TestSplit, feature_sources, open_rows
 from trainer.methods.method import Method
 from trainer.methods.registry import find_method
 from trainer.models.student import Student, build_student
@@ -116,7 +116,30 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
     optimizer = make_optimizer(method, config.optim)
     if config.compile:
         student.compile_network()  # after the average was copied: that one only evaluates
-    return Parts(config, cache, device, batches, validation, method, optimizer, average, rival)
+    parts = Parts(config, cache, device, batches, validation, method, optimizer, average, rival)
+    _check_measurements(parts)
+    return parts
+
+
+def _check_measurements(parts: Parts) -> None:
+    """Raise TrainError where what is to go by recall on the way would never see any, or that of other classes."""
+    batches, waits = parts.batches, parts.method.waits_for_scores
+    every = parts.config.eval_every * batches.per_epoch
+    on_the_way = range(every, parts.updates, every) if every else range(0)
+    if parts.rival is not None:
+        parts.rival.require_same((batches.classes, batches.validation.classes), [*on_the_way, parts.updates])
+    if waits is None or parts.validation is None:
+        return
+    if not on_the_way:
+        raise TrainError(
+            f"{waits}: scores on validation classes would first come after {every} updates, and the run ends after "
+            f"{parts.updates}; lower --eval-every, or train longer"
+        )
+    if feature_sources(parts.method, parts.validation) is None:
+        raise TrainError(
+            f"{waits}: not all images of the validation classes have features in the canonical view to be scored with; "
+            "build the cache with it"
+        )
 
 
 def _image_memory(batches: TrainingBatches) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer import processes
 from trainer.device import decide_precision, peak_memory
+from trainer.evaluation.tables import auxiliary_about
 from trainer.methods.registry import mode_name
 from trainer.runs import LOG, read_metrics
 from trainer.training.assembly import Parts
@@ -58,9 +59,19 @@ def summary(result: Mapping[str, Any], label: str) -> str:
     whose = "of the GPU" if str(result["device"]).startswith("cuda") else "of the process"
     lines = {
         "recall@1": recall,
+        **_beside(result),
         "time": f"{result['seconds']:.0f} s; {result['images_per_second']:.0f} images/s in training, "
         f"{100 * result['data_wait']:.1f} % of that time waiting for data",
         "memory": f"{result['peak_memory_gb']:.2f} GB {whose} at most",
         "cache": f"{label} ({result['cache_id']})",
     }
     return "\n".join(f"  {name:10}{said}" for name, said in lines.items())
+
+
+def _beside(result: Mapping[str, Any]) -> dict[str, str]:
+    """What the teacher's side has on the same classes at the end, where there is any: what E_R is to come up to."""
+    scores = result.get("validation") or {}
+    found = {name: by["mean"]["recall_at_1"] for name, by in (scores.get("auxiliary") or {}).items()}
+    said = [f"{100 * scores['student']['recall_at_1']:.1f} % by E_R"] if found else []
+    said += [f"{100 * recall:.1f} % by {auxiliary_about(scores, name)}" for name, recall in found.items()]
+    return {"last": "; ".join(said)} if said else {}

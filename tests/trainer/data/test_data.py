@@ -57,6 +57,19 @@ def test_the_baseline_sees_the_very_images_of_the_distilled_run_and_no_features(
             assert torch.equal(a.labels, b.labels[:6])
 
 
+def test_unlabelled_rows_that_are_not_there_are_missed_by_the_names_that_the_method_has_for_them(
+    make_cache, tiny_config
+):
+    cache = make_cache(classes={"train": (0, 1), "test": (10,)})
+    for mode, names in (
+        ("distill", ("unlabeled_per_batch", "unlabeled_from")),
+        ("baseline", ("unlabelled.per_batch", "unlabelled.images_from")),
+    ):
+        config = tiny_config(f"{names[0]}=2", mode=mode)
+        with pytest.raises(TrainError, match=f"no unlabeled rows .*set {names[0]}=0, or {names[1]}=train"):
+            TrainingBatches(cache, config, 24, find_method(config.method).needs(config))
+
+
 def test_unlabelled_rows_come_after_the_labelled_ones_with_features_and_no_label(cache, tiny_config):
     batch = batches_of(cache, tiny_config("unlabeled_per_batch=2"))[0].to(torch.device("cpu"))
     assert batch.images.shape[0] == batch.features[TEACHER].shape[0] == 8

@@ -42,6 +42,12 @@ def test_relational_loss_of_a_single_image_is_zero_with_a_gradient():
     assert torch.equal(student.grad, torch.zeros(1, C))
 
 
+def test_of_two_images_similarities_tell_nothing_and_of_three_they_do():
+    student, target = draw(3, C), draw(3, P, D, seed=1)
+    assert relational_loss(student[:2], target[:2], 0.1).item() == 0
+    assert relational_loss(student, target, 0.1) > 0
+
+
 def test_memory_loss_compares_with_filled_places_alone():
     student, target = draw(B, D), draw(B, P, D, seed=1)
     memory = draw(9, P, D, seed=2)

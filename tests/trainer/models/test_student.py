@@ -198,6 +198,20 @@ def test_batch_norms_of_a_pretrained_student_learn_as_much_as_they_may(tmp_path,
     assert student.network.bn1.momentum == 0.5
 
 
+@pytest.mark.parametrize(("size", "fitting"), [(30, "24 or 36"), (37, "36 or 48")])
+def test_an_image_that_patches_do_not_cover_is_refused(size, fitting):
+    with pytest.raises(TrainError, match=rf"patches of 12 pixels, .* never be seen; use --image-size {fitting}$"):
+        build_student(TINY.model_copy(update={"img_size": size}))
+
+
+def test_a_convolutional_network_takes_an_odd_size_as_it_is():
+    student = build_student(StudentConfig(name="test_efficientnet", img_size=37)).eval()
+    assert student.input_size == 37
+    pictures = torch.zeros(2, 3, 37, 37, dtype=torch.uint8)
+    assert student(pictures).shape == (2, student.dim)
+    assert student.with_tokens(pictures)[1].shape[1:] == student.token_shape
+
+
 def test_batch_norms_without_statistics_are_not_frozen():
     with pytest.raises(TrainError, match=r"student.batch_norm=freeze keeps the statistics of pretrained weights"):
         build_student(StudentConfig(name="test_efficientnet", batch_norm="freeze"))

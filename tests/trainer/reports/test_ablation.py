@@ -42,6 +42,20 @@ def test_settings_are_for_the_methods_that_have_them(cache):
         make_cells("a", [VARIANTS["gcd"]], 1, "small", ["loss.alfa=3"])
 
 
+def test_an_ablation_of_the_paper_preset_wants_weights_as_a_run_does():
+    with pytest.raises(TrainError, match=r"preset paper trains a pretrained student: .*student\.pretrained=true"):
+        make_cells("a", [VARIANTS["gcd"]], 1, "paper", [])
+    assert make_cells("a", [VARIANTS["gcd"]], 1, "paper", ["student.weights=some.safetensors"])
+
+
+def test_a_run_is_told_apart_by_how_often_it_is_scored_where_its_training_goes_by_that():
+    def names(*settings):
+        return {make_cells("a", [VARIANTS["gcd"]], 1, "small", [*settings, f"eval_every={n}"])[0].name for n in (1, 2)}
+
+    assert len(names("validation_classes=0.2")) == 1
+    assert len(names("validation_classes=0.2", "loss.alpha_gate=validation")) == 2
+
+
 @pytest.mark.parametrize(("setting", "option"), [("seed=5", "seeds"), ("method=gcd", "variants"), ("cache=b", "cache")])
 def test_what_tells_runs_apart_is_no_setting_of_all_of_them(setting, option):
     for given in (lambda: make_cells("a", [VARIANTS["gcd"]], 2, "small", [setting]), lambda: read_sweep(setting)):

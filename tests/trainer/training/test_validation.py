@@ -14,6 +14,7 @@ from trainer.runs import load_result, read_metrics
 from trainer.training.assembly import assemble
 from trainer.training.loop import train
 from trainer.training.rival import open_rival
+from trainer.training.summary import summary
 
 HELD = "validation_classes=0.4"
 
@@ -49,6 +50,8 @@ def test_a_run_says_how_it_does_on_the_classes_it_held_out(tiny_config, wide_cac
     train(config, wide_cache, tmp_path / "run")
     result = load_result(tmp_path / "run")
     assert result["validation_classes"] == 2
+    beside = result["validation"]["auxiliary"]["masked"]["mean"]["recall_at_1"]
+    assert f"; {100 * beside:.1f} % by E_D, E_R masked" in summary(result, "tiny")
     last = [record["eval"] for record in read_metrics(tmp_path / "run/metrics.jsonl") if "eval" in record]
     assert last
     done = CliRunner().invoke(
@@ -91,6 +94,27 @@ def test_a_run_is_held_beside_anothers_curve_and_told_once_that_it_is_behind(tin
     (tmp_path / "base/config.json").write_text('{"validation_classes": 0.2}')
     with pytest.raises(TrainError, match=r"held out 0.2 of the training classes, not 0.4"):
         assemble(tiny_config(HELD, "eval_every=1", f"against={tmp_path / 'base'}"), wide_cache)
+
+
+def test_a_run_that_is_never_measured_beside_the_other_is_refused_before_it_begins(tiny_config, wide_cache, tmp_path):
+    per_epoch = assemble(tiny_config(HELD), wide_cache).batches.per_epoch
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text('{"validation_classes": 0.4}')
+    curve = {"update": 7 * per_epoch + 1, "eval": {"student": {"recall_at_1": 0.5}}}
+    (tmp_path / "base/metrics.jsonl").write_text(json.dumps(curve) + "\n")
+    asked = (HELD, "eval_every=1", "epochs=2", f"against={tmp_path / 'base'}")
+    said = (
+        rf"measured after {7 * per_epoch + 1} updates, .* after {per_epoch}, {2 * per_epoch}: give both the same batch"
+    )
+    with pytest.raises(TrainError, match=said):
+        assemble(tiny_config(*asked), wide_cache)
+    assemble(tiny_config(*asked, f"updates={7 * per_epoch + 1}"), wide_cache)  # its last measurement is after as many
+    result = {"train_classes": 4, "validation_classes": 2, "mode": "baseline", "seed": 0, "cache_id": "", "seconds": 1,
+              "student_updates": 1, "images_seen": 1}  # fmt: skip
+    (tmp_path / "base/best").mkdir()
+    (tmp_path / "base/best/result.json").write_text(json.dumps(result))
+    with pytest.raises(TrainError, match=r"trained on 4 classes and held out 2, this run has 3 and 2: give one of the"):
+        assemble(tiny_config(*asked, f"updates={7 * per_epoch + 1}"), wide_cache)
 
 
 def test_following_recall_without_such_classes_is_refused(tiny_config, wide_cache, tmp_path):

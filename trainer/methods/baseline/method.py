@@ -32,7 +32,11 @@ class Baseline(Method):
 
     @classmethod
     def needs(cls, config: BaselineConfig) -> Needs:
-        return Needs(unlabelled=config.unlabelled.per_batch, unlabelled_from=config.unlabelled.images_from)
+        return Needs(
+            unlabelled=config.unlabelled.per_batch,
+            unlabelled_from=config.unlabelled.images_from,
+            unlabelled_settings=("unlabelled.per_batch", "unlabelled.images_from"),
+        )
 
     def forward(self, batch: Batch, moment: Moment = END) -> dict[str, Tensor]:
         student, config = self.student(batch.images), self.config.unlabelled

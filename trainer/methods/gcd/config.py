@@ -96,7 +96,7 @@ class LossConfig(Frozen):
     temperature: Annotated[float, Setting("Of similarities, in align relational and memory.")] = Field(
         default=0.1, gt=0
     )
-    memory: Annotated[int, Setting("Targets that align=memory remembers.")] = Field(default=4096, ge=1)
+    memory: Annotated[int, Setting("Targets that align=memory remembers.")] = Field(default=4096, ge=2)
     alpha_by: Annotated[
         Literal["constant", "gradient_ratio"],
         Setting("gradient_ratio: α is set so that the alignment's gradient at E_R is alpha_ratio times DRC's."),
@@ -176,3 +176,7 @@ class GcdConfig(TrainConfig):
     loss: LossConfig = LossConfig()
     regression: RegressionConfig = RegressionConfig()
     optim: GcdOptimConfig = GcdOptimConfig()
+
+    @property
+    def followed(self) -> frozenset[str]:
+        return frozenset({"eval_every"} if self.loss.alpha_gate == "validation" else ())

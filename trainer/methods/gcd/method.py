@@ -19,6 +19,7 @@ from trainer.methods.gcd.cal import cal_ramp
 from trainer.methods.gcd.config import GcdConfig
 from trainer.methods.gcd.gim import GIM_FILE, GenerativeInjectionModule, load_gim
 from trainer.methods.method import END, Method, Moment, ParameterGroup
+from trainer.models.alignment import require_others
 from trainer.models.components import PrincipalComponents
 from trainer.models.heads import ProxyClassifier
 from trainer.models.regression import FeatureRegression
@@ -73,6 +74,7 @@ class Gcd(Method):
         self.alignment = Alignment(loss, classes, timesteps, student.dim, components if pooled else width)
         self.gate: Tensor | None
         self.register_buffer("gate", torch.zeros(()) if loss.alpha_gate == "validation" else None)
+        self.waits_for_scores = None if self.gate is None else "loss.alpha_gate"
 
     @classmethod
     def needs(cls, config: GcdConfig) -> Needs:
@@ -237,6 +239,8 @@ def _check(config: GcdConfig) -> None:
                 f"timesteps_per_step: {held} holds images against each other at the same timestep; leave one of the "
                 "two out"
             )
+    if loss.align == "relational":
+        require_others(config.at_once + config.unlabeled_per_batch // config.optim.accumulate, "loss.align=relational")
     if loss.alpha_by == "gradient_ratio" and (loss.drc_on != "both" or not loss.drc_student_weight):
         raise TrainError("loss.alpha_by: gradient_ratio needs DRC on E_R to be held against; add loss.drc_on=both")
     if loss.alpha_gate == "validation" and not (config.validation_classes and config.eval_every):

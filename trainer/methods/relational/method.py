@@ -11,7 +11,7 @@ from trainer.data.batches import Batch
 from trainer.data.features import FeatureNeed, FeatureShape, Needs
 from trainer.methods.method import END, Method, Moment, ParameterGroup
 from trainer.methods.relational.config import RelationalConfig
-from trainer.models.alignment import relational_loss
+from trainer.models.alignment import relational_loss, require_others
 from trainer.models.components import PrincipalComponents
 from trainer.models.heads import ProxyClassifier
 from trainer.models.student import Student
@@ -33,6 +33,7 @@ class Relational(Method):
 
     def __init__(self, config: RelationalConfig, student: Student, classes: int, shapes: Mapping[str, FeatureShape]):
         super().__init__(config, student, classes, shapes)
+        require_others(config.at_once + config.unlabeled_per_batch // config.optim.accumulate, "method relational")
         self.config = config
         torch.manual_seed(config.seed + 2)  # as in every method: one seed, the same proxies
         self.drc = ProxyClassifier(classes, student.dim, config.loss.tau)

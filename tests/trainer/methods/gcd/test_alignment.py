@@ -15,6 +15,7 @@ from trainer.methods.trained import load_trained
 from trainer.models.student import build_student, load_student
 from trainer.runs import read_metrics
 from trainer.training import loop
+from trainer.training.assembly import assemble
 from trainer.training.loop import train
 
 CPU = torch.device("cpu")
@@ -159,6 +160,56 @@ def test_a_gate_is_open_only_while_the_teachers_side_is_ahead_on_validation_clas
         else:
             assert record["losses"]["alpha"] == expected
     assert sum("eval" in record for record in log) == 3
+
+
+@pytest.fixture(scope="module")
+def blind_cache(build_tiny, tmp_path_factory):
+    """Five training classes whose pictures are alike, and whose features are not."""
+    classes = {"train": (0, 200, 400, 600, 800), "test": (1000, 1200)}
+    return build_tiny(tmp_path_factory.mktemp("blind") / "cache", classes=classes)
+
+
+GATED = (*BOTH, "loss.alpha_gate=validation", "validation_classes=0.4", "eval_every=1", "loss.alpha=3")
+
+
+def test_a_gate_opens_where_the_teachers_side_is_ahead_and_is_as_it_was_after_a_resume(
+    blind_cache, tiny_config, tmp_path, monkeypatch
+):
+    config = tiny_config(*GATED)
+    train(config, blind_cache, tmp_path / "whole")
+    per_epoch = next(r["update"] for r in read_metrics(tmp_path / "whole/metrics.jsonl") if "eval" in r)
+    log = [record for record in read_metrics(tmp_path / "whole/metrics.jsonl") if "losses" in record]
+    assert [record["losses"]["alpha"] for record in log] == [0.0] * per_epoch + [3.0] * 2 * per_epoch
+    step = loop.train_step
+
+    def step_and_signal(method, optimizer, batch, rate, config, moment):
+        if moment.update == per_epoch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(method, optimizer, batch, rate, config, moment)
+
+    monkeypatch.setattr(loop, "train_step", step_and_signal)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, blind_cache, tmp_path / "cut")
+    monkeypatch.setattr(loop, "train_step", step)
+    with pytest.raises(TrainError, match="was started with another eval_every: resume without changing it"):
+        train(config.model_copy(update={"eval_every": 2}), blind_cache, tmp_path / "cut", resume=True)
+    train(config, blind_cache, tmp_path / "cut", resume=True)
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+def test_a_gate_that_would_never_open_is_refused(wide_cache, make_cache, tiny_config):
+    with pytest.raises(TrainError, match=r"loss.alpha_gate: .* first come after 9 updates, and the run ends after 6"):
+        assemble(tiny_config(*GATED, "epochs=4", "batch_size=5", "eval_every=3", "updates=6"), wide_cache)
+    cropped = make_cache(views=("crop.0",), classes={"train": (0, 1, 2, 3, 4)}, feature_splits=("train",))
+    with pytest.raises(TrainError, match=r"loss\.alpha_gate: not all images of the validation classes have features"):
+        assemble(tiny_config(*GATED), cropped)
+
+
+def test_similarities_within_too_few_images_are_refused(build):
+    for settings in (("batch_size=2",), ("batch_size=4", "optim.accumulate=2")):
+        with pytest.raises(TrainError, match=r"loss\.align=relational: similarities within 2 images tell nothing"):
+            build("loss.align=relational", *settings)
+    build("loss.align=relational", "batch_size=2", "unlabeled_per_batch=1")
 
 
 @pytest.mark.parametrize(
