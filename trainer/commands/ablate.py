@@ -62,16 +62,19 @@ def ablate(
         left_out,
         make_cells,
         target_folders,
+        unlabelled_source,
     )
 
     cache, random_teacher = absolute(cache), random_teacher and absolute(random_teacher)
     names = [name for name in variants.split(",") if name]
     unrefined_teacher = unrefined_teacher and absolute(unrefined_teacher)
     opened = open_for(cache, allow_partial)
-    chosen = choose_variants(opened, names, sweep or [], random_teacher, unrefined_teacher, split, other_features or [])
+    taken = unlabelled_source(preset, settings or [])
+    others = other_features or []
+    chosen = choose_variants(opened, names, sweep or [], random_teacher, unrefined_teacher, split, others, taken)
     targets = target_folders(opened, chosen, output)
     cells = make_cells(cache, chosen, seeds, preset, settings or [], targets)
-    for reason in left_out(opened, split) if not names else ():
+    for reason in left_out(opened, split, taken) if not names else ():
         typer.echo(f"note: left out: {reason}", err=True)
     if split == "validation" and not cells[0].config.validation_classes:
         raise TrainError("--split validation: no classes are held out; add --set validation_classes=0.2")

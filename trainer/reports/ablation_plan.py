@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.config import TrainConfig
+from trainer.config import TrainConfig, UnlabelledFrom
 from trainer.errors import TrainError
+from trainer.methods.gcd.config import GcdConfig
 from trainer.methods.registry import METHODS
 from trainer.methods.settings import absolute, make_config, require_weights, settings_of
 from trainer.reports.control_targets import PIXELS, TIMESTEP, WORDS, check_target, target_folder
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from cache_schema import Cache
 
 BASELINE, AUXILIARY, FULL = "baseline", "auxiliary", "gcd"
-UNLABELLED = 32  # rows per update of the control without a teacher, where gcd's own preset says nothing
+UNLABELLED = 32  # rows per update of the controls without a teacher, where gcd takes none
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Variant:
     settings: tuple[str, ...] = ()
     cache: str | None = None  # another one than the ablation's
     target: str | None = None  # what is read in the features' place, of `control_targets`
+    same_images: bool = False  # the baseline with the unlabelled images that gcd takes
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,9 @@ VARIANTS = {
         Variant("relational", "control: the same features, similarities alone", "relational"),
         Variant("shuffled", "control: features of other images", "gcd", ("shuffle_features=true",)),
         Variant("pseudo-labels", "control: no teacher, the unlabelled images by pseudo-labels", "baseline",
-                (f"unlabelled.per_batch={UNLABELLED}",)),
+                ("unlabelled.by=pseudo",), same_images=True),
         Variant("consistency", "control: no teacher, the unlabelled images by consistency", "baseline",
-                (f"unlabelled.per_batch={UNLABELLED}", "unlabelled.by=consistency")),
+                ("unlabelled.by=consistency",), same_images=True),
         Variant("no-unlabelled", "only the labelled images' features", "gcd", ("unlabeled_per_batch=0",)),
         Variant("drc-on-ed", "DRC on E_D alone", "gcd", ("loss.drc_on=ed",)),
         Variant("unmasked", "E_f always sees E_R; CAL's target too", "gcd",
@@ -110,17 +112,18 @@ def choose_variants(
     unrefined_teacher: str | None = None,
     split: SplitName = "test",
     others: Iterable[str] = (),
+    unlabelled_from: UnlabelledFrom = "unlabeled",
 ) -> list[Variant]:
     """The variants asked for (by default all controls that the cache allows), and one for each value of each sweep.
 
-    others: `NAME=CACHE`, gcd with the features of another cache of the same images.
-    The baseline is always among them. Raises TrainError for names and sweeps that do not exist, and for variants asked
-    for that the cache does not allow.
+    others: `NAME=CACHE`, gcd with the features of another cache of the same images. unlabelled_from: where runs take
+    images without a label from. The baseline is always among them. Raises TrainError for names and sweeps that do not
+    exist, and for variants asked for that the cache does not allow.
     """
     unknown = [name for name in names if name not in VARIANTS]
     if unknown:
         raise TrainError(f"variants: there is no {unknown[0]!r}; there are {', '.join(VARIANTS)}")
-    reasons = {name: _reason_against(cache, VARIANTS[name], split) for name in names or BY_DEFAULT}
+    reasons = {name: _reason_against(cache, VARIANTS[name], split, unlabelled_from) for name in names or BY_DEFAULT}
     refused = [reason for name, reason in reasons.items() if name in names and reason]
     if refused:
         raise TrainError(f"variants: {refused[0]}")
@@ -137,16 +140,20 @@ def choose_variants(
     return [*variants, *(variant for sweep in sweeps for variant in read_sweep(sweep, cache))]
 
 
-def left_out(cache: Cache, split: SplitName = "test") -> list[str]:
+def left_out(cache: Cache, split: SplitName = "test", unlabelled_from: UnlabelledFrom = "unlabeled") -> list[str]:
     """Why controls that are made by default are not made on this cache, a line each."""
-    reasons = (_reason_against(cache, VARIANTS[name], split) for name in BY_DEFAULT)
+    reasons = (_reason_against(cache, VARIANTS[name], split, unlabelled_from) for name in BY_DEFAULT)
     return [reason for reason in reasons if reason]
 
 
-def _reason_against(cache: Cache, variant: Variant, split: SplitName) -> str | None:
+def _reason_against(cache: Cache, variant: Variant, split: SplitName, unlabelled_from: UnlabelledFrom) -> str | None:
     """Why a cache does not allow a variant, if it does not."""
-    if variant.name in NEED_UNLABELLED and "unlabeled" not in set(cache.samples["split"].to_pylist()):
-        return f"{variant.name} needs unlabelled images, and the cache has none"
+    of_split = variant.name in NEED_UNLABELLED and unlabelled_from != "train"
+    if of_split and "unlabeled" not in set(cache.samples["split"].to_pylist()):
+        return (
+            f"{variant.name} needs unlabelled images, and the cache has none; --set unlabeled_from=train takes the "
+            "training images again, in another view"
+        )
     if variant.method == AUXILIARY and split == "test" and "test" not in cache.manifest.dataset.feature_splits:
         return (
             f"{variant.name} reads the features of test images, and the cache has none: build it with --features "
@@ -223,15 +230,35 @@ def make_cells(
     nobodys = [s for s in settings if not any(s in known for known in shared.values())]
     if nobodys:
         settings_of(FULL).field(nobodys[0].partition("=")[0].strip())  # says what is wrong with the name
+    equal = _unlabelled_of(preset, shared[FULL])
     cells = []
     for seed in range(seeds):
         for variant in variants:
-            given = [*shared[variant.method], *variant.settings, *_of_target(variant, targets or {})]
+            own = [*(equal if variant.same_images else ()), *shared[variant.method]]
+            given = [*own, *variant.settings, *_of_target(variant, targets or {})]
             where = variant.cache or cache
             config = make_config(preset, given, method=variant.method, seed=seed, cache=where)
             require_weights(config, preset)
             cells.append(Cell(variant, config))
     return cells
+
+
+def unlabelled_source(preset: str, settings: Sequence[str]) -> UnlabelledFrom:
+    """Where runs of gcd take images without a label from, by the settings of all runs."""
+    return _full(preset, [setting for setting in settings if _has(FULL, setting)]).unlabeled_from
+
+
+def _unlabelled_of(preset: str, settings: Sequence[str]) -> tuple[str, ...]:
+    """What has a baseline take the unlabelled images that a run of gcd takes, as many per update."""
+    config = _full(preset, settings)
+    rows = config.unlabeled_per_batch or UNLABELLED
+    return f"unlabelled.per_batch={rows}", f"unlabelled.images_from={config.unlabeled_from}"
+
+
+def _full(preset: str, settings: Sequence[str]) -> GcdConfig:
+    config = make_config(preset, settings, method=FULL)
+    assert isinstance(config, GcdConfig)
+    return config
 
 
 def check_other_caches(own: Cache, cells: Iterable[Cell], allow_partial: bool = False) -> None:

@@ -14,7 +14,7 @@ from cache_schema.errors import CacheUnsealed
 from trainer.cli import app
 from trainer.errors import TrainError
 from trainer.reports import ablation_run
-from trainer.reports.ablation_plan import VARIANTS, Variant, choose_variants, make_cells, read_sweep
+from trainer.reports.ablation_plan import VARIANTS, Variant, choose_variants, make_cells, read_sweep, unlabelled_source
 from trainer.reports.ablation_run import run_cells
 from trainer.reports.ablation_table import as_csv, as_markdown, tabulate
 from trainer.reports.control_targets import TIMESTEP
@@ -56,6 +56,22 @@ def test_a_run_is_told_apart_by_how_often_it_is_scored_where_its_training_goes_b
     assert len(names("validation_classes=0.2", "loss.alpha_gate=validation")) == 2
 
 
+def test_controls_without_a_teacher_take_the_unlabelled_images_that_the_method_takes():
+    chosen = [VARIANTS[name] for name in ("baseline", "gcd", "pseudo-labels", "consistency")]
+
+    def taken(preset, *settings):
+        configs = [cell.config for cell in make_cells("a", chosen, 1, preset, settings)]
+        assert [config.unlabelled.by for config in configs[2:]] == ["pseudo", "consistency"]
+        assert configs[0].unlabelled.per_batch == 0
+        return [(configs[1].unlabeled_per_batch, configs[1].unlabeled_from)] + [
+            (config.unlabelled.per_batch, config.unlabelled.images_from) for config in configs[2:]
+        ]
+
+    assert taken("demo") == 3 * [(32, "unlabeled")]
+    assert taken("small", "unlabeled_per_batch=8", "unlabeled_from=both") == 3 * [(8, "both")]
+    assert taken("small")[1:] == 2 * [(32, "unlabeled")]  # where the method takes none
+
+
 @pytest.mark.parametrize(("setting", "option"), [("seed=5", "seeds"), ("method=gcd", "variants"), ("cache=b", "cache")])
 def test_what_tells_runs_apart_is_no_setting_of_all_of_them(setting, option):
     for given in (lambda: make_cells("a", [VARIANTS["gcd"]], 2, "small", [setting]), lambda: read_sweep(setting)):
@@ -92,6 +108,8 @@ def test_controls_are_those_that_a_cache_allows(cache, make_cache):
     assert not {v.name for v in choose_variants(bare, [], [], None)} & {"pseudo-labels", "no-unlabelled"}
     with pytest.raises(TrainError, match="pseudo-labels needs unlabelled images"):
         choose_variants(bare, ["pseudo-labels"], [], None)
+    again = choose_variants(bare, [], [], None, unlabelled_from=unlabelled_source("small", ["unlabeled_from=train"]))
+    assert {"pseudo-labels", "consistency", "no-unlabelled"} <= {v.name for v in again}
     with pytest.raises(TrainError, match="there is no 'magic'"):
         choose_variants(cache, ["magic"], [], None)
     assert [v.name for v in choose_variants(cache, ["gcd"], [], "r")] == ["baseline", "gcd", "random-teacher"]
