@@ -2,7 +2,15 @@ import pytest
 
 from trainer.config import PRESETS, save_config
 from trainer.errors import TrainError
-from trainer.methods.settings import changes, differing_fields, load_config, make_config, require_weights, settings_of
+from trainer.methods.settings import (
+    changes,
+    differing_fields,
+    idle_settings,
+    load_config,
+    make_config,
+    require_weights,
+    settings_of,
+)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -112,6 +120,26 @@ def test_the_paper_preset_is_named_as_untuned_and_no_other(
     code, said, _ = here(*run, *weights)
     assert code == 0
     assert "method baseline, preset paper (as published, untuned;" in said
+
+
+def test_a_setting_that_another_one_leaves_unread_is_named(tmp_path, here):
+    said = here("run", "--preset", "small", "--set", "loss.memory=9", "--output", tmp_path, "--print-config")[2]
+    assert "note: loss.memory changes nothing while loss.align is direct" in said
+    given = {
+        "distill": ["unlabeled_from=train", "loss.temperature=1", "gim.token_components=9", "loss.alpha_ratio=2"],
+        "baseline": ["unlabelled.by=consistency", "unlabelled.images_from=both"],
+        "relational": ["unlabeled_from=both", "loss.temperature=1"],  # its temperature is always read
+    }
+    for mode, settings in given.items():
+        idle = [line.partition(" ")[0] for line in idle_settings(make_config("small", settings, mode=mode), "small")]
+        expected = {setting.partition("=")[0] for setting in settings} - (
+            {"loss.temperature"} if mode == "relational" else set()
+        )
+        assert sorted(idle) == sorted(expected)
+        rows = ["unlabelled.per_batch=1"] if mode == "baseline" else ["unlabeled_per_batch=1"]
+        used = ["loss.align=memory", "gim.token_norm=whiten", "loss.alpha_by=gradient_ratio"] * (mode == "distill")
+        assert idle_settings(make_config("small", [*settings, *rows, *used], mode=mode), "small") == []
+    assert all(not idle_settings(make_config(preset, method="gcd"), preset) for preset in PRESETS)
 
 
 def test_the_recommended_preset_fine_tunes_whatever_network_is_named():

@@ -112,7 +112,14 @@ def _config_of_run(
 
     A bare `--resume` takes the config that the run was started with.
     """
-    from trainer.methods.settings import changes, load_config, make_config, preset_student, with_absolute_paths
+    from trainer.methods.settings import (
+        changes,
+        idle_settings,
+        load_config,
+        make_config,
+        preset_student,
+        with_absolute_paths,
+    )
     from trainer.runs import CONFIG
 
     started = output / CONFIG
@@ -129,6 +136,8 @@ def _config_of_run(
         own = preset_student(chosen)
         if own not in (None, config.student.name):
             typer.echo(f"note: student {config.student.name} as timm has it; preset {chosen} is of {own}", err=True)
+        for idle in idle_settings(config, chosen):
+            typer.echo(f"note: {idle}", err=True)
     config = with_absolute_paths(config)
     if before is not None and not asked:
         return config, f"method {config.method}, as the run was started", None

@@ -347,7 +347,7 @@ class _SourceReader:
         if source.next_view and batches.crops:
             raise TrainError(
                 "loss.target_views=mean would mix features of a crop into those of the whole image: train on "
-                f"--views {','.join(WHOLE_VIEWS)}, or use loss.target_views=own"
+                f"views={','.join(WHOLE_VIEWS)}, or use loss.target_views=own"
             )
         cache, tap, timesteps = source.cache, source.tap, source.shape.timesteps
         draw, rows, slots = batches.timesteps, batches.batch_rows, batches.slots

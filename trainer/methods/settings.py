@@ -17,6 +17,16 @@ from trainer.runs import read_config
 
 # The fields of a student that say how one network is built.
 ARCHITECTURE = ("name", "img_size", "patch_size", "depth", "embed_dim", "num_heads")
+# Settings that are read where another one has one of these values; None: where it is not 0.
+READ_WITH: dict[str, tuple[str, tuple[str, ...] | None]] = {
+    "unlabeled_from": ("unlabeled_per_batch", None),
+    **{f"unlabelled.{name}": ("unlabelled.per_batch", None) for name in ("by", "images_from", "threshold", "weight")},
+    "loss.memory": ("loss.align", ("memory",)),
+    "loss.temperature": ("loss.align", ("relational", "memory")),
+    "loss.target_components": ("loss.align_target", ("pooled",)),
+    "loss.alpha_ratio": ("loss.alpha_by", ("gradient_ratio",)),
+    "gim.token_components": ("gim.token_norm", ("whiten",)),
+}
 # Those that say which of `RECOMMENDED_FOR` it is.
 _STUDENT = ("name", "pretrained", "weights")
 
@@ -118,6 +128,19 @@ def changes(config: TrainConfig, preset: str) -> str:
     named = base.student.model_copy(update={name: getattr(plain, name) for name in (*_STUDENT, *ARCHITECTURE)})
     base = base.model_copy(update={"cache": config.cache, "student": named})
     return settings_of(config.method).changes(config, base)
+
+
+def idle_settings(config: TrainConfig, preset: str) -> list[str]:
+    """What of a config differs from its preset and yet changes nothing, for another setting leaves it unread."""
+    values = settings_of(config.method).flat(config)
+    plain = settings_of(config.method).flat(make_config(preset, method=config.method))
+    found = []
+    for name, (other, wanted) in READ_WITH.items():
+        if not values.keys() >= {name, other} or values[name] == plain[name]:
+            continue
+        if not (values[other] if wanted is None else values[other] in wanted):
+            found.append(f"{name} changes nothing while {other} is {values[other]}")
+    return found
 
 
 def migrate(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,8 @@ def memory_loss(student: Tensor, target: Tensor, memory: Tensor, filled: Tensor,
     """KL between the softmaxed cosine similarities of student and target to a memory of targets.
 
     student (B, D) in the target's space, target (B, P, D), memory (K, P, D) with filled (K,) bool. Averaged over
-    images and P. Source: Fang et al., "SEED: Self-supervised Distillation for Visual Representation", ICLR 2021.
+    images and P. The memory may hold an image's own target too, as there. Source: Fang et al., "SEED: Self-supervised
+    Distillation for Visual Representation", ICLR 2021.
     """
     with torch.autocast(student.device.type, enabled=False):
         memory = F.normalize(memory.float(), dim=-1).permute(1, 2, 0)  # (P, D, K)

@@ -182,6 +182,9 @@ def start(parts: Parts, run: Path, resume: bool) -> Progress:
     )
     checkpoint = latest_checkpoint(run) if resume else None
     if checkpoint is None:
+        if batches.fit_on == "all":
+            of = f"{len(batches.all_rows)} images in {len(batches.views)} views"
+            print(f"measuring the features of {of} before the first update")
         parts.method.fit(batches.fitting(FIT_UPDATES).to(parts.device))
         return beginning
     if not resumes_exactly(parts.device, parts.config.deterministic):

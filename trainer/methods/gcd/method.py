@@ -189,6 +189,11 @@ class Gcd(Method):
             self.regression.fit(features)
 
     def validated(self, scores: Mapping[str, Any]) -> None:
+        """Open the gate of α while masked E_D is ahead of E_R in R@1, and close it while it is not.
+
+        Source: a teacher is followed only as long as that helps, as in the early-stopped distillation of Cho &
+        Hariharan, "On the Efficacy of Knowledge Distillation", ICCV 2019.
+        """
         if self.gate is None:
             return
         if not scores["auxiliary"]:
@@ -242,7 +247,10 @@ def _check(config: GcdConfig) -> None:
     if loss.align == "relational":
         require_others(config.at_once + config.unlabeled_per_batch // config.optim.accumulate, "loss.align=relational")
     if loss.alpha_by == "gradient_ratio" and (loss.drc_on != "both" or not loss.drc_student_weight):
-        raise TrainError("loss.alpha_by: gradient_ratio needs DRC on E_R to be held against; add loss.drc_on=both")
+        raise TrainError(
+            "loss.alpha_by: gradient_ratio needs DRC on E_R to be held against; add loss.drc_on=both, with a "
+            "loss.drc_student_weight"
+        )
     if loss.alpha_gate == "validation" and not (config.validation_classes and config.eval_every):
         raise TrainError(
             "loss.alpha_gate: validation needs classes held out and scored on the way; "
