@@ -157,7 +157,11 @@ def build_student(config: StudentConfig) -> Student:
     except BUILD_ERRORS as error:
         reason = _first_line(error)
         weights = f" with weights {config.weights}" if config.weights else ""
-        raise TrainError(f"cannot build student {config.name}{weights}: {reason}") from error
+        unreachable = isinstance(error, OSError) and config.pretrained and not config.weights
+        advice = "; --student-weights FILE.safetensors needs no hub, student.pretrained=false no weights"
+        raise TrainError(
+            f"cannot build student {config.name}{weights}: {reason}{advice if unreachable else ''}"
+        ) from error
     student = _wrap(config.name, config.timm_kwargs(), network)
     _refuse_unseen_edges(student)
     _set_batch_norm(student, config)

@@ -212,6 +212,15 @@ def test_a_convolutional_network_takes_an_odd_size_as_it_is():
     assert student.with_tokens(pictures)[1].shape[1:] == student.token_shape
 
 
+def test_where_no_hub_is_reached_it_is_said_how_to_do_without(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        TrainError, match=r"cannot build student test_vit: .*; --student-weights FILE.safetensors needs"
+    ):
+        build_student(StudentConfig(name="test_vit", pretrained=True))
+
+
 def test_batch_norms_without_statistics_are_not_frozen():
     with pytest.raises(TrainError, match=r"student.batch_norm=freeze keeps the statistics of pretrained weights"):
         build_student(StudentConfig(name="test_efficientnet", batch_norm="freeze"))
