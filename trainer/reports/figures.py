@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import cycle
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from trainer.evaluation.metrics import COLUMNS
-from trainer.evaluation.tables import headline
+from trainer.evaluation.tables import auxiliary_about, headline
 
 LINES = ("-", "--", ":", "-.")  # the losses of one panel
 COLOURS = ("#7a8794", "#1f6feb", "#d97706", "#0f9d6c", "#a855f7", "#dc2626")
@@ -86,12 +86,26 @@ def _plot_losses(axes: Axes, parts: Mapping[str, str], logs: dict[str, list[dict
 
 
 def _plot_recall(axes: Axes, measured: dict[str, list[dict[str, Any]]]) -> None:
-    axes.set_title("R@1 on unseen classes, percent")
+    axes.set_title("R@1 on validation classes, percent")
     for i, (name, records) in enumerate(measured.items()):
-        updates = [record["update"] for record in records]
-        recalls = [100 * headline(record["eval"])["recall_at_1"] for record in records]
-        axes.plot(updates, recalls, "o-", color=_colour(i), markersize=3, label=name)
+        for style, (whose, points) in zip(cycle(LINES), recall_curves(records).items(), strict=False):
+            updates, recalls = zip(*points, strict=True)
+            label = f"{name} {whose}".strip()
+            axes.plot(updates, [100 * recall for recall in recalls], f"o{style}", color=_colour(i), markersize=3,
+                      label=label)  # fmt: skip
     axes.set_ylim(bottom=0)
+
+
+def recall_curves(records: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """R@1 after each number of updates, of what a run is compared by ("") and of the others, by their symbols."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        update, scores = record["update"], record["eval"]
+        curves.setdefault("", []).append((update, headline(scores)["recall_at_1"]))
+        for name, by in (scores.get("auxiliary") or {}).items():
+            if name != scores.get("scored", "student"):
+                curves.setdefault(auxiliary_about(scores, name), []).append((update, by["mean"]["recall_at_1"]))
+    return curves
 
 
 def _has(log: list[dict[str, Any]], parts: Mapping[str, str]) -> bool:

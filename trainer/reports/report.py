@@ -142,7 +142,7 @@ def _make_page(runs: Sequence[FinishedRun], cache: Cache, device: torch.device) 
         ),
         runs=[_view(run, queries[run.name], None if run is runs[0] else first) for run in runs],
         recall_figure=recall_figure({_with_teacher(run): headline(run.scores) for run in runs}),
-        loss_figure=loss_figure({run.name: _log(run) for run in runs}, _loss_panels(runs)),
+        loss_figure=loss_figure({run.name: measured_log(run) for run in runs}, _loss_panels(runs)),
         map_figure=map_figure(embeddings, test.split.labels, class_names(test), first.classes != first.nearest),
         looks=[each for run in runs for each in _looks(run, cache, device)],
         gallery=gallery,
@@ -191,10 +191,11 @@ def _loss_panels(runs: Sequence[FinishedRun]) -> dict[str, dict[str, str]]:
     return panels
 
 
-def _log(run: FinishedRun) -> list[dict[str, Any]]:
-    """The run's log with its final scores as the last evaluation."""
-    final = {"update": run.result["student_updates"], "eval": run.scores}
-    return [*read_metrics(run.path / LOG), final]
+def measured_log(run: FinishedRun) -> list[dict[str, Any]]:
+    """The run's log, with what it scored at its end on the classes that the log's scores are of: never test classes."""
+    scores = run.result.get("validation")
+    final = [{"update": run.result["student_updates"], "eval": scores}] if scores else []
+    return [*read_metrics(run.path / LOG), *final]
 
 
 def _stored_scores(path: Path, cache: Cache) -> dict[str, Any] | None:

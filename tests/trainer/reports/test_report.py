@@ -12,7 +12,8 @@ from trainer.models.student import load_student
 from trainer.reports import embedding_map
 from trainer.reports.attention import look
 from trainer.reports.embedding_map import lay_out
-from trainer.reports.report import FinishedRun, format_runs, load_runs, summarise, write_report
+from trainer.reports.figures import recall_curves
+from trainer.reports.report import FinishedRun, format_runs, load_runs, measured_log, summarise, write_report
 from trainer.training.loop import train
 
 _spec = importlib.util.spec_from_file_location("chromium", Path(__file__).parent.parent / "retrieval" / "chromium.py")
@@ -53,6 +54,24 @@ def test_each_run_has_lines_of_its_own_for_what_it_makes_of_the_teacher(run, cac
     lines = format_runs([named("a", 0.25), named("b", 0.75), *by_teacher]).splitlines()[1:]
     assert [line.split()[0].rstrip(",") for line in lines] == ["a", "with", "b", "with", "c", "its", "d", "its"]
     assert [line.split()[-1] for line in (lines[1], lines[3])] == ["25.0", "75.0"]
+
+
+def test_the_curves_of_a_run_are_of_its_validation_classes_from_the_first_to_the_last_point(
+    wide_cache, tiny_config, tmp_path
+):
+    folder = tmp_path / "run"
+    train(tiny_config("validation_classes=0.4", "eval_every=1", "epochs=2"), wide_cache, folder)
+    (one,) = load_runs([folder], wide_cache, CPU)
+    test = {**one.scores, "student": {**one.scores["student"], "recall_at_1": 0.123}}
+    log = measured_log(replace(one, scores=test))
+    curves = recall_curves(record for record in log if "eval" in record)
+    assert set(curves) == {"", "E_D, E_R unmasked", "E_D, E_R masked"}
+    validation, updates = one.result["validation"], one.result["student_updates"]
+    assert [update for update, _ in curves[""]] == [updates // 2, updates]
+    assert curves[""][-1][1] == validation["student"]["recall_at_1"]
+    assert curves["E_D, E_R masked"][-1][1] == validation["auxiliary"]["masked"]["mean"]["recall_at_1"]
+    unfollowed = replace(one, result={key: value for key, value in one.result.items() if key != "validation"})
+    assert len(measured_log(unfollowed)) == len(log) - 1
 
 
 def test_a_report_refuses_runs_of_different_caches(run, make_cache):
