@@ -53,7 +53,7 @@ class BoxStage:
             assert self._files is not None
             self._detector = Detector(self._files, str(choose_device(self._config.device)))
         c = self._config
-        return self._detector.detect(images, self._dataset.superclass, c.box_threshold, c.detected_padding)
+        return self._detector.detect(images, self._dataset.superclass, c.box_threshold, c.padding)
 
     def _detected(self, image: Image.Image, detection: Detection | None) -> dict[str, Any]:
         if detection is None:
@@ -65,7 +65,7 @@ class BoxStage:
             return {"box": _whole(image), "box_source": "full", "box_score": None}
         _, box = decode_with_box(encoded, sample.box)
         return {
-            "box": pad_and_clip(box, image.size, self._config.given_padding),
+            "box": pad_and_clip(box, image.size, self._config.padding),
             "box_source": sample.box_source,
             "box_score": None,
         }

@@ -37,12 +37,9 @@ class AnnotateConfig:
     detector_revision: Annotated[str | None, Setting("Revision of the detector's repository.")] = None
     box_threshold: Annotated[float, Setting("A detection's score must be above this.", least=0, most=1)] = 0.3
     padding: Annotated[
-        float | None,
-        Setting(
-            "Share of a box's sides to add around it, detected or the data set's; default 0.05 of detected ones alone.",
-            least=0, most=1,
-        ),
-    ] = None  # fmt: skip
+        float,
+        Setting("Share of a box's sides to add around it, whether detected or the data set's.", least=0, most=1),
+    ] = 0.05
     captioner: Annotated[str, Setting("Image-text-to-text chat model: hub repository or folder.")] = (
         "Qwen/Qwen2.5-VL-7B-Instruct"
     )
@@ -68,16 +65,6 @@ class AnnotateConfig:
     save_every: Annotated[
         int, Setting("Images after which an interrupted run need not do them again.", least=1, resumable=True)
     ] = 64
-
-    @property
-    def detected_padding(self) -> float:
-        """What is added around a detected box."""
-        return 0.05 if self.padding is None else self.padding
-
-    @property
-    def given_padding(self) -> float:
-        """What is added around a box of the data set: the same where it is given, otherwise nothing."""
-        return self.padding or 0.0
 
     def __post_init__(self) -> None:
         check_limits(self, AnnotateError)

@@ -91,13 +91,13 @@ def describe_settings(dataset: Dataset, config: AnnotateConfig, models: Models) 
         "--captions": config.captions,
         "the data set's images, classes and annotations": hashlib.sha256(canonical_json(known).encode()).hexdigest(),
     }
-    if config.boxes == "dataset" and config.given_padding:
-        settings["--padding"] = config.given_padding
+    if config.boxes == "dataset" and config.padding:
+        settings["--padding"] = config.padding
     if models.detector:
         settings |= {
             "digest of --detector": models.detector.digest,
             "--box-threshold": config.box_threshold,
-            "--padding": config.detected_padding,
+            "--padding": config.padding,
         }
     if models.captioner:
         settings |= {

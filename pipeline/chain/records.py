@@ -22,7 +22,7 @@ _PARTS: dict[Step, tuple[str, ...]] = {
     "verify": (),
 }
 
-_OF_DETECTOR = {"detector", "detector_revision", "box_threshold", "padding"}
+_OF_DETECTOR = {"detector", "detector_revision", "box_threshold"}
 _OF_CAPTIONER = {"captioner", "captioner_revision", "instruction", "max_new_tokens", "crop_side", "dtype"}
 
 
@@ -48,6 +48,7 @@ def settings_of(config: RunConfig, step: Step) -> dict[str, Any]:
 
 def _unused(config: AnnotateConfig) -> set[str]:
     unused = set() if config.boxes == "detector" else _OF_DETECTOR
+    unused = unused | {"padding"} if config.boxes == "full" else unused
     return unused if config.captions == "vlm" else unused | _OF_CAPTIONER
 
 

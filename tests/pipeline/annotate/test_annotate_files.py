@@ -158,7 +158,7 @@ def test_what_annotate_wrote_is_what_a_build_uses(birds, tmp_path, flux_folder):
     rows[0]["box"] = [1, 2, 8, 9]
     own = write_lines(tmp_path / "own.jsonl", [json.dumps(row) for row in rows])
     output = tmp_path / "annotations.parquet"
-    config = AnnotateConfig(boxes="dataset", captions="dataset")
+    config = AnnotateConfig(boxes="dataset", captions="dataset", padding=0)
     annotate(AnnotatedDataset(birds, own), config, output, log=str)
     done = dit_cache(
         "build", "--dataset", "folder", "--data", tmp_path / "birds", "--superclass", "bird", "--annotations", output,

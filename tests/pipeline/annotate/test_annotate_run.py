@@ -76,7 +76,7 @@ def test_boxes_of_the_data_set_are_kept_and_one_outside_the_image_has_a_reason(b
     bird_set.samples = [replace(s, box=given.get(s.id), box_source="dataset") for s in bird_set.samples]
     rows = {
         r["id"]: r
-        for r in annotate(bird_set, AnnotateConfig(boxes="dataset", captions="none"), tmp_path / "a", log=str)
+        for r in annotate(bird_set, AnnotateConfig(boxes="dataset", captions="none", padding=0), tmp_path / "a", log=str)
     }
     assert rows["House Wren/0.png"]["box"] == [5, 6, 60, 40]
     assert rows["House Wren/0.png"]["box_source"] == "dataset"
@@ -84,14 +84,15 @@ def test_boxes_of_the_data_set_are_kept_and_one_outside_the_image_has_a_reason(b
     assert (rows["House Wren/3.png"]["box"], rows["House Wren/3.png"]["box_source"]) == ([0, 0, 90, 50], "full")
 
 
-def test_a_padding_that_is_given_is_added_to_boxes_of_the_data_set_as_to_detected_ones(bird_set, tmp_path):
+def test_boxes_of_the_data_set_are_padded_as_detected_ones_are(bird_set, tmp_path):
     bird_set.samples = [replace(s, box=(10.0, 10.0, 30.0, 20.0), box_source="dataset") for s in bird_set.samples]
     config = AnnotateConfig(boxes="dataset", captions="none", padding=0.1)
     rows = annotate(bird_set, config, tmp_path / "a", log=str)
     assert [8.0, 9.0, 32.0, 21.0] in [row["box"] for row in rows]
     with pytest.raises(AnnotateError, match="--padding"):
         annotate(bird_set, replace(config, padding=0.2), tmp_path / "a", log=str)
-    assert (config.detected_padding, AnnotateConfig().detected_padding) == (0.1, 0.05)
+    rows = annotate(bird_set, AnnotateConfig(boxes="dataset", captions="none"), tmp_path / "b", log=str)
+    assert [9.0, 9.5, 31.0, 20.5] in [row["box"] for row in rows], "a twentieth of the sides, as of detected boxes"
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -89,6 +89,11 @@ def test_what_does_not_change_the_result_may_change(runs, folder):
             "annotate.captions was dataset, now it is none",
             "annotations.parquet, lora and cache",
         ),
+        (
+            "annotate.padding=0.2",
+            "annotate.padding was 0.05, now it is 0.2",
+            "annotations.parquet, lora and cache",
+        ),
         ("refine.lr=0.5", "refine.lr was 0.0001, now it is 0.5", "lora and cache"),
         ("refine.steps=5", "refine.steps was 4, now it is 5", "lora and cache"),
         ("teacher.guidance=1", "teacher.guidance was 3.5, now it is 1.0", "lora and cache"),
