@@ -16,7 +16,7 @@ from pipeline.annotate.config import AnnotateConfig
 from pipeline.build.config import BuildConfig
 from pipeline.device import DtypeName
 from pipeline.inputs.tolerance import Tolerance
-from pipeline.presets import preset_values
+from pipeline.presets import TEACHERS, TIMM_PREFIX, VAE_PREFIX, preset_values
 from pipeline.probe.config import ProbeConfig
 from pipeline.refine.config import RefineConfig
 
@@ -165,9 +165,26 @@ def configure(given: Mapping[str, Any], settings: Iterable[str] = (), saved: Pat
     known = SETTINGS.given(given, settings)
     if saved is None:
         base = preset_values(known.get("data.name", "demo"), known.get("teacher.name"))
+        if "build.taps" not in known:
+            _choose_tap(base, known.get("teacher.revision"))
     else:
         base = SETTINGS.plain(SETTINGS.load(saved))
     return SETTINGS.make(base, known)
+
+
+def _choose_tap(base: dict[str, Any], revision: str | None) -> None:
+    """Read a folder or repository of the FLUX families in its middle, as the presets of these families do."""
+    name = base["teacher"]["name"]
+    if name in TEACHERS or name.startswith((TIMM_PREFIX, VAE_PREFIX)):
+        return
+    from pipeline.teachers import TeacherError, middle_tap
+
+    try:
+        tap = middle_tap(name, revision)
+    except TeacherError:
+        return  # whoever opens it says why that cannot be done, and when its turn comes
+    if tap is not None:
+        base["build"]["taps"] = [tap]
 
 
 def make_config(

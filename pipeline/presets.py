@@ -17,8 +17,9 @@ _BASE: Values = {"teacher": {"name": "flux-kontext"}, "build": {"batch": 4}}
 _SMALL: Values = {
     # There is no detector and no vision-language model of this size, so no other boxes to be as wide as.
     "annotate": {"boxes": "dataset", "captions": "dataset", "padding": 0.0},
-    # A LoRA of so small a network, and so few steps, take a larger rate than the paper's.
-    "refine": {"steps": 200, "batch": 8, "lr": 1e-3, "grad_clip": 1.0, "checkpoint_every": 50},
+    # A LoRA of so small a network, and so few steps, take a larger rate than the paper's. All of them go into images as
+    # they are.
+    "refine": {"steps": 200, "batch": 8, "lr": 1e-3, "grad_clip": 1.0, "flip": False, "checkpoint_every": 50},
     "build": {
         "timesteps": [22, 28],
         "feature_splits": ["train", "unlabeled", "test"],
@@ -31,8 +32,12 @@ _SMALL: Values = {
 _DEMO: Values = {"teacher": {"name": "demo"}, "build": {"views": ["canonical", "hflip"], "image_format": "png"}}
 
 # Photographs: with their aspect and the usual margin (256 for 224), so that a student can be trained on crops, and
-# mirrored too, so that a mirrored student meets features of what it sees.
-_PHOTOGRAPHS: Values = {"build": {"views": ["canonical", "hflip"], "image_size": 256, "image_shape": "aspect"}}
+# mirrored too, so that a mirrored student meets features of what it sees; the teacher is refined on both, clipping as
+# others do.
+_PHOTOGRAPHS: Values = {
+    "refine": {"grad_clip": 1.0, "flip": True},
+    "build": {"views": ["canonical", "hflip"], "image_size": 256, "image_shape": "aspect"},
+}
 
 DATASETS: dict[str, tuple[Values, ...]] = {
     "cars": (_PHOTOGRAPHS,),

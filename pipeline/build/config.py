@@ -18,7 +18,7 @@ from cache_schema.format.vocabulary import (
 from pipeline.curriculum import DEFAULT_STEPS, DEFAULT_TIMESTEPS, check_timesteps
 from pipeline.datasets.base import SPLITS
 from pipeline.inputs.framing import DEFAULT_RATIO, DEFAULT_SCALE
-from pipeline.inputs.views import expand_views
+from pipeline.inputs.views import expand_views, is_crop
 
 AUTO_BATCH = 32
 
@@ -125,10 +125,26 @@ class BuildConfig:
         if len(set(self.taps)) != len(self.taps) or not self.taps:
             raise DitDistillError(f"--taps {','.join(self.taps)}: name at least one tap, each once")
         check_limits(self)
+        self._refuse_what_would_do_nothing()
         if self.store == "webdataset" and self.compression != "none":
             raise DitDistillError(
                 f"--store webdataset is not compressed; leave out --compression {self.compression}, or use --store zarr"
             )
+
+    def _refuse_what_would_do_nothing(self) -> None:
+        if self.massive_channels == "keep" and self.massive_factor != DEFAULT_MASSIVE_FACTOR:
+            raise DitDistillError(
+                f"--massive-factor {self.massive_factor:g}: massive channels are kept; add --massive-channels remove "
+                "or standardize"
+            )
+        if any(map(is_crop, self.views)):
+            return
+        for option, given, usual in (
+            ("--crops-scale", self.crops_scale, DEFAULT_SCALE),
+            ("--crops-ratio", self.crops_ratio, DEFAULT_RATIO),
+        ):
+            if tuple(given) != usual:
+                raise DitDistillError(f"{option}: none of the views is a random crop; add crops:K to --views")
 
     @property
     def batch_images(self) -> int:

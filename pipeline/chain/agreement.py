@@ -1,19 +1,98 @@
 """What a build should be told before it costs days: where Stage I, the teacher and the build do not fit together."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-from pipeline.teachers.base import AnyTeacher
+from cache_schema.errors import DitDistillError
+from cache_schema.format.vocabulary import ObjectCrop
+from pipeline.config import RunConfig, TeacherOptions
+
+if TYPE_CHECKING:
+    from pipeline.teachers import TeacherOutline
 
 # Step-distilled models were trained at the few noise levels of a short schedule.
 _FEW_STEPS = 8
 
 
-def remarks_on(teacher: AnyTeacher, lora: Path | None, num_steps: int) -> list[str]:
+class Running(Protocol):
+    """How a teacher runs, as far as it must agree with Stage I and the schedule; loaded or only planned."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def guidance(self) -> float | None: ...
+    @property
+    def resolution(self) -> int: ...
+    @property
+    def crop(self) -> ObjectCrop: ...
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A teacher before it is loaded. Fulfils `Running`."""
+
+    source: str
+    guidance: float | None
+    resolution: int
+    crop: ObjectCrop
+    step_distilled: bool
+
+
+def planned(options: TeacherOptions, outline: "TeacherOutline | None" = None) -> Planned:
+    """How the teacher of a configuration would run. outline: of it, if it is known already; raises TeacherError."""
+    if outline is None:
+        from pipeline.teachers import outline_teacher
+
+        outline = outline_teacher(options.name, revision=options.revision, resolution=options.resolution)
+    guidance = options.guidance if outline.architecture.guidance_embeds else None
+    return Planned(outline.source, guidance, outline.resolution, options.crop, outline.step_distilled)
+
+
+def remarks_on(teacher: Running, lora: Path | None, num_steps: int) -> list[str]:
     """One line for each thing that runs but is not what one would want; nothing where all fits together."""
     return [*_stage_one(teacher, lora), *_schedule(teacher, num_steps)]
 
 
-def _stage_one(teacher: AnyTeacher, lora: Path | None) -> list[str]:
+def remarks_on_plan(config: RunConfig, outline: "TeacherOutline", steps: Sequence[str]) -> list[str]:
+    """The same before any of these steps has begun, with what Stage I would be told.
+
+    Raises DitDistillError for what Stage I would refuse.
+    """
+    teacher, remarks = planned(config.teacher, outline), []
+    if "refine" in steps:
+        check_train_guidance(config, teacher)
+        remarks += remarks_on_stage_one(teacher)
+        trained = config.refine.train_guidance
+        if trained is not None and trained != teacher.guidance:
+            remarks.append(f"warning: Stage I runs with guidance {trained:g}, the build with {teacher.guidance:g}")
+    schedules = {"probe": config.probe.num_steps, "build": config.build.num_steps}
+    for said in (_schedule(teacher, count) for step, count in schedules.items() if step in steps):
+        remarks += [line for line in said if line not in remarks]
+    return remarks
+
+
+def remarks_on_stage_one(teacher: Running) -> list[str]:
+    """Where Stage I is not what one would want of this teacher."""
+    if not getattr(teacher, "step_distilled", False):
+        return []
+    return [
+        f"warning: {teacher.source} is distilled to a few steps, and Stage I trains it at all noise levels; refine its "
+        "base model"
+    ]
+
+
+def check_train_guidance(config: RunConfig, teacher: Running) -> None:
+    """Raise DitDistillError where Stage I is told a guidance that the teacher does not read."""
+    if config.refine.train_guidance is not None and teacher.guidance is None:
+        raise DitDistillError(
+            f"--train-guidance {config.refine.train_guidance:g}: the teacher {teacher.source} embeds no guidance; "
+            "leave it out"
+        )
+
+
+def _stage_one(teacher: Running, lora: Path | None) -> list[str]:
     if lora is None:
         return []
     from pipeline.teachers.lora import refined_with
@@ -26,7 +105,7 @@ def _stage_one(teacher: AnyTeacher, lora: Path | None) -> list[str]:
     ]
 
 
-def _schedule(teacher: AnyTeacher, num_steps: int) -> list[str]:
+def _schedule(teacher: Running, num_steps: int) -> list[str]:
     if not getattr(teacher, "step_distilled", False) or num_steps <= _FEW_STEPS:
         return []
     return [

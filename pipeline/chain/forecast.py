@@ -12,6 +12,7 @@ from cache_schema.errors import CacheNotFound
 from cache_schema.format.journal import committed_shards
 from cache_schema.format.manifest_file import load_manifest
 from cache_schema.storage.local import LocalFolder
+from pipeline.chain.agreement import remarks_on_plan
 from pipeline.chain.state import RunFolder, State, config_for, lora_for, output_of
 from pipeline.config import RunConfig, Step
 from pipeline.datasets.base import Dataset, split_counts
@@ -53,7 +54,8 @@ def forecast(config: RunConfig, folder: Path, dataset: Dataset, rates: Rates) ->
 
     Keys: `folder`, `dataset` (name, protocol, splits), `teacher`, `steps` (see `StepForecast`), `disk` and
     `conditions` (as in `pipeline.estimate.sizes.estimate`, or None), `hours` (of what is to do, in all), `unknown`
-    (steps whose hours are not known). Raises what the steps would for taps or encodings that do not fit the teacher.
+    (steps whose hours are not known), `warnings` (lines about what does not fit together).
+    Raises what the steps would for taps or encodings that do not fit the teacher.
     """
     forecaster = _Forecaster(config, folder, dataset, rates)
     steps = [forecaster.step(state) for state in RunFolder(folder, config, dataset.samples).states()]
@@ -68,6 +70,7 @@ def forecast(config: RunConfig, folder: Path, dataset: Dataset, rates: Rates) ->
         "conditions": forecaster.size["conditions"] if building else None,
         "hours": sum(step.hours or 0.0 for step in left),
         "unknown": [step.step for step in left if step.hours is None],
+        "warnings": remarks_on_plan(config, forecaster.outline, [step.step for step in left]),
     }
 
 
@@ -80,7 +83,7 @@ class _Forecaster:
     def __init__(self, config: RunConfig, folder: Path, dataset: Dataset, rates: Rates) -> None:
         self.config, self.folder, self.dataset, self.rates = config, folder, dataset, rates
         chosen, speed = config.teacher, rates.images_per_second
-        outline = outline_teacher(chosen.name, revision=chosen.revision, resolution=chosen.resolution)
+        self.outline = outline = outline_teacher(chosen.name, revision=chosen.revision, resolution=chosen.resolution)
         described = "annotate" in config.steps and config.annotate.captions == "vlm"
         plan = sizes.plan_cache(outline, config.build, dataset, None, captions_differ=described)
         rate = None if speed is None else sizes.TeacherRate(speed, "given")

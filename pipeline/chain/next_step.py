@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from pipeline.config import RunConfig, Step
+from pipeline.config import RunConfig, Step, TeacherOptions
 
 
 def next_line(done: Step, config: RunConfig, output: Path, lora: Path | None = None) -> str:
@@ -41,7 +41,9 @@ def teacher_options(config: RunConfig) -> dict[str, object]:
         "--teacher": teacher.name,
         "--revision": teacher.revision,
         "--resolution": teacher.resolution,
+        "--guidance": None if teacher.guidance == TeacherOptions.guidance else teacher.guidance,
         "--context": teacher.context,
+        "--input": None if teacher.input == "object" else teacher.input,
         "--crop": None if teacher.crop == "box" else teacher.crop,
     }
 

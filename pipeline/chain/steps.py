@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from cache_schema.errors import DitDistillError
-from pipeline.chain.agreement import remarks_on
+from pipeline.chain.agreement import check_train_guidance, planned, remarks_on, remarks_on_stage_one
 from pipeline.chain.next_step import next_line
 from pipeline.config import RunConfig
 from pipeline.opening import open_data, open_teacher
@@ -67,6 +67,7 @@ def refine_teacher(config: RunConfig, output: Path, *, alone: bool = True) -> No
             "--compile: PyTorch cannot compile gradients through weights of 8 bits; leave out --compile or --quantize"
         )
     opened = open_data(config.data)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one says so
     guidance = config.teacher.guidance if config.refine.train_guidance is None else config.refine.train_guidance
     loaded = open_teacher(replace(config.teacher, offload=False, guidance=guidance), lora=None)
     if is_image_encoder(loaded):
@@ -74,11 +75,12 @@ def refine_teacher(config: RunConfig, output: Path, *, alone: bool = True) -> No
             f"teacher {loaded.source}: an image encoder has no Stage I; go on with dit-cache build, or leave refine "
             "out of the steps: --set steps=build,verify"
         )
+    check_train_guidance(config, loaded)
+    for remark in remarks_on_stage_one(loaded) if first else ():
+        print(remark)
     from pipeline.estimate.activations import recomputes
     from pipeline.refine import refine
     from pipeline.teachers.diffusers_teacher import DiffusersTeacher
-
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one says so
 
     def decide() -> bool:
         return recomputes(cast(DiffusersTeacher, loaded), config.refine, print if first else lambda _: None)
@@ -94,9 +96,12 @@ def probe_teacher(config: RunConfig, lora: Path | None, output: Path, *, alone: 
     """Which taps and timesteps tell most: table and heat map into the folder `output`."""
     opened = open_data(config.data)
     loaded = open_teacher(config.teacher, lora)
-    from pipeline.probe.run import probe
+    for remark in remarks_on(loaded, lora, config.probe.num_steps):
+        print(remark)
+    from pipeline.probe.run import Usual, probe
 
-    probe(loaded, opened, config.probe, output, conditions=config.conditions)
+    usual = Usual(config.build.taps, config.build.timesteps, config.build.massive_channels)
+    probe(loaded, opened, config.probe, output, conditions=config.conditions, usual=usual)
     if alone:
         print(next_line("probe", config, output, lora))
 
@@ -165,6 +170,8 @@ def build_cache_with_ray(
     from pipeline.inputs.condition_store import default_store
 
     the_library()
+    for remark in remarks_on(planned(config.teacher), lora, config.build.num_steps):
+        print(remark)
     # Workers have working directories of their own.
     data = replace(config.data, root=config.data.root and config.data.root.absolute())
     scanned = scan_for(open_data(data), config.build, config.tolerance, hung=known_hangs(output, "scan"))

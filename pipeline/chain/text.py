@@ -56,4 +56,5 @@ def _notes(found: dict[str, Any]) -> list[str]:
             notes.append(f"hours of {step['step']}: unknown; give {step['basis']}")
     if "build" in found["unknown"]:
         notes.append("`dit-cache estimate --measure 16` measures --images-per-second")
+    notes += found["warnings"]
     return notes or ["everything is done"]

@@ -53,6 +53,11 @@ class ProbeConfig:
         chosen = self.massive_channels
         if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(known):
             raise DitDistillError(f"--massive-channels {','.join(chosen)}: name one or more of {', '.join(known)}")
+        if self.massive_factor != DEFAULT_MASSIVE_FACTOR and set(chosen) == {"keep"}:
+            raise DitDistillError(
+                f"--massive-factor {self.massive_factor:g}: massive channels are only kept; add remove or standardize "
+                "to --massive-channels"
+            )
         if self.split not in SPLITS:
             raise DitDistillError(f"--split {self.split}: name one of {', '.join(SPLITS)}")
 

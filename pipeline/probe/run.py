@@ -36,9 +36,20 @@ from pipeline.probe.scores import (
 from pipeline.teachers.base import AnyTeacher, Teacher, input_of, is_image_encoder
 from pipeline.teachers.passes import memory_errors
 
-DEFAULT_TAP = "hidden"
 # Farther below the best than this many standard errors, the default is worth a warning.
 _CLEAR = 2.0
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What a build would cache without the advice, which is held against it: its taps are always compared."""
+
+    taps: tuple[str, ...] = ("hidden",)
+    timesteps: tuple[int, ...] = DEFAULT_TIMESTEPS
+    massive: MassiveChannels = "keep"
+
+
+USUAL = Usual()
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,7 @@ def probe(
     output: Path,
     *,
     conditions: Path | None = None,
+    usual: Usual = USUAL,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Score every tap at every timestep, print a table, write probe.json and probe.png to `output`.
@@ -73,14 +85,14 @@ def probe(
     Returns what is written to probe.json. conditions: folder of the `ConditionStore`, by default beside `output`.
     Raises DitDistillError where the data set has too few labelled images.
     """
-    taps = config.taps or tuple(teacher.taps(config.modulated))
+    taps = config.taps or _all_taps(teacher, config, usual)
     for tap in taps:
         teacher.tap_shape(tap)
     samples = choose_samples(dataset, config)
     source_at = _sources(teacher, dataset, taps, conditions or default_store(output), config.seed)
     source_at(0.0).prepare(samples, log=log)
     scores = score_all(teacher, source_at, samples, taps, config)
-    advice = advise(scores, config, len(samples))
+    advice = advise(scores, config, len(samples), usual)
     classes = len({s.label for s in samples})
     record: dict[str, Any] = {
         "dataset": dataset.name,
@@ -107,6 +119,12 @@ def probe(
         log(f"warning: {advice.warning}")
     log(f"wrote {output / 'probe.json'} and {output / 'probe.png'}")
     return record
+
+
+def _all_taps(teacher: AnyTeacher, config: ProbeConfig, usual: Usual) -> tuple[str, ...]:
+    """Every tap, in running order; of the modulated ones, unless all are wanted, those that a build would take."""
+    wanted = {*teacher.taps(config.modulated), *usual.taps}
+    return tuple(tap for tap in teacher.taps(modulated=True) if tap in wanted)
 
 
 def choose_samples(dataset: Dataset, config: ProbeConfig) -> list[Sample]:
@@ -218,7 +236,7 @@ def standard_error(share: float, count: int) -> float:
     return math.sqrt(inside * (1 - inside) / count)
 
 
-def advise(scores: Sequence[Score], config: ProbeConfig, images: int) -> Advice:
+def advise(scores: Sequence[Score], config: ProbeConfig, images: int, usual: Usual = USUAL) -> Advice:
     """The tap whose best timesteps retrieve best on average, and these timesteps, from coarse to fine."""
     table = {(s.name, s.timestep): s.recall_at_1 for s in scores}
     taps = list(dict.fromkeys(s.name for s in scores))
@@ -233,13 +251,14 @@ def advise(scores: Sequence[Score], config: ProbeConfig, images: int) -> Advice:
 
     tap = max(taps, key=lambda t: mean(t, best_steps(t)))
     steps = best_steps(tap)
-    default = [p for p in DEFAULT_TIMESTEPS if p in config.timesteps]
-    default_recall = mean(DEFAULT_TAP, default) if DEFAULT_TAP in taps and default else None
+    default = [p for p in usual.timesteps if p in config.timesteps]
+    known = [s.name for s in scores if s.tap == usual.taps[0] and s.massive == usual.massive]
+    default_recall = mean(known[0], default) if known and default else None
     warning = None
     recall = mean(tap, steps)
     if default_recall is not None and recall - default_recall > _CLEAR * standard_error(recall, images):
         warning = (
-            f"the default --taps {DEFAULT_TAP} --timesteps {','.join(map(str, default))} has a mean R@1 of "
+            f"the default --taps {usual.taps[0]} --timesteps {','.join(map(str, default))} has a mean R@1 of "
             f"{100 * default_recall:.1f} %, the recommended choice {100 * recall:.1f} %"
         )
     return Advice(named[tap].tap, tuple(steps), recall, default_recall, warning, named[tap].massive)

@@ -14,6 +14,7 @@ from pipeline.teachers.architecture import (
     flux_architecture,
     read_architecture,
     read_classes,
+    says_step_distilled,
     sd3_architecture,
 )
 from pipeline.teachers.base import AnyTeacher, ContextMode, EncoderInput, TapShape, Teacher, TeacherError
@@ -40,18 +41,20 @@ class TeacherPreset:
     """Where a named teacher is found, the resolution (pixels) of its views, and its published configuration.
 
     published: folder of `published/`; None where the weights are in the package, and their configuration with them.
+    step_distilled: whether it was distilled to a few steps, which the published configuration does not say.
     """
 
     source: str
     resolution: int
     published: str | None = None
+    step_distilled: bool = False
 
 
 PRESETS = {
     "demo": TeacherPreset(str(_DEMO_WEIGHTS), 48),
     "flux-dev": TeacherPreset("black-forest-labs/FLUX.1-dev", 512, "flux-1"),
     "flux-kontext": TeacherPreset("black-forest-labs/FLUX.1-Kontext-dev", 512, "flux-1"),
-    "flux2-klein": TeacherPreset("black-forest-labs/FLUX.2-klein-4B", 512, "flux-2-klein-4b"),
+    "flux2-klein": TeacherPreset("black-forest-labs/FLUX.2-klein-4B", 512, "flux-2-klein-4b", step_distilled=True),
     "flux2-klein-base": TeacherPreset("black-forest-labs/FLUX.2-klein-base-4B", 512, "flux-2-klein-4b"),
     "sd35-medium": TeacherPreset("stabilityai/stable-diffusion-3.5-medium", 512, "sd-3.5-medium"),
     "sd35-large": TeacherPreset("stabilityai/stable-diffusion-3.5-large", 512, "sd-3.5-large"),
@@ -61,10 +64,14 @@ _DEFAULT_RESOLUTION = 512
 
 @dataclass(frozen=True)
 class Family:
-    """adapter: module:class, imported when a teacher is loaded. architecture: its shapes, read without importing it."""
+    """adapter: module:class, imported when a teacher is loaded. architecture: its shapes, read without importing it.
+
+    step_distilled: whether all of its weights are distilled to a few steps; otherwise their folders say it.
+    """
 
     adapter: str
     architecture: ArchitectureReader
+    step_distilled: bool = False
 
 
 _FLUX = Family("pipeline.teachers.flux:FluxTeacher", flux_architecture)
@@ -72,10 +79,13 @@ _FLUX = Family("pipeline.teachers.flux:FluxTeacher", flux_architecture)
 _FAMILIES = {
     "FluxPipeline": _FLUX,
     "FluxKontextPipeline": _FLUX,
-    "Flux2KleinKVPipeline": Family("pipeline.teachers.flux2:Flux2KleinKVTeacher", flux2_architecture),
+    "Flux2KleinKVPipeline": Family("pipeline.teachers.flux2:Flux2KleinKVTeacher", flux2_architecture, True),
     "Flux2KleinPipeline": Family("pipeline.teachers.flux2:Flux2KleinTeacher", flux2_architecture),
     "StableDiffusion3Pipeline": Family("pipeline.teachers.sd3:StableDiffusion3Teacher", sd3_architecture),
 }
+
+# Families whose raw features behind a late block are a known-bad choice (see `pipeline.presets`).
+_READ_IN_THE_MIDDLE = ("flux", "flux2")
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,8 @@ class TeacherOutline:
     """What is known of a teacher before it is loaded.
 
     origin: where that was read, in words. configs: the folder or hub repository with its configuration files, and
-    revision: that of the repository. adapter: module:class of its family.
+    revision: that of the repository. adapter: module:class of its family. step_distilled: whether it was distilled to a
+    few steps.
     """
 
     source: str
@@ -93,6 +104,7 @@ class TeacherOutline:
     configs: str
     revision: str | None
     adapter: str
+    step_distilled: bool = False
 
     def tap_shape(self, tap: str) -> TapShape:
         """Shape of a tap; raises TeacherError as the loaded teacher would."""
@@ -123,7 +135,18 @@ def outline_teacher(spec: str, *, revision: str | None = None, resolution: int |
         configs, origin, revision = str(_PUBLISHED / preset.published), "published configuration", None
     family = _family_of(configs, revision, named=spec)
     architecture = read_architecture(configs, revision, family.architecture)
-    return TeacherOutline(spec, side, origin, architecture, configs, revision, family.adapter)
+    distilled = family.step_distilled or says_step_distilled(configs, revision)
+    distilled = distilled or bool(preset and preset.step_distilled)
+    return TeacherOutline(spec, side, origin, architecture, configs, revision, family.adapter, distilled)
+
+
+def middle_tap(spec: str, revision: str | None = None) -> str | None:
+    """The tap in the middle of a teacher of the FLUX families, where they tell most; None for other families.
+
+    Raises TeacherError as `outline_teacher`.
+    """
+    architecture = outline_teacher(spec, revision=revision).architecture
+    return architecture.middle() if architecture.family in _READ_IN_THE_MIDDLE else None
 
 
 def _outline_latents(spec: str, revision: str | None, resolution: int | None) -> TeacherOutline:

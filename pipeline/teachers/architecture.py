@@ -180,6 +180,14 @@ def read_classes(spec: str, revision: str | None = None) -> tuple[str, str]:
         ) from None
 
 
+def says_step_distilled(spec: str, revision: str | None = None) -> bool:
+    """Whether a folder or hub repository says of itself, as FLUX.2 klein does, that it is distilled to a few steps.
+
+    Raises TeacherError as `read_config`.
+    """
+    return bool(read_config(spec, INDEX_NAME, revision).get("is_distilled"))
+
+
 def read_architecture(spec: str, revision: str | None, read: ArchitectureReader) -> Architecture:
     """Read the shapes of a diffusers folder or hub repository from two small JSON files.
 

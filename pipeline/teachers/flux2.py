@@ -26,12 +26,11 @@ from torch import Tensor
 from torch.nn import Module
 
 from pipeline.teachers.architecture import (
-    INDEX_NAME,
     MAX_TEXT_TOKENS,
     Architecture,
     Place,
     flux2_architecture,
-    read_config,
+    says_step_distilled,
 )
 from pipeline.teachers.base import ContextMode, TextEmbedding
 from pipeline.teachers.capture import capture
@@ -116,7 +115,7 @@ class Flux2KleinTeacher(DiffusersTeacher):
     @property
     def step_distilled(self) -> bool:
         """Whether it was distilled to a few steps: klein, not klein-base. Folders say so as the pipeline does."""
-        return bool(read_config(str(self.folder), INDEX_NAME, None).get("is_distilled"))
+        return says_step_distilled(str(self.folder))
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextEmbedding:
@@ -222,3 +221,8 @@ class Flux2KleinKVTeacher(Flux2KleinTeacher):
     pipeline_name = "Flux2KleinKVPipeline"
     contexts: ClassVar[tuple[ContextMode, ...]] = ("reused",)
     only_context = "a Flux2KleinKVPipeline was trained with a context that never sees the noise"
+
+    @property
+    def step_distilled(self) -> bool:
+        """Always: there is no such model that is not, and its folders do not say it."""
+        return True

@@ -142,7 +142,7 @@ class BuildProcesses:
     ) -> "BuildProcess":
         self._started += 1
         log = self.logs / f"{self._started}.log"
-        arguments = ["--teacher", str(self.teacher), "--output", str(cache), *options]
+        arguments = ["--teacher", str(self.teacher), "--taps", "hidden", "--output", str(cache), *options]
         process = self._context.Process(
             target=_build, args=(arguments, str(log), moment, largest_file, obey_modes), daemon=True
         )

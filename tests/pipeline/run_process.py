@@ -25,6 +25,7 @@ _SETTINGS = (
     "annotate.boxes=dataset", "annotate.captions=dataset", "annotate.batch=2", "annotate.save_every=2",
     "refine.steps=4", "refine.batch=2", "refine.rank=2", "refine.checkpoint_every=1", "refine.validation_images=2",
     "refine.pictures_every=0", "probe.images=4", "probe.per_class=2", "probe.timesteps=22,28",
+    "build.taps=hidden",
     "build.timesteps=22,28", "build.feature_splits=train,test", "build.image_size=16", "build.samples_per_shard=2",
 )  # fmt: skip
 SMALL = ("--resolution", "32", *(word for setting in _SETTINGS for word in ("--set", setting)))

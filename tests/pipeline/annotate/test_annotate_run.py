@@ -76,7 +76,9 @@ def test_boxes_of_the_data_set_are_kept_and_one_outside_the_image_has_a_reason(b
     bird_set.samples = [replace(s, box=given.get(s.id), box_source="dataset") for s in bird_set.samples]
     rows = {
         r["id"]: r
-        for r in annotate(bird_set, AnnotateConfig(boxes="dataset", captions="none", padding=0), tmp_path / "a", log=str)
+        for r in annotate(
+            bird_set, AnnotateConfig(boxes="dataset", captions="none", padding=0), tmp_path / "a", log=str
+        )
     }
     assert rows["House Wren/0.png"]["box"] == [5, 6, 60, 40]
     assert rows["House Wren/0.png"]["box_source"] == "dataset"

@@ -190,6 +190,9 @@ def test_a_split_without_images_is_refused(teacher, tmp_path):
         ({"taps": ("hidden", "hidden")}, "--taps"),
         ({"batch": 0}, "--batch"),
         ({"timesteps": (40,)}, "timestep 40"),
+        ({"massive_factor": 5.0}, "--massive-factor 5: massive channels are kept; add --massive-channels remove"),
+        ({"crops_scale": (0.1, 0.5)}, "--crops-scale: none of the views is a random crop; add crops:K to --views"),
+        ({"crops_ratio": (1.0, 1.0), "views": ("hflip",)}, "--crops-ratio: none of the views is a random crop"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_named(setting, complaint):

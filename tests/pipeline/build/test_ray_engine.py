@@ -34,7 +34,7 @@ from pipeline.inputs.tolerance import Tolerance
 from pipeline.teachers.flux import FluxTeacher
 
 OPTIONS = ("--limit", "6", "--features", "train,unlabeled", "--samples-per-shard", "2", "--image-size", "16",
-           "--resolution", "32")  # fmt: skip
+           "--resolution", "32", "--taps", "hidden")  # fmt: skip
 CONFIG = BuildConfig(samples_per_shard=4, image_size=16, timesteps=(22,), with_images=False)
 
 

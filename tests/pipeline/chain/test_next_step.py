@@ -45,9 +45,17 @@ def test_the_next_command_has_only_options_that_there_are(done):
     config = make_config(
         "folder", "demo", data__limit=3, data__train_ratio=0.5, data__superclass="bird",
         data__annotations=Path("a.csv"), teacher__revision="main", teacher__resolution=96, teacher__context="joint",
-        teacher__crop="square",
+        teacher__crop="square", teacher__guidance=1.0, teacher__input="object",
     )  # fmt: skip
     _, command, *options = following(next_line(done, config, Path("o"), Path("l")))
     result = CliRunner().invoke(app, [command, *options, "--no-such-option"])
     assert result.exit_code == 2
     assert "--no-such-option" in result.output
+
+
+def test_the_next_command_runs_the_teacher_with_the_guidance_and_on_the_pixels_of_this_one():
+    guided = make_config("demo", "demo", teacher__guidance=1.0)
+    assert "--guidance 1.0" in next_line("refine", guided, Path("lora"))
+    assert "--guidance" not in next_line("refine", make_config("demo", "demo"), Path("lora"))
+    whole = make_config("demo", "timm:test_vit", teacher__input="image")
+    assert "--input image" in next_line("probe", whole, Path("probe"))

@@ -13,7 +13,7 @@ from pipeline.build.config import BuildConfig
 from pipeline.curriculum import DEFAULT_TIMESTEPS
 from pipeline.inputs.condition_store import ConditionStore
 from pipeline.inputs.feature_source import DiffusionSource, Wanted
-from pipeline.probe.run import ProbeConfig, advise, choose_samples, probe, render_table, score_all
+from pipeline.probe.run import ProbeConfig, Usual, advise, choose_samples, probe, render_table, score_all
 from pipeline.probe.scores import Score, high_frequency_ratio, linear_accuracy, pool_cells, recall_at_1, standardise
 from pipeline.teachers.base import TeacherError
 
@@ -199,6 +199,24 @@ def test_modulated_taps_are_probed_beside_the_raw_ones(teacher, tiny_dataset, tm
     assert [s["tap"] for s in record["scores"]] == teacher.taps(modulated=True)
 
 
+def test_the_tap_that_a_build_would_take_is_always_compared_and_is_what_the_advice_is_held_against(
+    teacher, tiny_dataset, tmp_path
+):
+    config = ProbeConfig(timesteps=(22, 28), images=4, per_class=2, cells=1, recommend=1)
+    usual = Usual(("single.0.modulated",), (28,))
+    record = probe(teacher, tiny_dataset, config, tmp_path, usual=usual, log=lambda _: None)
+    names = list(dict.fromkeys(score["tap"] for score in record["scores"]))
+    assert names == ["double.0", "double.1", "single.0.modulated", "single.0", "hidden", "velocity"]
+    at_28 = next(s for s in record["scores"] if (s["tap"], s["timestep"]) == ("single.0.modulated", 28))
+    assert record["advice"]["default_recall"] == at_28["recall_at_1"]
+    table = scores(**{"hidden": {22: 0.9, 28: 0.9}, "single.0.modulated": {22: 0.9, 28: 0.5}})
+    warning = advise(table, config, 100, usual).warning
+    assert warning is not None
+    assert warning.startswith("the default --taps single.0.modulated --timesteps 28 has a mean R@1 of 50.0 %")
+
+
 def test_what_is_to_be_done_to_massive_channels_is_one_of_three():
+    with pytest.raises(DitDistillError, match="--massive-factor 5: massive channels are only kept"):
+        ProbeConfig(massive_factor=5)
     with pytest.raises(DitDistillError, match="--massive-channels drop: name one or more of keep, remove, standardize"):
         ProbeConfig(massive_channels=("drop",))

@@ -7,6 +7,7 @@ import torch
 from tiny_teachers import save_tiny_klein, save_tiny_sd3
 from torch.nn.functional import layer_norm, silu
 
+from pipeline.config import make_config
 from pipeline.presets import TEACHERS, preset_values
 from pipeline.teachers import load_teacher, outline_teacher
 from pipeline.teachers.architecture import Place
@@ -122,6 +123,14 @@ def test_the_flux_families_are_read_in_their_middle_unless_told_otherwise(name):
     blocks = len(architecture.taps())
     assert architecture.place(tap, name) == Place(blocks // 2, modulated=True)
     assert architecture.place("hidden", name) == Place(blocks - 1)
+
+
+def test_so_are_folders_of_these_families_unless_a_tap_is_named(folders):
+    assert make_config("cars", str(folders["flux"])).build.taps == ("single.0.modulated",)
+    assert make_config("cars", str(folders["flux2"])).build.taps == ("single.0.modulated",)
+    assert make_config("cars", str(folders["sd3"])).build.taps == ("hidden",)
+    assert make_config("cars", str(folders["flux"]), ["build.taps=hidden"]).build.taps == ("hidden",)
+    assert make_config("cars", "/no/such/folder").build.taps == ("hidden",), "who opens it says that it is not there"
 
 
 def test_the_demo_teacher_is_read_at_its_end():
