@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from cache_schema.fields import FieldSpec, alternatives
-from cache_schema.settings import Settings, Values
+from cache_schema.settings import TYPED_NONE, Settings, Values
 
 Command = Callable[..., None]
 # A field and what is said of it → what help shows as its default, and what it says.
@@ -132,7 +132,8 @@ def _option_type(
         if not isinstance(text, str):
             return text
         try:
-            return exposed.reads(text) if exposed.reads else settings.accept(field.name, text)
+            value = exposed.reads(text) if exposed.reads else settings.accept(field.name, text)
+            return TYPED_NONE if value is None else value
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint=exposed.option or field.option) from None
 

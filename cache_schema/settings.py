@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 Values = dict[str, Any]
+# A flag that was typed as none: where a preset says something else, None would be taken for what was not typed.
+TYPED_NONE = object()
 C = TypeVar("C")
 
 __all__ = ["FieldSpec", "Setting", "Settings", "SettingsError", "check_limits", "flatten", "merge", "unflatten"]
@@ -127,9 +129,11 @@ class Settings(Generic[C]):
     def given(self, flags: Mapping[str, Any], settings: Iterable[str] = ()) -> Values:
         """Flags and settings, which have the last word, as plain values by dotted name.
 
-        flags: by field, with `__` or a dot between the parts (`refine__steps`); None is for what is not given.
+        flags: by field, with `__` or a dot between the parts (`refine__steps`); None is for what is not given, and
+        `TYPED_NONE` for a value that is none.
         """
-        named = {name.replace("__", "."): value for name, value in flags.items() if value is not None}
+        typed = {name.replace("__", "."): value for name, value in flags.items() if value is not None}
+        named = {name: None if value is TYPED_NONE else value for name, value in typed.items()}
         for name in named:
             self.field(name)
         return named | self.read(settings)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from cache_schema.fields import Setting, SettingsError, check_limits
 from cache_schema.format.vocabulary import ContextMode, EncoderInput, ObjectCrop, Quantization
-from cache_schema.settings import Settings
+from cache_schema.settings import Settings, flatten, unflatten
 from pipeline.annotate.config import AnnotateConfig
 from pipeline.build.config import BuildConfig
 from pipeline.device import DtypeName
@@ -169,7 +169,7 @@ def configure(given: Mapping[str, Any], settings: Iterable[str] = (), saved: Pat
             _choose_tap(base, known.get("teacher.revision"))
     else:
         base = SETTINGS.plain(SETTINGS.load(saved))
-    return SETTINGS.make(base, known)
+    return SETTINGS.validate(unflatten(flatten(base) | known))
 
 
 def _choose_tap(base: dict[str, Any], revision: str | None) -> None:

@@ -52,8 +52,14 @@ def described(field: FieldSpec, sentence: str) -> tuple[str | None, str]:
     differing = {name: value for name in DATASETS if (value := _preset_value(name, field)) != usual}
     if not differing:
         return options.in_words(field, usual), sentence
-    defaults = [options.in_words(field, usual), *(f"{n} {options.in_words(field, v)}" for n, v in differing.items())]
-    return None, f"{sentence.removesuffix('.')}; default {', '.join(map(str, defaults))}."
+    defaults = [_in_words(field, usual), *(f"{name} {_in_words(field, value)}" for name, value in differing.items())]
+    return None, f"{sentence.removesuffix('.')}; default {', '.join(defaults)}."
+
+
+def _in_words(field: FieldSpec, value: object) -> str:
+    """A default as it would be typed, also where it is one that need not be."""
+    said = f"no-{field.option.removeprefix('--')}" if value is False else "none"
+    return options.in_words(field, value) or said
 
 
 def _preset_value(dataset: str, field: FieldSpec) -> object:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from cache_schema.options import Exposed
 from cache_schema.settings import Values
 from pipeline.commands.options import (
     ANNOTATIONS,
@@ -25,7 +26,8 @@ from pipeline.presets import run_folder
 @configured_by(
     DATASET, *IMAGES, ANNOTATIONS, LIMIT, *TEACHER,
     "refine.steps", "refine.batch", "refine.accumulate", "refine.lr", "refine.rank", "refine.lora_targets",
-    "refine.sigma", "refine.grad_clip", "refine.caption_dropout", "refine.flip", "refine.train_guidance",
+    "refine.sigma", "refine.grad_clip", "refine.caption_dropout", Exposed("refine.flip", "--flip/--no-flip"),
+    "refine.train_guidance",
     "refine.validation_images",
     "refine.validate_every", "refine.checkpoint_every", "refine.pictures_every", "refine.gradient_checkpointing",
     "refine.seed", CONDITIONS, *PRECISION, *FORWARD, "teacher.compile",

@@ -15,8 +15,8 @@ LoraTargets = Literal["attention", "attention+ff"]
 class RefineConfig:
     """The paper's setting: Adam 1e-4, batch 1, 30 000 steps, rank 16. σ is uniform on (0, 1), as in L_CDR.
 
-    What others do beside it is off by default: σ where images take shape, clipping, captions left out now and then so
-    that the refined DiT can do without, mirrored images where the build caches the view hflip.
+    What others do beside it is off where no preset says otherwise: σ where images take shape, clipping, captions left
+    out now and then so that the refined DiT can do without, mirrored images where the build caches the view hflip.
 
     One optimiser step sees `batch` × `accumulate` images on each process. `timesteps` of `num_steps` are the noise
     levels that the pictures show.
@@ -35,7 +35,7 @@ class RefineConfig:
         Setting("How noise levels are drawn: uniform, logit-normal (Esser et al. 2024), or shifted as the sampler's."),
     ] = "uniform"
     grad_clip: Annotated[
-        float | None, Setting("Clip the norm of the gradients to this, e.g. 1; default not at all.", above=0)
+        float | None, Setting("Clip the norm of the gradients to this; none: not at all.", above=0)
     ] = None
     caption_dropout: Annotated[float, Setting("Share of the draws that see an empty caption.", least=0, most=1)] = 0.0
     flip: Annotated[bool, Setting("Mirror half of the draws, for a build that caches the view hflip.")] = False

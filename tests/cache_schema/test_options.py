@@ -121,12 +121,16 @@ def test_what_a_field_does_not_accept_is_wrong_usage(typed, said):
         (["--root", "/a"], "loop.root=/a"),
         (["--tau", "0.5"], "loss.tau=0.5"),
         (["--timesteps", "4,22"], "timesteps=4,22"),
+        (["--timesteps", "none"], "timesteps=none"),
     ],
 )
 def test_an_option_and_a_setting_that_say_the_same_mean_the_same(typed, setting):
     assert invoke(*typed).exit_code == 0
     given, _ = found[0]
     assert SETTINGS.make({}, given) == SETTINGS.make({}, {}, [setting])
+    # Also where a preset says something else.
+    preset = {"timesteps": [1, 2], "loop": {"updates": 5, "shuffle": True}}
+    assert SETTINGS.make(preset, given) == SETTINGS.make(preset, {}, [setting])
 
 
 def test_an_option_may_set_several_fields():

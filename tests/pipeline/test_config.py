@@ -49,6 +49,15 @@ def test_naming_another_data_set_or_teacher_in_a_setting_takes_its_presets():
     assert make_config(None, None, ["data.name=cub"]) == make_config("cub")
 
 
+def test_a_setting_that_is_set_to_none_is_none_whatever_the_preset_says(flux_folder, tmp_path):
+    assert make_config("cars").refine.grad_clip == 1
+    assert make_config("cars", settings=["refine.grad_clip=none"]).refine.grad_clip is None
+    command = ["refine", "--grad-clip", "none", "--teacher", str(flux_folder), "--resolution", "32", "--limit", "4",
+               "--steps", "1", "--validation-images", "1", "--output", str(tmp_path / "lora")]  # fmt: skip
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert json.loads((tmp_path / "lora/refine.json").read_text())["config"]["grad_clip"] is None
+
+
 def shown(strategy, text=str):
     """What a user types, and the value that is meant."""
     return strategy.map(lambda value: (text(value), value))

@@ -87,3 +87,6 @@ def test_the_build_mirrors_what_stage_one_mirrors():
     for dataset in ("cars", "cub", "dogs", "folder", "nabirds"):
         config = make_config(dataset, "flux-kontext")
         assert (config.refine.flip, "hflip" in config.build.views, config.refine.grad_clip) == (True, True, 1.0)
+    said = CliRunner().invoke(app, ["refine", "--help"], env={"COLUMNS": "300", "TERM": "dumb"}).output
+    assert "--no-flip" in said
+    assert "for a build that caches the view hflip; default flip, demo no-flip." in said
