@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Iterable, Mapping
 from itertools import cycle
 from typing import Any, Literal
@@ -58,8 +59,12 @@ def loss_figure(logs: dict[str, list[dict[str, Any]]], panels: Mapping[str, Mapp
         shown = {"Loss": {"loss": ""}}
     with matplotlib.rc_context(STYLE):
         count = len(shown) + followed
-        figure = Figure(figsize=(10, 3.2), layout="constrained")
-        every = figure.subplots(1, count, squeeze=False)[0]
+        lines = math.ceil(count / 2)  # two titles are as long as a line has room for
+        figure = Figure(figsize=(10, 3.2 * lines), layout="constrained")
+        every = figure.subplots(lines, min(2, count), squeeze=False).ravel()
+        for spare in every[count:]:
+            spare.remove()
+        every = every[:count]
         for axes, (title, parts) in zip(every, shown.items(), strict=False):
             axes.set_title(title)
             _plot_losses(axes, parts, logs)

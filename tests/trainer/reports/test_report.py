@@ -1,4 +1,6 @@
+import base64
 import importlib.util
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from trainer.models.student import load_student
 from trainer.reports import embedding_map
 from trainer.reports.attention import look
 from trainer.reports.embedding_map import lay_out
-from trainer.reports.figures import recall_curves
+from trainer.reports.figures import loss_figure, recall_curves
 from trainer.reports.report import FinishedRun, format_runs, load_runs, measured_log, summarise, write_report
 from trainer.training.loop import train
 
@@ -143,3 +145,11 @@ def test_the_page_is_whole_in_a_browser(run, cache, tiny_config, tmp_path):
     assert "R@1 − the first run's" in text
     assert "0.00 GB" in text  # features read: the tiny ones of two updates
     assert "queries of the GIM" in text
+
+
+@pytest.mark.parametrize(("panels", "lines"), [(1, 1), (2, 1), (3, 2), (4, 2)])
+def test_the_titles_of_curves_have_room_two_to_a_line(panels, lines):
+    titles = {f"Regression of the teacher's features {i}": {f"part{i}": ""} for i in range(panels)}
+    log = [{"update": update, "losses": {f"part{i}": 1.0 for i in range(panels)}} for update in (1, 2)]
+    svg = base64.b64decode(loss_figure({"run": log}, titles).split(",")[1]).decode()
+    assert float(re.search(r'height="([\d.]+)pt"', svg)[1]) == pytest.approx(lines * 3.2 * 72)
