@@ -59,7 +59,7 @@ def test_killed_in_every_step_a_run_ends_as_if_nothing_had_happened(runs, whole,
             assert ended.code == 1
             assert [line for line in ended.said if line.startswith("error: ")] == ended.said[-1:]
             assert "was ended by SIGKILL" in ended.said[-1]
-            assert ended.said[-1].endswith("and run the same command again")
+            assert ended.said[-1].endswith("run the same command again: it resumes")
     ended = runs.finish(folder, "--probe")
     assert done(ended.said) == STEPS[:3]
     assert results(folder) == results(whole)
