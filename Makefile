@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
 EXAMPLES ?= 2000
-JOBS ?= 3
+JOBS ?= 2
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -69,7 +69,7 @@ demo-teacher: $(READY) ## Train the demo teacher again from nothing (about 70 mi
 	$(BIN)/python -m pipeline.refine.pretrain_demo
 
 # One thread each: two processes that both use all cores would wait for each other.
-test: $(READY) ## Run the tests, JOBS=3 files at a time
+test: $(READY) ## Run the tests, JOBS=2 files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 fuzz: $(READY) ## Run the property tests with EXAMPLES=2000 examples each (10 minutes)

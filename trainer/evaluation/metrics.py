@@ -114,8 +114,12 @@ class _Candidates:
 
 
 def _keys(similarity: Tensor, others: Tensor) -> Tensor:
-    """Integers in the order of similarities to `others`, the lower index first of equals: no two are the same."""
-    return ((similarity * 2**30).round().long() << 32) | (torch.iinfo(torch.int32).max - others)
+    """Integers in the order of similarities to `others`, the lower index first of equals: no two are the same.
+
+    The similarities are written over: with those of many images at once, each copy of them counts.
+    """
+    keys = similarity.mul_(2**30).round_().long()
+    return keys.bitwise_left_shift_(32).bitwise_or_(torch.iinfo(torch.int32).max - others)
 
 
 @contextmanager
