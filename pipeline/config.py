@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from cache_schema.fields import Setting, SettingsError, check_limits
 from cache_schema.format.vocabulary import ContextMode, EncoderInput, ObjectCrop, Quantization
-from cache_schema.settings import Settings, flatten, unflatten
+from cache_schema.settings import Settings
 from pipeline.annotate.config import AnnotateConfig
 from pipeline.build.config import BuildConfig
 from pipeline.device import DtypeName
@@ -162,6 +162,7 @@ def configure(given: Mapping[str, Any], settings: Iterable[str] = (), saved: Pat
     The names of a data set and a teacher choose the presets (without: the demo, the data set's teacher), or replace
     those of the saved file. Raises ConfigError, or the part's own error, with one line about the first wrong field.
     """
+    settings = tuple(settings)
     known = SETTINGS.given(given, settings)
     if saved is None:
         base = preset_values(known.get("data.name", "demo"), known.get("teacher.name"))
@@ -169,7 +170,7 @@ def configure(given: Mapping[str, Any], settings: Iterable[str] = (), saved: Pat
             _choose_tap(base, known.get("teacher.revision"))
     else:
         base = SETTINGS.plain(SETTINGS.load(saved))
-    return SETTINGS.validate(unflatten(flatten(base) | known))
+    return SETTINGS.make(base, given, settings)
 
 
 def _choose_tap(base: dict[str, Any], revision: str | None) -> None:
