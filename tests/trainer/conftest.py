@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,6 +36,7 @@ from trainer.cli import app
 from trainer.config import TrainConfig
 from trainer.export.export import export_run
 from trainer.methods.settings import make_config
+from trainer.training import loop
 from trainer.training.loop import train
 
 SIZE, TOKENS, CHANNELS, TIMESTEPS, VIEWS = 24, 4, 6, (10, 22), ("canonical", "hflip")
@@ -251,3 +254,23 @@ def here(capsys, monkeypatch):
         return int(caught.value.code or 0), *capsys.readouterr()
 
     return run_here
+
+
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Trains into a folder until a signal comes in the middle of an update (counted from 0), which ends the run."""
+
+    def run(config: TrainConfig, cache: Cache, folder: Path, update: int, number: int = signal.SIGTERM) -> None:
+        step = loop.train_step
+
+        def step_and_signal(method, optimizer, batch, rate, config, moment):  # type: ignore[no-untyped-def]
+            if moment.update == update:
+                os.kill(os.getpid(), number)
+            return step(method, optimizer, batch, rate, config, moment)
+
+        with monkeypatch.context() as changed:
+            changed.setattr(loop, "train_step", step_and_signal)
+            with pytest.raises(KeyboardInterrupt):
+                train(config, cache, folder)
+
+    return run

@@ -1,8 +1,6 @@
 """What a method may do is shown by one that no file of the trainer has ever heard of."""
 
 import json
-import os
-import signal
 import sys
 from typing import Literal
 
@@ -24,7 +22,6 @@ from trainer.methods.settings import make_config
 from trainer.methods.trained import load_trained
 from trainer.models.weights import load_weights, save_weights
 from trainer.reports.report import load_runs, write_report
-from trainer.training import loop
 from trainer.training.loop import train
 
 CPU = torch.device("cpu")
@@ -103,20 +100,10 @@ def weights(run):
     return {file.name: file.read_bytes() for file in sorted(run.glob("*.safetensors"))}
 
 
-def test_a_method_trains_and_resumes_to_the_very_same_end(toy_config, cache, tmp_path, monkeypatch):
+def test_a_method_trains_and_resumes_to_the_very_same_end(toy_config, cache, tmp_path, cut):
     config = toy_config()
     train(config, cache, tmp_path / "whole")
-    step = loop.train_step
-
-    def step_and_signal(method, optimizer, batch, rate, config, moment):
-        if moment.update == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(method, optimizer, batch, rate, config, moment)
-
-    monkeypatch.setattr(loop, "train_step", step_and_signal)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, cache, tmp_path / "cut")
-    monkeypatch.setattr(loop, "train_step", step)
+    cut(config, cache, tmp_path / "cut", 3)
     result = train(config, cache, tmp_path / "cut", resume=True)
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     assert sorted(weights(tmp_path / "cut")) == ["student.safetensors", "toy.safetensors"]

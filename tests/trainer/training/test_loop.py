@@ -92,25 +92,13 @@ def test_one_seed_gives_one_student_and_another_seed_another(run_of, tiny_config
 
 @pytest.mark.parametrize("mode", ["baseline", "distill"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_run_resumes_to_the_very_same_end(
-    run_of, tiny_config, cache, tmp_path, monkeypatch, mode, number
-):
+def test_an_interrupted_run_resumes_to_the_very_same_end(run_of, tiny_config, cache, tmp_path, cut, mode, number):
     config = tiny_config(*(BASELINE_RANDOM if mode == "baseline" else RANDOM), mode=mode)
     whole = run_of(config, "whole")
-    step = loop.train_step
-
-    def step_and_signal(method, optimizer, batch, rate, config, moment):
-        if moment.update == 2:  # in the middle of an epoch, in the middle of an update
-            os.kill(os.getpid(), number)
-        return step(method, optimizer, batch, rate, config, moment)
-
-    monkeypatch.setattr(loop, "train_step", step_and_signal)
     run = tmp_path / "interrupted"
-    with pytest.raises(KeyboardInterrupt):
-        train(config, cache, run)
+    cut(config, cache, run, 2, number)  # in the middle of an epoch, in the middle of an update
     assert latest_checkpoint(run).name == "update-00000003"
     assert not (run / "result.json").exists()
-    monkeypatch.setattr(loop, "train_step", step)
     train(config, cache, run, resume=True)
     assert weights(run) == weights(whole)
     assert log_without_speed(run) == log_without_speed(whole)

@@ -1,6 +1,3 @@
-import os
-import signal
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +11,6 @@ from trainer.methods.registry import find_method
 from trainer.methods.trained import load_trained
 from trainer.models.student import build_student, load_student
 from trainer.runs import read_metrics
-from trainer.training import loop
 from trainer.training.assembly import assemble
 from trainer.training.loop import train
 
@@ -173,24 +169,14 @@ GATED = (*BOTH, "loss.alpha_gate=validation", "validation_classes=0.4", "eval_ev
 
 
 def test_a_gate_opens_where_the_teachers_side_is_ahead_and_is_as_it_was_after_a_resume(
-    blind_cache, tiny_config, tmp_path, monkeypatch
+    blind_cache, tiny_config, tmp_path, cut
 ):
     config = tiny_config(*GATED)
     train(config, blind_cache, tmp_path / "whole")
     per_epoch = next(r["update"] for r in read_metrics(tmp_path / "whole/metrics.jsonl") if "eval" in r)
     log = [record for record in read_metrics(tmp_path / "whole/metrics.jsonl") if "losses" in record]
     assert [record["losses"]["alpha"] for record in log] == [0.0] * per_epoch + [3.0] * 2 * per_epoch
-    step = loop.train_step
-
-    def step_and_signal(method, optimizer, batch, rate, config, moment):
-        if moment.update == per_epoch:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(method, optimizer, batch, rate, config, moment)
-
-    monkeypatch.setattr(loop, "train_step", step_and_signal)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, blind_cache, tmp_path / "cut")
-    monkeypatch.setattr(loop, "train_step", step)
+    cut(config, blind_cache, tmp_path / "cut", per_epoch)
     with pytest.raises(TrainError, match="was started with another eval_every: resume without changing it"):
         train(config.model_copy(update={"eval_every": 2}), blind_cache, tmp_path / "cut", resume=True)
     train(config, blind_cache, tmp_path / "cut", resume=True)
@@ -226,20 +212,10 @@ def test_settings_that_do_not_go_together_are_refused(build, settings, said):
         build(*settings)
 
 
-def test_what_is_measured_and_remembered_resumes_to_the_very_same_end(cache, tiny_config, tmp_path, monkeypatch):
+def test_what_is_measured_and_remembered_resumes_to_the_very_same_end(cache, tiny_config, tmp_path, cut):
     config = tiny_config(*STATEFUL)
     train(config, cache, tmp_path / "whole")
-    step = loop.train_step
-
-    def step_and_signal(method, optimizer, batch, rate, config, moment):
-        if moment.update == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(method, optimizer, batch, rate, config, moment)
-
-    monkeypatch.setattr(loop, "train_step", step_and_signal)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, cache, tmp_path / "cut")
-    monkeypatch.setattr(loop, "train_step", step)
+    cut(config, cache, tmp_path / "cut", 2)
     train(config, cache, tmp_path / "cut", resume=True)
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     scores, _, _ = evaluate_run(tmp_path / "whole", cache, CPU, load_trained)
