@@ -60,7 +60,8 @@ def eval_run(
     from trainer.device import choose_device, use_device
     from trainer.errors import TrainError
     from trainer.evaluation import details, evaluate, tables
-    from trainer.runs import cache_of_run, is_finished
+    from trainer.evaluation.worth import not_followed
+    from trainer.runs import cache_of_run, is_finished, load_result
     from trainer.training.chosen import run_at
     from trainer.training.run_folder import save_scores
 
@@ -93,6 +94,9 @@ def eval_run(
             classes = f"classes of {data}" if data is not None else _CLASSES[split]
             typer.echo(f"{run}{which}: {scores['queries']} queries of {scores['classes']} {classes}, percent")
             typer.echo(tables.format_scores(scores))
+            why = not_followed(load_result(scored)) if opened is not None and is_finished(scored) else None
+            if why:
+                typer.echo(f"note: its teacher was {why}", err=True)
             remark = tables.remark_on(scores)
             if remark:
                 typer.echo(remark, err=True)

@@ -25,7 +25,7 @@ SHOWN = (
     Exposed("cache", shown=str(DEFAULT_CACHE)),
     Exposed("epochs", shown="of the preset"), "updates", Exposed("batch_size", shown="of the preset"),
     "sampler", "classes_per_batch", "images_per_class", "seed",
-    "validation_classes", "eval_every", "against", "keep_checkpoints",
+    "validation_classes", "eval_every", "against", Exposed("follow", shown="of the preset"), "keep_checkpoints",
     Exposed("optim.lr", shown="of the preset", help="Peak learning rate."),
     Exposed("loss.alpha", shown="of the preset", help="Weight of CAL (method gcd)."),
     Exposed("loss.tau", help="Temperature of DRC."),

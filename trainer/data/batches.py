@@ -142,6 +142,7 @@ class TrainingBatches:
         if not len(whole.rows):
             raise TrainError(f"cache {cache.manifest.label} has no train rows with features")
         split, self.validation = hold_out_classes(whole, config.validation_classes)
+        self.training = split  # the labelled rows
         self.classes = split.classes
         self.label_of = dict(zip(split.rows.tolist(), split.labels.tolist(), strict=True))
         self.labelled = _labelled(split, config)

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from cache_schema.format.card import code, plain
 from cache_schema.format.licences import licence_of
+from trainer.config import ALONE
 from trainer.data.images import CENTRE
 from trainer.evaluation.tables import format_table
 
 if TYPE_CHECKING:
     from cache_schema import Cache
     from trainer.models.student import Student
-
-ALONE = "baseline"  # the method that reads no teacher's features
 
 
 def describe(config: dict[str, Any], result: dict[str, Any], scores: dict[str, Any] | None, cache: Cache | None) -> Any:

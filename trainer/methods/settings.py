@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from cache_schema.settings import Settings, Values, merge, unflatten
-from trainer.config import PRESETS, RECOMMENDED_FOR, StudentConfig, TrainConfig
+from trainer.config import ALONE, PRESETS, RECOMMENDED_FOR, StudentConfig, TrainConfig
 from trainer.errors import TrainError
 from trainer.methods.registry import DEFAULT, config_class, method_name
 from trainer.runs import read_config
@@ -110,6 +110,12 @@ def load_config(path: Path) -> TrainConfig:
         return settings_of(str(values.get("method", DEFAULT))).validate(values)
     except TrainError as error:
         raise TrainError(f"{path}: {error}") from None
+
+
+def without_teacher(config: TrainConfig) -> TrainConfig:
+    """The config of the same run by the student alone: what its method has beside that is dropped."""
+    kept = _known(config.model_dump(mode="json"), config_class(ALONE))
+    return settings_of(ALONE).validate({**kept, "method": ALONE})
 
 
 def differing_fields(a: TrainConfig, b: TrainConfig) -> list[str]:

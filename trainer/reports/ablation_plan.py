@@ -63,6 +63,8 @@ _PAPER = (
     "loss.alpha=1", "loss.align=direct", "loss.share_proxies=true", "gim.residual=none", "gim.detach_student=false",
     "regression.weight=0", "unlabeled_per_batch=0",
 )  # fmt: skip
+# A control shows what it does to follow something else, however little that is worth.
+_ALL_THE_SAME = "follow=always"
 VARIANTS = {
     variant.name: variant
     for variant in (
@@ -70,12 +72,14 @@ VARIANTS = {
         Variant(AUXILIARY, "row ③: the teacher's features at test time too", "auxiliary"),
         Variant(FULL, "row ④: distilled through the GIM", "gcd"),
         Variant("regression", "control: the same features, plain regression", "regression"),
-        Variant("crop-pixels", "control: no teacher, regression of the object's pixels", "regression", target=PIXELS),
-        Variant("pixels-by-gim", "control: no teacher, the object's pixels through the GIM", FULL, target=PIXELS),
+        Variant("crop-pixels", "control: no teacher, regression of the object's pixels", "regression",
+                (_ALL_THE_SAME,), target=PIXELS),
+        Variant("pixels-by-gim", "control: no teacher, the object's pixels through the GIM", FULL,
+                (_ALL_THE_SAME,), target=PIXELS),
         Variant("caption-words", "control: no teacher, regression of the caption's words", "regression",
-                ("regression.tokens=0", "regression.pooled=1"), target=WORDS),
+                ("regression.tokens=0", "regression.pooled=1", _ALL_THE_SAME), target=WORDS),
         Variant("relational", "control: the same features, similarities alone", "relational"),
-        Variant("shuffled", "control: features of other images", "gcd", ("shuffle_features=true",)),
+        Variant("shuffled", "control: features of other images", "gcd", ("shuffle_features=true", _ALL_THE_SAME)),
         Variant("pseudo-labels", "control: no teacher, the unlabelled images by pseudo-labels", "baseline",
                 ("unlabelled.by=pseudo",), same_images=True),
         Variant("consistency", "control: no teacher, the unlabelled images by consistency", "baseline",
@@ -135,7 +139,9 @@ def choose_variants(
         about = "row ②: a teacher that was not refined, at test time too"
         variants.insert(1, Variant("auxiliary-unrefined", about, "auxiliary", cache=unrefined_teacher))
     if random_teacher is not None:
-        variants.append(Variant("random-teacher", "control: a teacher of random weights", "gcd", cache=random_teacher))
+        variants.append(
+            Variant("random-teacher", "control: a teacher of random weights", "gcd", (_ALL_THE_SAME,), random_teacher)
+        )
     variants += [_with_other_features(other) for other in others]
     return [*variants, *(variant for sweep in sweeps for variant in read_sweep(sweep, cache))]
 

@@ -18,6 +18,7 @@ from cache_schema.storage.files import write_file
 from trainer.evaluation.intervals import Difference, Interval, class_bootstrap, paired_class_bootstrap
 from trainer.evaluation.metrics import COLUMNS
 from trainer.evaluation.tables import headline
+from trainer.evaluation.worth import not_followed
 from trainer.reports.ablation_plan import BASELINE, Variant
 from trainer.reports.ablation_run import Scored, paired
 
@@ -34,6 +35,14 @@ class Row:
     def column(self, name: str) -> list[float]:
         """A score of each seed."""
         return [headline(run.scores)[name] for run in self.runs]
+
+    @property
+    def about(self) -> str:
+        """What the variant is, and whether its runs followed their teacher."""
+        without = sum(not_followed(run.result) is not None for run in self.runs)
+        if not without:
+            return self.variant.about
+        return f"{self.variant.about}; the teacher not followed in {without} of {len(self.runs)}, as not worth it"
 
     def auxiliary(self, name: str) -> list[float]:
         """R@1 of an auxiliary embedding, averaged over timesteps, of each seed that has one."""
@@ -76,7 +85,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
         seconds = f"{mean(run.result['seconds'] for run in row.runs):.0f}"
         recall = f"{_spread(row.column('recall_at_1'))} {_bounds(row.recall)}"
         gain = "–" if row.gain is None else f"{100 * row.gain.value:+.1f} {_bounds(row.gain)}"
-        cells = [row.variant.name, row.variant.about, str(len(row.runs)), recall, gain, *scores, *auxiliary, seconds]
+        cells = [row.variant.name, row.about, str(len(row.runs)), recall, gain, *scores, *auxiliary, seconds]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -95,7 +104,7 @@ def as_csv(rows: Sequence[Row]) -> str:
             found = [auxiliary[n]["mean"]["recall_at_1"] if n in auxiliary else "" for n in ("unmasked", "masked")]
             config = run.cell.config
             writer.writerow([
-                row.variant.name, config.method, config.seed, run.cell.name,
+                row.variant.name, run.result["method"], config.seed, run.cell.name,
                 *(headline(run.scores)[name] for name in COLUMNS), *found,
                 row.recall.low, row.recall.high, *gain, *(run.result[name] for name in fields),
             ])  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 from trainer.evaluation.intervals import Difference, Interval
 from trainer.evaluation.metrics import COLUMNS
 from trainer.evaluation.tables import auxiliary_about, headline, reads_teacher
+from trainer.evaluation.worth import not_followed
 from trainer.reports.attention import Look
 from trainer.reports.gallery import Group
 
@@ -185,6 +186,9 @@ def _notes(runs: Sequence[RunView]) -> str:
             " The indented rows read the teacher's cached features of the test images, averaged over timesteps; the "
             "students above them see pixels only."
         )
+    for run in runs:
+        why = not_followed(run.result)
+        said += "" if why is None else f" The teacher of {escape(run.name)} was {why}."
     return f'<p class="soft" style="margin-top: 12px">{said}</p>'
 
 

@@ -23,15 +23,14 @@ from trainer.evaluation.intervals import class_bootstrap, paired_class_bootstrap
 from trainer.evaluation.metrics import COLUMNS
 from trainer.evaluation.tables import auxiliary_condition, format_table, headline, reads_teacher
 from trainer.methods.registry import find_method
-from trainer.methods.settings import load_config
-from trainer.methods.trained import load_trained
+from trainer.methods.trained import config_as_trained, load_trained
 from trainer.models.student import load_student
 from trainer.reports.attention import Look, look
 from trainer.reports.embedding_map import map_figure
 from trainer.reports.figures import loss_figure, recall_figure
 from trainer.reports.gallery import make_gallery, thumbnails
 from trainer.reports.page import TEACHER, Page, RunView, render_page
-from trainer.runs import CONFIG, LOG, SCORES, load_result, read_json, read_metrics
+from trainer.runs import LOG, SCORES, load_result, read_json, read_metrics
 from trainer.training.run_folder import save_scores, write_json
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def load_runs(paths: Sequence[Path], cache: Cache, device: torch.device) -> list
         if scores is None:
             scores = evaluate_run(path, cache, device, load_trained)[0]
             save_scores(path, "test", scores)
-        runs.append(FinishedRun(path, name, load_config(path / CONFIG), result, scores))
+        runs.append(FinishedRun(path, name, config_as_trained(path), result, scores))
     return runs
 
 

@@ -11,7 +11,7 @@ import torch
 from timm.utils import ModelEmaV3
 
 from trainer import processes
-from trainer.config import TrainConfig
+from trainer.config import ALONE, TrainConfig
 from trainer.data.batches import TrainingBatches
 from trainer.data.images import choose_fit
 from trainer.data.memory import spare_memory
@@ -25,8 +25,10 @@ from trainer.device import (
 )
 from trainer.errors import TrainError
 from trainer.evaluation.embed import TestSplit, feature_sources, open_rows
+from trainer.evaluation.worth import Worth, measure_worth
 from trainer.methods.method import Method
 from trainer.methods.registry import find_method
+from trainer.methods.settings import without_teacher
 from trainer.models.student import Student, build_student
 from trainer.training.checkpoint import Progress, latest_checkpoint, load_checkpoint, read_progress, resuming
 from trainer.training.distributed import join, synchronise_batch_norm
@@ -44,7 +46,7 @@ FIT_UPDATES = 8  # batches that a method may look at before the first update
 class Parts:
     """What a run is made of, once its config and its cache have been found to fit."""
 
-    config: TrainConfig
+    config: TrainConfig  # that of the student alone, where a teacher is not worth following
     cache: Cache
     device: torch.device
     batches: TrainingBatches
@@ -53,6 +55,8 @@ class Parts:
     optimizer: torch.optim.Optimizer
     average: ModelEmaV3 | None  # of the method's weights, where the config asks for one
     rival: Rival | None  # the run that this one is held against, where there is one
+    asked: str  # the method asked for, that of `config` unless its teacher is not worth following
+    worth: Worth | None  # of the teacher, where that decides
 
     @property
     def updates(self) -> int:
@@ -77,8 +81,11 @@ class Parts:
         return self.method if self.average is None else self.average.module
 
 
-def assemble(config: TrainConfig, cache: Cache) -> Parts:
-    """Build the student, the method around it and all else; raises TrainError for what does not fit."""
+def assemble(config: TrainConfig, cache: Cache, worth: Worth | None = None) -> Parts:
+    """Build the student, the method around it and all else; raises TrainError for what does not fit.
+
+    worth: of the teacher, where it is known from before an interruption.
+    """
     if config.threads:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
@@ -90,9 +97,15 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
     torch.manual_seed(config.seed)
     student = build_student(config.student)
     _say_if_enlarged(config, cache, student)
-    kind = find_method(config.method)
     student.fit = choose_fit(config.fit, cache)
-    batches = TrainingBatches(cache, config, student.input_size, kind.needs(config), student.fit, device)
+    batches = _open_batches(config, cache, student, device)
+    if worth is None and getattr(config, "follow", "always") == "auto":
+        worth = _weigh(batches, student, device)
+    asked = config.method
+    if worth is not None and not worth.followed:
+        config = without_teacher(config)
+        batches = _open_batches(config, cache, student, device)
+    kind = find_method(config.method)
     print(f"{named}; {_loading(batches)}")
     if device.type == "cuda":
         batches.pin_memory()
@@ -116,9 +129,41 @@ def assemble(config: TrainConfig, cache: Cache) -> Parts:
     optimizer = make_optimizer(method, config.optim)
     if config.compile:
         student.compile_network()  # after the average was copied: that one only evaluates
-    parts = Parts(config, cache, device, batches, validation, method, optimizer, average, rival)
+    parts = Parts(config, cache, device, batches, validation, method, optimizer, average, rival, asked, worth)
     _check_measurements(parts)
     return parts
+
+
+def _open_batches(config: TrainConfig, cache: Cache, student: Student, device: torch.device) -> TrainingBatches:
+    needs = find_method(config.method).needs(config)
+    return TrainingBatches(cache, config, student.input_size, needs, student.fit, device)
+
+
+def _weigh(batches: TrainingBatches, student: Student, device: torch.device) -> Worth | None:
+    """What the teacher is worth to the student as it starts, by the first features that the method reads.
+
+    Source: a teacher that knows less than its student can hold it back, as in Cho & Hariharan, "On the Efficacy of
+    Knowledge Distillation", ICCV 2019, and where it does was measured: "Stanford Cars with the demo teacher" in
+    benchmarks/README.md.
+    """
+    worth: Worth | None = None
+    if processes.leads():
+        seen = TestSplit(batches.cache, batches.training, batches.images)
+        source = next(iter(batches.sources.values()))
+        with processes.alone():
+            worth = measure_worth(student.to(device), source, seen, device)
+    worth = processes.told_by_leader(worth)
+    if worth is None:
+        print("note: follow=auto: features in the canonical view are lacking to look images up by; it is followed")
+    elif worth.followed:
+        print(worth)
+    else:
+        print(
+            f"warning: {worth}: it would hold the student back and is not followed, the run is that of method {ALONE}; "
+            "--follow always follows it all the same",
+            file=sys.stderr,
+        )
+    return worth
 
 
 def _check_measurements(parts: Parts) -> None:
@@ -168,6 +213,15 @@ def _say_if_enlarged(config: TrainConfig, cache: Cache, student: Student) -> Non
         )
 
 
+def worth_before(run: Path) -> Worth | None:
+    """What an interrupted run had found of its teacher, where it had looked."""
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        return None
+    with resuming(checkpoint):
+        return read_progress(checkpoint).worth
+
+
 def start(parts: Parts, run: Path, resume: bool) -> Progress:
     """Restore the last checkpoint, or begin at update 0."""
     batches = parts.batches
@@ -179,6 +233,7 @@ def start(parts: Parts, run: Path, resume: bool) -> Progress:
         classes=batches.classes,
         held_out=batches.validation.classes,
         rows=batches.digest,
+        worth=parts.worth,
     )
     checkpoint = latest_checkpoint(run) if resume else None
     if checkpoint is None:

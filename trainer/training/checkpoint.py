@@ -19,6 +19,7 @@ from torch import nn
 from cache_schema.storage.files import flush_directory, write_file
 from trainer.data.images import Fit
 from trainer.errors import TrainError
+from trainer.evaluation.worth import Worth
 from trainer.models.weights import load_weights, save_weights
 from trainer.training.pace import Timing
 
@@ -41,12 +42,15 @@ class Progress:
     images: int = 0  # seen so far
     held_out: int = 0  # classes that are validated on; 0: none, or a checkpoint that does not say
     rows: str = ""  # a digest of what is trained and validated on; "": a checkpoint that does not say
+    worth: Worth | None = None  # of the teacher, where it was looked at before the first update
     fit: Fit | None = None  # how its images are made square; None: a checkpoint that does not say
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Progress:
         """Undo `dataclasses.asdict`; also of checkpoints that say nothing of times and classes."""
-        return cls(**{**values, "timed": Timing(**values.get("timed", {}))})
+        worth = values.get("worth")
+        known = {"timed": Timing(**values.get("timed", {})), "worth": None if worth is None else Worth.from_json(worth)}
+        return cls(**{**values, **known})
 
 
 def save_checkpoint(

@@ -14,7 +14,7 @@ from trainer.data.images import choose_fit
 from trainer.errors import TrainError
 from trainer.methods.method import Method
 from trainer.methods.registry import find_method, mode_name
-from trainer.methods.settings import load_config
+from trainer.methods.settings import load_config, without_teacher
 from trainer.models.student import build_student
 from trainer.runs import BEST, CONFIG, is_finished
 from trainer.training.best import keep_best
@@ -45,6 +45,8 @@ def run_at(run: Path, checkpoint: str, cache: Cache | None) -> Iterator[Path]:
     if cache is None:
         raise TrainError(f"{folder} is laid out for features of a cache: score it on one, or take the best or the last")
     config, progress = load_config(run / CONFIG), read_progress(folder)
+    if progress.worth is not None and not progress.worth.followed:
+        config = without_teacher(config)
     with tempfile.TemporaryDirectory() as aside:
         keep_best(Path(aside), _restored(folder, config, progress, cache), config, _about(config, progress))
         yield Path(aside) / BEST

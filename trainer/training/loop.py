@@ -16,7 +16,7 @@ from trainer.config import TrainConfig
 from trainer.data.batches import Batch, iterate
 from trainer.data.feed import Feed
 from trainer.methods.method import Moment
-from trainer.training.assembly import assemble, start
+from trainer.training.assembly import assemble, start, worth_before
 from trainer.training.course import Course
 from trainer.training.distributed import wrap
 from trainer.training.divergence import diverged
@@ -40,7 +40,7 @@ def train(
     known to be there. After Ctrl-C or SIGTERM the update in progress is finished and saved, then KeyboardInterrupt
     is raised. Raises TrainError for anything that cannot be trained on.
     """
-    parts = assemble(config, cache)
+    parts = assemble(config, cache, worth_before(run) if resume else None)
     batches, total = parts.batches, parts.updates
     processes.wait_for_all()  # until none looks any more at what is there
     if processes.leads():

@@ -9,6 +9,7 @@ from typing import Any
 from trainer import processes
 from trainer.device import decide_precision, peak_memory
 from trainer.evaluation.tables import auxiliary_about
+from trainer.evaluation.worth import not_followed
 from trainer.methods.registry import mode_name
 from trainer.runs import LOG, read_metrics
 from trainer.training.assembly import Parts
@@ -28,7 +29,8 @@ def describe(
         **scores,
         "validation_classes": batches.validation.classes,
         "method": parts.config.method,
-        "mode": mode_name(parts.config.method),
+        "mode": mode_name(parts.asked),
+        **({} if parts.worth is None else {"worth": parts.worth.as_json()}),
         "seed": parts.config.seed,
         "scored": parts.method.scored,
         "precision": decide_precision(parts.config.precision, parts.device, parts.method.student),
@@ -56,10 +58,12 @@ def summary(result: Mapping[str, Any], label: str) -> str:
     if best:
         when = f"the best, after update {best['update']} of {result['student_updates']}"
         recall = f"{100 * best['recall_at_1']:.1f} % on {result['validation_classes']} validation classes ({when})"
+    why = not_followed(result)
     whose = "of the GPU" if str(result["device"]).startswith("cuda") else "of the process"
     lines = {
         "recall@1": recall,
         **_beside(result),
+        **({"teacher": why} if why else {}),
         "time": f"{result['seconds']:.0f} s; {result['images_per_second']:.0f} images/s in training, "
         f"{100 * result['data_wait']:.1f} % of that time waiting for data",
         "memory": f"{result['peak_memory_gb']:.2f} GB {whose} at most",

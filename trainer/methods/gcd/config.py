@@ -10,6 +10,7 @@ from cache_schema.fields import Setting
 from trainer.config import (
     ExtraRowsFrom,
     FeaturesFrom,
+    Follow,
     Frozen,
     OptimConfig,
     RegressionConfig,
@@ -132,6 +133,7 @@ _SMALL: dict[str, Any] = {
 # What gains is the regression of the teacher's map under crops; E_D and CAL beside it are kept from doing harm: the GIM
 # reads E_R without moving it, and E_R follows E_D behind a projector.
 _RECOMMENDED: dict[str, Any] = {
+    "follow": "auto",
     "gim": {
         "width": 192,
         "queries": 8,
@@ -168,6 +170,7 @@ class GcdConfig(TrainConfig):
     unlabeled_per_batch: int = Field(default=0, ge=0)  # extra rows per batch that only CAL sees
     unlabeled_from: ExtraRowsFrom = "unlabeled"
     features: FeaturesFrom = None
+    follow: Follow = "always"
     tap: str | None = None  # None: hidden where the cache has it, otherwise its first
     timesteps: tuple[int, ...] | None = None  # None: all that the cache has
     timesteps_per_step: TimestepsPerStep = Field(default=None, ge=1)

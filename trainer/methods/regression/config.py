@@ -6,7 +6,15 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.config import ExtraRowsFrom, FeaturesFrom, RegressionConfig, ShuffleFeatures, TimestepsPerStep, TrainConfig
+from trainer.config import (
+    ExtraRowsFrom,
+    FeaturesFrom,
+    Follow,
+    RegressionConfig,
+    ShuffleFeatures,
+    TimestepsPerStep,
+    TrainConfig,
+)
 from trainer.methods.baseline.config import BaselineLossConfig, BaselineOptimConfig
 
 
@@ -32,13 +40,18 @@ class RegressionRunConfig(TrainConfig):
     """A run of the student with its own DRC that also regresses the cached features; no GIM."""
 
     presets: ClassVar = {
-        "recommended": {"regression": {"pooled": 0.0}, "optim": {"proxy_lr_scale": 100.0, "head_lr_scale": 30.0}}
+        "recommended": {
+            "follow": "auto",
+            "regression": {"pooled": 0.0},
+            "optim": {"proxy_lr_scale": 100.0, "head_lr_scale": 30.0},
+        }
     }
 
     method: Literal["regression"] = "regression"
     unlabeled_per_batch: int = Field(default=0, ge=0)  # extra rows per batch that are regressed alone
     unlabeled_from: ExtraRowsFrom = "unlabeled"
     features: FeaturesFrom = None
+    follow: Follow = "always"
     tap: str | None = None  # None: hidden where the cache has it, otherwise its first
     timesteps: tuple[int, ...] | None = None  # None: all that the cache has
     timesteps_per_step: TimestepsPerStep = Field(default=None, ge=1)

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from cache_schema.fields import Setting
-from trainer.config import ExtraRowsFrom, FeaturesFrom, ShuffleFeatures, TrainConfig
+from trainer.config import ExtraRowsFrom, FeaturesFrom, Follow, ShuffleFeatures, TrainConfig
 from trainer.methods.baseline.config import BaselineLossConfig, BaselineOptimConfig
 
 
@@ -26,7 +26,7 @@ class RelationalLossConfig(BaselineLossConfig):
 class RelationalConfig(TrainConfig):
     """A run of the student with its own DRC that also learns which images the teacher finds alike; no GIM."""
 
-    presets: ClassVar = {"recommended": {"optim": {"proxy_lr_scale": 100.0}}}
+    presets: ClassVar = {"recommended": {"follow": "auto", "optim": {"proxy_lr_scale": 100.0}}}
 
     method: Literal["relational"] = "relational"
     unlabeled_per_batch: Annotated[int, Setting("Extra rows per batch, which are compared alone.")] = Field(
@@ -34,6 +34,7 @@ class RelationalConfig(TrainConfig):
     )
     unlabeled_from: ExtraRowsFrom = "unlabeled"
     features: FeaturesFrom = None
+    follow: Follow = "always"
     tap: str | None = None  # None: hidden where the cache has it, otherwise its first
     timesteps: tuple[int, ...] | None = None  # None: all that the cache has
     shuffle_features: ShuffleFeatures = False
