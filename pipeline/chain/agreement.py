@@ -27,6 +27,8 @@ class Running(Protocol):
     def resolution(self) -> int: ...
     @property
     def crop(self) -> ObjectCrop: ...
+    @property
+    def step_distilled(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def remarks_on_plan(config: RunConfig, outline: "TeacherOutline", steps: Sequenc
 
 def remarks_on_stage_one(teacher: Running) -> list[str]:
     """Where Stage I is not what one would want of this teacher."""
-    if not getattr(teacher, "step_distilled", False):
+    if not teacher.step_distilled:
         return []
     return [
         f"warning: {teacher.source} is distilled to a few steps, and Stage I trains it at all noise levels; refine its "
@@ -106,7 +108,7 @@ def _stage_one(teacher: Running, lora: Path | None) -> list[str]:
 
 
 def _schedule(teacher: Running, num_steps: int) -> list[str]:
-    if not getattr(teacher, "step_distilled", False) or num_steps <= _FEW_STEPS:
+    if not teacher.step_distilled or num_steps <= _FEW_STEPS:
         return []
     return [
         f"warning: {teacher.source} is distilled to a few steps and was not trained at the noise levels of "

@@ -82,6 +82,11 @@ class AnyTeacher(Protocol):
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def step_distilled(self) -> bool:
+        """Whether it was distilled to a few steps."""
+        ...
+
     def digests(self) -> dict[str, str]:
         """Component name → SHA-256 of its weights and configuration."""
         ...

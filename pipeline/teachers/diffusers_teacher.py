@@ -87,6 +87,11 @@ class DiffusersTeacher(ABC):
             check_made_for(self.lora, self.digests()["transformer"], self.source, self.context)
 
     @property
+    def step_distilled(self) -> bool:
+        """Whether it was distilled to a few steps; a family that has such models knows how to tell."""
+        return False
+
+    @property
     def components(self) -> tuple[str, ...]:
         """The components of the pipeline that have a say in the features."""
         return ("transformer", "vae", *self.text_components, "scheduler")

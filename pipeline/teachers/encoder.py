@@ -36,6 +36,7 @@ class Encoder:
     """The part of `base.ImageEncoder` that does not depend on the network."""
 
     guidance: float | None = None
+    step_distilled: bool = False
     lora: Path | None = None
     context: ContextMode = "joint"
     quantization: Quantization | None = None

@@ -139,6 +139,8 @@ def test_a_setting_that_another_one_leaves_unread_is_named(tmp_path, here):
         rows = ["unlabelled.per_batch=1"] if mode == "baseline" else ["unlabeled_per_batch=1"]
         used = ["loss.align=memory", "gim.token_norm=whiten", "loss.alpha_by=gradient_ratio"] * (mode == "distill")
         assert idle_settings(make_config("small", [*settings, *rows, *used], mode=mode), "small") == []
+    by_ratio = make_config("small", ["loss.alpha=3", "loss.alpha_by=gradient_ratio"])
+    assert idle_settings(by_ratio, "small") == ["loss.alpha changes nothing while loss.alpha_by is gradient_ratio"]
     assert all(not idle_settings(make_config(preset, method="gcd"), preset) for preset in PRESETS)
 
 

@@ -24,6 +24,7 @@ READ_WITH: dict[str, tuple[str, tuple[str, ...] | None]] = {
     "loss.memory": ("loss.align", ("memory",)),
     "loss.temperature": ("loss.align", ("relational", "memory")),
     "loss.target_components": ("loss.align_target", ("pooled",)),
+    "loss.alpha": ("loss.alpha_by", ("constant",)),
     "loss.alpha_ratio": ("loss.alpha_by", ("gradient_ratio",)),
     "gim.token_components": ("gim.token_norm", ("whiten",)),
 }
