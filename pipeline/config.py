@@ -121,6 +121,10 @@ class TeacherOptions:
     def __post_init__(self) -> None:
         if self.crop == "square" and self.input == "image":
             raise ConfigError("--crop square is of the object, and --input image shows all: leave out one of the two")
+        if self.input == "image" and not self.name.startswith((TIMM_PREFIX, VAE_PREFIX)):
+            raise ConfigError(
+                f"teacher {self.name}: a diffusion transformer sees object and whole image; leave --input image out"
+            )
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,7 @@ def load_teacher(
         _refuse_for_encoders(spec, lora, context, loading)
         return _load_latents(spec, revision, resolution, dtype, device, input)
     if input != "object":
-        raise TeacherError(f"teacher {spec}: it sees the object and the whole image; leave --input {input} out")
+        raise TeacherError(f"teacher {spec}: it sees the object and the whole image; leave input={input} out")
     from pipeline.teachers.weights import locate
 
     quiet_libraries()

@@ -228,8 +228,14 @@ def test_what_an_encoder_does_not_know_is_refused(vit, tiny_dataset, tmp_path):
         load_teacher(vit, dtype=torch.float32, device="cpu", context="joint")
     with pytest.raises(TeacherError, match="does not take --resolution 97"):
         TimmEncoder(vit, resolution=97)
-    with pytest.raises(TeacherError, match="leave --input image out"):
+    with pytest.raises(TeacherError, match="leave input=image out"):
         load_teacher("demo", dtype=torch.float32, device="cpu", input="image")
+
+
+def test_a_diffusion_transformer_that_is_asked_for_the_whole_image_alone_is_refused_before_anything_is_read(tmp_path):
+    done = CliRunner().invoke(app, ["build", "--dataset", "demo", "--input", "image", "--output", str(tmp_path / "c")])
+    assert "a diffusion transformer sees object and whole image; leave --input image out" in str(done.exception)
+    assert not (tmp_path / "c").exists()
 
 
 def test_stage_one_of_an_encoder_is_refused_in_one_line(vit, tmp_path):
