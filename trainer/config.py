@@ -27,24 +27,6 @@ def read_workers(text: str) -> int | Literal["auto"]:
 # Where rows without a label are from: the split, the training images (again, in another view), or both.
 UnlabelledFrom = Literal["unlabeled", "train", "both"]
 
-# Settings that several methods have, each field with its own default.
-ExtraRowsFrom = Annotated[
-    UnlabelledFrom, Setting("Where extra rows are from: the split, the training images in another view, or both.")
-]
-TimestepsPerStep = Annotated[
-    int | None, Setting("Timesteps drawn anew for each image at each update, of those above; all by default.")
-]
-FeaturesFrom = Annotated[str | None, Setting("Another cache to read them from, of the same images: a folder or a URL.")]
-Follow = Annotated[
-    Literal["always", "auto"],
-    Setting(
-        "auto: before the first update, training images are looked up by the teacher's features and by the student; "
-        "where the teacher finds surely less, the student is trained without it, as by method baseline."
-    ),
-]
-ShuffleFeatures = Annotated[bool, Setting("A control: every image is given the features of another one of its split.")]
-
-
 ALONE = "baseline"  # the method that reads no teacher's features
 
 

@@ -29,6 +29,7 @@ from trainer.evaluation.worth import Worth, measure_worth
 from trainer.methods.method import Method
 from trainer.methods.registry import find_method
 from trainer.methods.settings import without_teacher
+from trainer.methods.teacher_config import FollowingConfig
 from trainer.models.student import Student, build_student
 from trainer.training.checkpoint import Progress, latest_checkpoint, load_checkpoint, read_progress, resuming
 from trainer.training.distributed import join, synchronise_batch_norm
@@ -99,7 +100,7 @@ def assemble(config: TrainConfig, cache: Cache, worth: Worth | None = None) -> P
     _say_if_enlarged(config, cache, student)
     student.fit = choose_fit(config.fit, cache)
     batches = _open_batches(config, cache, student, device)
-    if worth is None and getattr(config, "follow", "always") == "auto":
+    if worth is None and isinstance(config, FollowingConfig) and config.follow == "auto":
         worth = _weigh(batches, student, device)
     asked = config.method
     if worth is not None and not worth.followed:

@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from trainer.config import FeaturesFrom, ShuffleFeatures, TimestepsPerStep, TrainConfig
 from trainer.methods.baseline.config import BaselineLossConfig, BaselineOptimConfig
 from trainer.methods.gcd.config import GimConfig
+from trainer.methods.teacher_config import ReadingConfig, TimestepsPerStep
 
 
 class AuxiliaryOptimConfig(BaselineOptimConfig):
@@ -17,7 +17,7 @@ class AuxiliaryOptimConfig(BaselineOptimConfig):
     gim_lr_scale: float = Field(default=1.0, gt=0)
 
 
-class AuxiliaryConfig(TrainConfig):
+class AuxiliaryConfig(ReadingConfig):
     """A run whose embedding is E_D: student and GIM learn to read the features together, and are used together."""
 
     presets: ClassVar = {
@@ -28,11 +28,7 @@ class AuxiliaryConfig(TrainConfig):
     }
 
     method: Literal["auxiliary"] = "auxiliary"
-    features: FeaturesFrom = None
-    tap: str | None = None  # None: hidden where the cache has it, otherwise its first
-    timesteps: tuple[int, ...] | None = None  # None: all that the cache has
     timesteps_per_step: TimestepsPerStep = Field(default=None, ge=1)
-    shuffle_features: ShuffleFeatures = False
     gim: GimConfig = GimConfig()
     loss: BaselineLossConfig = BaselineLossConfig()
     optim: AuxiliaryOptimConfig = AuxiliaryOptimConfig()

@@ -7,17 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from cache_schema.fields import Setting
-from trainer.config import (
-    ExtraRowsFrom,
-    FeaturesFrom,
-    Follow,
-    Frozen,
-    OptimConfig,
-    RegressionConfig,
-    ShuffleFeatures,
-    TimestepsPerStep,
-    TrainConfig,
-)
+from trainer.config import Frozen, OptimConfig, RegressionConfig
+from trainer.methods.teacher_config import FollowingConfig, TimestepsPerStep
 
 
 class GimConfig(Frozen):
@@ -157,7 +148,7 @@ _RECOMMENDED: dict[str, Any] = {
 }
 
 
-class GcdConfig(TrainConfig):
+class GcdConfig(FollowingConfig):
     """A run of DiT-Distill: the student learns from the cached features through the GIM."""
 
     presets: ClassVar = {
@@ -167,14 +158,7 @@ class GcdConfig(TrainConfig):
     }
 
     method: Literal["gcd"] = "gcd"
-    unlabeled_per_batch: int = Field(default=0, ge=0)  # extra rows per batch that only CAL sees
-    unlabeled_from: ExtraRowsFrom = "unlabeled"
-    features: FeaturesFrom = None
-    follow: Follow = "always"
-    tap: str | None = None  # None: hidden where the cache has it, otherwise its first
-    timesteps: tuple[int, ...] | None = None  # None: all that the cache has
     timesteps_per_step: TimestepsPerStep = Field(default=None, ge=1)
-    shuffle_features: ShuffleFeatures = False
     gim: GimConfig = GimConfig()
     loss: LossConfig = LossConfig()
     regression: RegressionConfig = RegressionConfig()

@@ -6,16 +6,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.config import (
-    ExtraRowsFrom,
-    FeaturesFrom,
-    Follow,
-    RegressionConfig,
-    ShuffleFeatures,
-    TimestepsPerStep,
-    TrainConfig,
-)
+from trainer.config import RegressionConfig
 from trainer.methods.baseline.config import BaselineLossConfig, BaselineOptimConfig
+from trainer.methods.teacher_config import FollowingConfig, TimestepsPerStep
 
 
 class PlainRegressionConfig(RegressionConfig):
@@ -36,7 +29,7 @@ class RegressionOptimConfig(BaselineOptimConfig):
     head_lr_scale: float = Field(default=1.0, gt=0)
 
 
-class RegressionRunConfig(TrainConfig):
+class RegressionRunConfig(FollowingConfig):
     """A run of the student with its own DRC that also regresses the cached features; no GIM."""
 
     presets: ClassVar = {
@@ -48,14 +41,7 @@ class RegressionRunConfig(TrainConfig):
     }
 
     method: Literal["regression"] = "regression"
-    unlabeled_per_batch: int = Field(default=0, ge=0)  # extra rows per batch that are regressed alone
-    unlabeled_from: ExtraRowsFrom = "unlabeled"
-    features: FeaturesFrom = None
-    follow: Follow = "always"
-    tap: str | None = None  # None: hidden where the cache has it, otherwise its first
-    timesteps: tuple[int, ...] | None = None  # None: all that the cache has
     timesteps_per_step: TimestepsPerStep = Field(default=None, ge=1)
-    shuffle_features: ShuffleFeatures = False
     loss: BaselineLossConfig = BaselineLossConfig()
     regression: PlainRegressionConfig = PlainRegressionConfig()
     optim: RegressionOptimConfig = RegressionOptimConfig()

@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from cache_schema.fields import Setting
-from trainer.config import ExtraRowsFrom, FeaturesFrom, Follow, ShuffleFeatures, TrainConfig
 from trainer.methods.baseline.config import BaselineLossConfig, BaselineOptimConfig
+from trainer.methods.teacher_config import FollowingConfig
 
 
 class RelationalLossConfig(BaselineLossConfig):
@@ -23,20 +23,11 @@ class RelationalLossConfig(BaselineLossConfig):
     )
 
 
-class RelationalConfig(TrainConfig):
+class RelationalConfig(FollowingConfig):
     """A run of the student with its own DRC that also learns which images the teacher finds alike; no GIM."""
 
     presets: ClassVar = {"recommended": {"follow": "auto", "optim": {"proxy_lr_scale": 100.0}}}
 
     method: Literal["relational"] = "relational"
-    unlabeled_per_batch: Annotated[int, Setting("Extra rows per batch, which are compared alone.")] = Field(
-        default=0, ge=0
-    )
-    unlabeled_from: ExtraRowsFrom = "unlabeled"
-    features: FeaturesFrom = None
-    follow: Follow = "always"
-    tap: str | None = None  # None: hidden where the cache has it, otherwise its first
-    timesteps: tuple[int, ...] | None = None  # None: all that the cache has
-    shuffle_features: ShuffleFeatures = False
     loss: RelationalLossConfig = RelationalLossConfig()
     optim: BaselineOptimConfig = BaselineOptimConfig()
