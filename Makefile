@@ -28,7 +28,7 @@ cache_options = $(if $(PROBE),--probe) $(if $(DRY_RUN),--dry-run) $(set_options)
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
-	@echo "  variables: DATASET=demo|cars|cub|dogs|nabirds|folder DATA=/path TEACHER=demo|flux-kontext|flux2-klein-base|/folder|owner/repo RUN=runs/cars PRESET=demo|recommended|small|paper"
+	@echo "  variables: DATASET=demo|cars|cub|dogs|nabirds|folder DATA=/path TEACHER=demo|flux-kontext|flux2-klein-base|timm:NAME|/folder|owner/repo RUN=runs/cars PRESET=demo|recommended|small|paper"
 	@echo "  of make cache: DRY_RUN=1 prints the plan, PROBE=1 compares taps and timesteps, SET=\"refine.steps=200 build.pool=2\" sets any field"
 	@echo "  more options: CACHE=\"--limit 100\" for dit-cache run, TRAIN=\"--epochs 10\" for dit-train run"
 
