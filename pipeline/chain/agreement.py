@@ -1,7 +1,7 @@
 """What a build should be told before it costs days: where Stage I, the teacher and the build do not fit together."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -52,9 +52,13 @@ def planned(options: TeacherOptions, outline: "TeacherOutline | None" = None) ->
     return Planned(outline.source, guidance, outline.resolution, options.crop, outline.step_distilled)
 
 
-def remarks_on(teacher: Running, lora: Path | None, num_steps: int) -> list[str]:
-    """One line for each thing that runs but is not what one would want; nothing where all fits together."""
-    return [*_stage_one(teacher, lora), *_schedule(teacher, num_steps)]
+def remarks_on(teacher: Running, lora: Path | None, num_steps: int, asked: TeacherOptions | None = None) -> list[str]:
+    """One line for each thing that runs but is not what one would want; nothing where all fits together.
+
+    asked: how the teacher was to run, where that is known.
+    """
+    unread = [] if asked is None else _unread(teacher, asked)
+    return [*unread, *_stage_one(teacher, lora), *_schedule(teacher, num_steps)]
 
 
 def remarks_on_plan(config: RunConfig, outline: "TeacherOutline", steps: Sequence[str]) -> list[str]:
@@ -62,7 +66,8 @@ def remarks_on_plan(config: RunConfig, outline: "TeacherOutline", steps: Sequenc
 
     Raises DitDistillError for what Stage I would refuse.
     """
-    teacher, remarks = planned(config.teacher, outline), []
+    teacher = planned(config.teacher, outline)
+    remarks = _unread(teacher, config.teacher) if {"refine", "probe", "build"} & set(steps) else []
     if "refine" in steps:
         check_train_guidance(config, teacher)
         remarks += remarks_on_stage_one(teacher)
@@ -92,6 +97,14 @@ def check_train_guidance(config: RunConfig, teacher: Running) -> None:
             f"--train-guidance {config.refine.train_guidance:g}: the teacher {teacher.source} embeds no guidance; "
             "leave it out"
         )
+
+
+def _unread(teacher: Running, asked: TeacherOptions) -> list[str]:
+    """Guidance that was asked for of a teacher that embeds none."""
+    (default,) = (field.default for field in fields(TeacherOptions) if field.name == "guidance")
+    if teacher.guidance is not None or asked.guidance == default:
+        return []
+    return [f"warning: --guidance {asked.guidance:g} changes nothing: the teacher {teacher.source} embeds no guidance"]
 
 
 def _stage_one(teacher: Running, lora: Path | None) -> list[str]:

@@ -96,7 +96,7 @@ def probe_teacher(config: RunConfig, lora: Path | None, output: Path, *, alone: 
     """Which taps and timesteps tell most: table and heat map into the folder `output`."""
     opened = open_data(config.data)
     loaded = open_teacher(config.teacher, lora)
-    for remark in remarks_on(loaded, lora, config.probe.num_steps):
+    for remark in remarks_on(loaded, lora, config.probe.num_steps, config.teacher):
         print(remark)
     from pipeline.probe.run import Usual, probe
 
@@ -131,7 +131,7 @@ def build_cache(
     opened = DecodedImages(open_data(config.data))
     scanned = scan_for(opened, config.build, config.tolerance, hung=known_hangs(output, "scan"))
     loaded = open_teacher(config.teacher, lora)
-    for remark in remarks_on(loaded, lora, config.build.num_steps):
+    for remark in remarks_on(loaded, lora, config.build.num_steps, config.teacher):
         print(remark)
     part = part or WHOLE
     built = build(
@@ -170,7 +170,7 @@ def build_cache_with_ray(
     from pipeline.inputs.condition_store import default_store
 
     the_library()
-    for remark in remarks_on(planned(config.teacher), lora, config.build.num_steps):
+    for remark in remarks_on(planned(config.teacher), lora, config.build.num_steps, config.teacher):
         print(remark)
     # Workers have working directories of their own.
     data = replace(config.data, root=config.data.root and config.data.root.absolute())

@@ -32,6 +32,15 @@ def test_the_plan_of_a_step_distilled_teacher_at_28_steps_warns_before_stage_one
     assert remarks("flux2-klein-base") == remarks("flux-kontext") == []
 
 
+def test_guidance_that_was_asked_for_of_a_teacher_that_reads_none_is_named():
+    said = "warning: --guidance 5 changes nothing: the teacher flux2-klein-base embeds no guidance"
+    assert remarks("flux2-klein-base", "teacher.guidance=5") == [said]
+    assert remarks("flux2-klein-base", "teacher.guidance=5", steps=["verify"]) == []
+    assert remarks("flux2-klein-base", "teacher.guidance=3.5") == remarks("flux-kontext", "teacher.guidance=5") == []
+    asked = make_config("cars", "flux2-klein-base", ["teacher.guidance=5"]).teacher
+    assert remarks_on(planned(asked), None, 28, asked) == [said]
+
+
 def test_a_run_prints_what_its_plan_warns_of(tmp_path):
     command = ["run", "--teacher", "flux2-klein", "--limit", "2", "--dry-run", "--output", str(tmp_path)]
     said = CliRunner().invoke(app, command).output
