@@ -10,7 +10,7 @@ from trainer.config import AugmentConfig
 from trainer.data.augmentation import augment_image, draw_numbers, random_crop
 from trainer.data.batches import TrainingBatches, iterate
 from trainer.errors import TrainError
-from trainer.methods.gcd.method import TEACHER
+from trainer.methods.reading import TEACHER
 from trainer.methods.registry import find_method
 from trainer.methods.settings import load_config
 

@@ -15,7 +15,7 @@ from trainer.data.features import FeatureNeed, Needs, open_sources
 from trainer.data.images import ImageStore, fit_picture
 from trainer.data.regions import Regions
 from trainer.errors import TrainError
-from trainer.methods.gcd.method import TEACHER
+from trainer.methods.reading import TEACHER
 from trainer.methods.registry import find_method
 from trainer.reports.control_targets import make_target
 

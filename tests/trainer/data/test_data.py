@@ -9,7 +9,7 @@ from trainer.data.features import choose_timesteps, choose_views, tap_info
 from trainer.data.images import ImageStore
 from trainer.data.splits import select_split
 from trainer.errors import TrainError
-from trainer.methods.gcd.method import TEACHER
+from trainer.methods.reading import TEACHER
 from trainer.methods.registry import find_method
 
 SIZE, ROW, VIEW, TIMESTEP = 24, 0, 1, 2  # the synthetic features say their row, view and timestep in channels 0 to 2

@@ -23,7 +23,7 @@ from trainer.data import batches as batches_module
 from trainer.data import feed
 from trainer.data.batches import Batch, TrainingBatches, iterate
 from trainer.data.feed import Feed
-from trainer.methods.gcd.method import TEACHER
+from trainer.methods.reading import TEACHER
 from trainer.methods.registry import find_method
 from trainer.training.assembly import assemble
 

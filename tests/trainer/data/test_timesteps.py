@@ -7,7 +7,8 @@ import torch
 from trainer.data.batches import TrainingBatches, iterate
 from trainer.data.timesteps import TimestepDraw
 from trainer.errors import TrainError
-from trainer.methods.gcd.method import OTHER_VIEW, TEACHER
+from trainer.methods.gcd.method import OTHER_VIEW
+from trainer.methods.reading import TEACHER
 from trainer.methods.registry import find_method
 
 CPU = torch.device("cpu")

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from trainer.data.batches import Batch
-from trainer.data.features import FeatureNeed, FeatureShape, Needs
+from trainer.data.features import FeatureShape, Needs
 from trainer.methods.auxiliary.config import AuxiliaryConfig
-from trainer.methods.gcd.gim import GIM_FILE, GenerativeInjectionModule, load_gim
-from trainer.methods.method import END, Method, Moment, ParameterGroup
+from trainer.methods.gcd.gim import GenerativeInjectionModule
+from trainer.methods.gcd.gim_method import GimMethod
+from trainer.methods.method import END, Moment, ParameterGroup
+from trainer.methods.reading import TEACHER, TeacherFeatures, teacher_need
 from trainer.models.heads import ProxyClassifier
 from trainer.models.student import Student
-from trainer.models.weights import save_weights
-
-TEACHER = "teacher"  # the name of the features it reads
 
 
-class Auxiliary(Method):
+class Auxiliary(GimMethod):
     """L = L_DRC(E_D), with nothing that draws E_R to it: at test time E_D is made of pixels and features again.
 
     Source: DiT-Distill, CVPR 2026, rows ② (the teacher as it was published) and ③ (refined) of the ablation: which of
@@ -31,8 +29,6 @@ class Auxiliary(Method):
     auxiliary_names = {"unmasked": "E_D, the teacher's features read at test time"}  # noqa: RUF012
     made_of_teacher = "unmasked"
     scored = "unmasked"
-    readers = "queries of the GIM"
-    files = (GIM_FILE,)
 
     def __init__(self, config: AuxiliaryConfig, student: Student, classes: int, shapes: Mapping[str, FeatureShape]):
         super().__init__(config, student, classes, shapes)
@@ -47,10 +43,9 @@ class Auxiliary(Method):
 
     @classmethod
     def needs(cls, config: AuxiliaryConfig) -> Needs:
-        shuffled = config.seed if config.shuffle_features else None
         whole = config.gim.fits_all
         return Needs(
-            {TEACHER: FeatureNeed(config.tap, config.timesteps, config.features, shuffled=shuffled)},
+            teacher_need(config),
             fit_on="all" if whole else "few",
             exact=whole or config.gim.token_norm == "standardize",
             timesteps_per_step=config.timesteps_per_step,
@@ -73,29 +68,9 @@ class Auxiliary(Method):
         ]
 
     def fit(self, batches: Iterable[Batch]) -> None:
-        self.gim.fit(_Tokens(batches), ((batch.features[TEACHER], batch.labels) for batch in batches))
+        self.gim.fit(TeacherFeatures(batches), ((batch.features[TEACHER], batch.labels) for batch in batches))
 
     def auxiliary(self, student: Tensor, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tokens = features[TEACHER]
         injected = self.gim.infuse(student, self.gim.bridge(tokens), False, self.gim.shortcut_of(tokens))
         return {"unmasked": injected}
-
-    def attention(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = self.gim.attention(features[TEACHER])
-        return {} if found is None else {TEACHER: found}
-
-    def save(self, run: Path) -> None:
-        save_weights(self.gim.state_dict(), run / GIM_FILE)
-
-    def load(self, run: Path) -> None:
-        load_gim(self.gim, run, self.shapes[TEACHER].tap)
-
-
-class _Tokens:
-    """The teacher's features of batches, as often as they are asked for."""
-
-    def __init__(self, batches: Iterable[Batch]):
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (batch.features[TEACHER] for batch in self.batches)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,25 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.data.batches import Batch
-from trainer.data.features import FeatureNeed, FeatureShape, Needs
+from trainer.data.features import FeatureShape, Needs
 from trainer.errors import TrainError
 from trainer.methods.gcd.alignment import Alignment, gradient_alpha
 from trainer.methods.gcd.cal import cal_ramp
 from trainer.methods.gcd.config import GcdConfig
-from trainer.methods.gcd.gim import GIM_FILE, GenerativeInjectionModule, load_gim
-from trainer.methods.method import END, Method, Moment, ParameterGroup
+from trainer.methods.gcd.gim import GenerativeInjectionModule
+from trainer.methods.gcd.gim_method import GimMethod
+from trainer.methods.method import END, Moment, ParameterGroup
+from trainer.methods.reading import TEACHER, TeacherFeatures, teacher_need
 from trainer.models.alignment import require_others
 from trainer.models.components import PrincipalComponents
 from trainer.models.heads import ProxyClassifier
 from trainer.models.regression import FeatureRegression
 from trainer.models.student import Student
-from trainer.models.weights import save_weights
 
-TEACHER = "teacher"  # the name of the features it reads
-OTHER_VIEW = "other_view"  # and of the same in the other view of an image
+OTHER_VIEW = "other_view"  # the name of the same features in the other view of an image
 
 
-class Gcd(Method):
+class Gcd(GimMethod):
     """L = L_DRC + α · L_CAL; DRC acts on E_D, or on E_D and E_R (`loss.drc_on`)."""
 
     loss_figures = {  # noqa: RUF012
@@ -39,9 +38,7 @@ class Gcd(Method):
         "Regression of the teacher's features": {"regression": ""},
     }
     auxiliary_names = {"unmasked": "E_D, E_R unmasked", "masked": "E_D, E_R masked"}  # noqa: RUF012
-    readers = "queries of the GIM"
     made_of_teacher = "masked"
-    files = (GIM_FILE,)
     advice = "lower --lr or --alpha, set optim.grad_clip=1, or use loss.cal=normalized"
 
     def __init__(self, config: GcdConfig, student: Student, classes: int, shapes: Mapping[str, FeatureShape]):
@@ -78,8 +75,7 @@ class Gcd(Method):
 
     @classmethod
     def needs(cls, config: GcdConfig) -> Needs:
-        shuffled = config.seed if config.shuffle_features else None
-        features = {TEACHER: FeatureNeed(config.tap, config.timesteps, config.features, shuffled=shuffled)}
+        features = teacher_need(config)
         if config.loss.target_views == "mean":
             features[OTHER_VIEW] = replace(features[TEACHER], next_view=True)
         gim, loss = config.gim, config.loss
@@ -181,7 +177,7 @@ class Gcd(Method):
         return [ParameterGroup(list(module.parameters()), scale) for module, scale in parts]
 
     def fit(self, batches: Iterable[Batch]) -> None:
-        features = _Features(batches)
+        features = TeacherFeatures(batches)
         self.gim.fit(features, ((batch.features[TEACHER], batch.labels) for batch in batches))
         if self.pooled is not None:
             self.pooled.fit(tokens.float().mean(2, keepdim=True) for tokens in features)
@@ -205,26 +201,6 @@ class Gcd(Method):
         tokens = features[TEACHER]
         bridged, shortcut = self.gim.bridge(tokens), self.gim.shortcut_of(tokens)
         return {name: self.gim.infuse(student, bridged, name == "masked", shortcut) for name in self.auxiliary_names}
-
-    def attention(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = self.gim.attention(features[TEACHER])
-        return {} if found is None else {TEACHER: found}
-
-    def save(self, run: Path) -> None:
-        save_weights(self.gim.state_dict(), run / GIM_FILE)
-
-    def load(self, run: Path) -> None:
-        load_gim(self.gim, run, self.shapes[TEACHER].tap)
-
-
-class _Features:
-    """The teacher's features of batches, as often as they are asked for."""
-
-    def __init__(self, batches: Iterable[Batch]):
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (batch.features[TEACHER] for batch in self.batches)
 
 
 def _mean_direction(views: list[Tensor]) -> Tensor:

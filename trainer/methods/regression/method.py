@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from trainer.data.batches import Batch
-from trainer.data.features import FeatureNeed, FeatureShape, Needs
+from trainer.data.features import FeatureShape, Needs
 from trainer.methods.method import END, Method, Moment, ParameterGroup
+from trainer.methods.reading import TEACHER, teacher_need
 from trainer.methods.regression.config import RegressionRunConfig
 from trainer.models.heads import ProxyClassifier
 from trainer.models.regression import FeatureRegression
 from trainer.models.student import Student
-
-TEACHER = "teacher"  # the name of the features it reads
 
 
 class Regression(Method):
@@ -37,10 +36,8 @@ class Regression(Method):
 
     @classmethod
     def needs(cls, config: RegressionRunConfig) -> Needs:
-        shuffled = config.seed if config.shuffle_features else None
-        features = {TEACHER: FeatureNeed(config.tap, config.timesteps, config.features, shuffled=shuffled)}
         return Needs(
-            features,
+            teacher_need(config),
             unlabelled=config.unlabeled_per_batch,
             unlabelled_from=config.unlabeled_from,
             places=True,

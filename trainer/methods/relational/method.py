@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from trainer.data.batches import Batch
-from trainer.data.features import FeatureNeed, FeatureShape, Needs
+from trainer.data.features import FeatureShape, Needs
 from trainer.methods.method import END, Method, Moment, ParameterGroup
+from trainer.methods.reading import TEACHER, teacher_need
 from trainer.methods.relational.config import RelationalConfig
 from trainer.models.alignment import relational_loss, require_others
 from trainer.models.components import PrincipalComponents
 from trainer.models.heads import ProxyClassifier
 from trainer.models.student import Student
-
-TEACHER = "teacher"  # the name of the features it reads
 
 
 class Relational(Method):
@@ -42,10 +41,8 @@ class Relational(Method):
 
     @classmethod
     def needs(cls, config: RelationalConfig) -> Needs:
-        shuffled = config.seed if config.shuffle_features else None
-        features = {TEACHER: FeatureNeed(config.tap, config.timesteps, config.features, shuffled=shuffled)}
         return Needs(
-            features,
+            teacher_need(config),
             unlabelled=config.unlabeled_per_batch,
             unlabelled_from=config.unlabeled_from,
             exact=True,

@@ -6,7 +6,8 @@ from trainer.data.batches import TrainingBatches
 from trainer.errors import TrainError
 from trainer.evaluation.evaluate import evaluate_run
 from trainer.methods.gcd.alignment import gradient_alpha
-from trainer.methods.gcd.method import OTHER_VIEW, TEACHER
+from trainer.methods.gcd.method import OTHER_VIEW
+from trainer.methods.reading import TEACHER
 from trainer.methods.registry import find_method
 from trainer.methods.trained import load_trained
 from trainer.models.student import build_student, load_student

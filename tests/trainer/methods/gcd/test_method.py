@@ -6,7 +6,8 @@ import torch
 from trainer.data.batches import TrainingBatches
 from trainer.errors import TrainError
 from trainer.methods.gcd.cal import cal_loss
-from trainer.methods.gcd.method import TEACHER, Gcd
+from trainer.methods.gcd.method import Gcd
+from trainer.methods.reading import TEACHER
 from trainer.methods.registry import find_method
 from trainer.models.heads import drc_loss
 from trainer.models.student import build_student
