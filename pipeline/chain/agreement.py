@@ -1,7 +1,7 @@
 """What a build should be told before it costs days: where Stage I, the teacher and the build do not fit together."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -101,8 +101,7 @@ def check_train_guidance(config: RunConfig, teacher: Running) -> None:
 
 def _unread(teacher: Running, asked: TeacherOptions) -> list[str]:
     """Guidance that was asked for of a teacher that embeds none."""
-    (default,) = (field.default for field in fields(TeacherOptions) if field.name == "guidance")
-    if teacher.guidance is not None or asked.guidance == default:
+    if teacher.guidance is not None or asked.guidance == TeacherOptions.guidance:
         return []
     return [f"warning: --guidance {asked.guidance:g} changes nothing: the teacher {teacher.source} embeds no guidance"]
 

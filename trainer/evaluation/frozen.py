@@ -38,9 +38,9 @@ def embed_frozen(auxiliary: Auxiliary, test: TestSplit, trained: Split, device: 
     head = Discriminant(len(source.shape.timesteps), source.shape.channels, min(COMPONENTS, source.shape.channels))
     head = head.to(device)
     labels = torch.from_numpy(trained.labels[chosen]).to(device)
-    features = _pooled(source, trained.rows[chosen], device)
+    features = pooled_features(source, trained.rows[chosen], device)
     head.fit((part, labels[start : start + BATCH]) for start, part in features)
-    pooled = torch.cat([part.cpu() for _, part in _pooled(source, test.split.rows, device)])
+    pooled = torch.cat([part.cpu() for _, part in pooled_features(source, test.split.rows, device)])
     found = {POOLED: pooled, LINEAR: head.cpu()(pooled)}
     try:
         for name, embeddings in found.items():
@@ -50,7 +50,7 @@ def embed_frozen(auxiliary: Auxiliary, test: TestSplit, trained: Split, device: 
     return found
 
 
-def _pooled(source: FeatureSource, rows: np.ndarray, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+def pooled_features(source: FeatureSource, rows: np.ndarray, device: torch.device) -> Iterator[tuple[int, Tensor]]:
     """Where a part of the rows begins, and its features as means over tokens: (n, P, C_t)."""
     for start in range(0, len(rows), BATCH):
         part = read_features(source, rows[start : start + BATCH])

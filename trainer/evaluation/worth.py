@@ -12,10 +12,10 @@ from torch import Tensor
 
 from trainer.data.features import FeatureSource
 from trainer.data.splits import Split
-from trainer.device import full_precision
 from trainer.errors import TrainError
-from trainer.evaluation.embed import BATCH, TestSplit, embed_students, read_features, refuse_untelling
+from trainer.evaluation.embed import TestSplit, embed_students, refuse_untelling
 from trainer.evaluation.evaluate import average_timesteps
+from trainer.evaluation.frozen import pooled_features
 from trainer.evaluation.intervals import paired_class_bootstrap
 from trainer.evaluation.metrics import score_queries
 from trainer.models.components import PrincipalComponents
@@ -88,12 +88,7 @@ def measure_worth(student: Student, source: FeatureSource, seen: TestSplit, devi
 
 def _pooled(source: FeatureSource, rows: np.ndarray, device: torch.device) -> Tensor:
     """Means over tokens: (N, P, C_t)."""
-    parts = []
-    for start in range(0, len(rows), BATCH):
-        encoded = read_features(source, rows[start : start + BATCH])
-        with full_precision(device):
-            parts.append(encoded.decode(device=device, dtype=torch.float32).mean(2))
-    pooled = torch.cat(parts)
+    pooled = torch.cat([part for _, part in pooled_features(source, rows, device)])
     refuse_untelling(pooled.cpu(), "the teacher")
     return pooled
 
