@@ -71,6 +71,15 @@ def use_device(device: torch.device) -> str:
     return f"device {device}: {found.name}, {found.total_memory / 1e9:.0f} GB"
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU multiplies bf16 itself, in oneDNN too; elsewhere it is emulated and slower than float32."""
+    import torch
+
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    used = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
+    return used and any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
 @contextmanager
 def sound_gradients() -> Iterator[None]:
     """Attention without cuDNN's kernels, which PyTorch prefers on an H100 or H200 and whose backward pass is wrong.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from cache_schema.devices import choose_device, use_device
+from cache_schema.devices import choose_device, multiplies_bfloat16, use_device
 from trainer.processes import beside
 
 __all__ = [
@@ -52,7 +52,7 @@ def decide_precision(wanted: Precision, device: torch.device, network: nn.Module
     """
     if wanted != "auto":
         return wanted
-    fast = device.type != "cpu" or (_multiplies_bfloat16() and not _convolves(network))
+    fast = device.type != "cpu" or (multiplies_bfloat16() and not _convolves(network))
     return "bfloat16" if fast else "float32"
 
 
@@ -130,12 +130,6 @@ def set_deterministic(wanted: bool) -> None:
 def resumes_exactly(device: torch.device, deterministic: bool) -> bool:
     """Whether a run that was interrupted ends with the same bits: sums on a GPU depend on the order of its threads."""
     return device.type == "cpu" or deterministic
-
-
-def _multiplies_bfloat16() -> bool:
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    used = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
-    return used and any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def _convolves(network: nn.Module) -> bool:

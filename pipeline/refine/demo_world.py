@@ -1,6 +1,6 @@
 """What the demo teacher is trained on: stages, the birds of each, and what a step draws from them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ class Stage:
     telling: float  # weight of the loss of `Teller`
     steps: int
     lr: float
+    # The σ below which shapes must be told, and that above which colours must be; None: all of both at any.
+    levels: tuple[float, float] | None = None
 
 
 # First to paint birds however they are photographed; words and references tell most where noise hides most. Then, with
@@ -41,6 +43,9 @@ READING = Stage(
     world=7_000_002, variation=Variation(), words=True, attributes=(2, 4), no_caption=0.4, no_context=0.5,
     noise=(0.2, 1.5), telling=0.5, steps=2_400, lr=8e-4,
 )  # fmt: skip
+# A teacher of which no one timestep tells all: colours where there is noise, which words and references tell as well,
+# and shapes where there is little.
+READING_BY_NOISE = replace(READING, noise=(0.0, 2.5), levels=(0.3, 0.62))
 
 
 @dataclass(frozen=True)

@@ -34,15 +34,31 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.datasets.birds import ATTRIBUTES
+from cache_schema.devices import multiplies_bfloat16
+from pipeline.datasets.birds import ATTRIBUTES, COLOURS
 from pipeline.refine.demo_text import build_text_encoders
-from pipeline.refine.demo_world import PAINTING, READING, RESOLUTION, Draw, Latents, Stage, World, render_world
+from pipeline.refine.demo_world import (
+    PAINTING,
+    READING,
+    READING_BY_NOISE,
+    RESOLUTION,
+    Draw,
+    Latents,
+    Stage,
+    World,
+    render_world,
+)
 from pipeline.teachers.flux import image_ids
 from pipeline.teachers.packing import pack_latents
 from pipeline.teachers.pixels import to_signed
 
 # Whose tokens tell what the bird is like; blocks behind it have painting alone to do.
 _TELLING_BLOCK = 2
+
+
+def mixed_precision() -> torch.autocast:
+    """bf16 where this CPU multiplies it; emulated it takes twelve times as long as float32."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=multiplies_bfloat16())
 
 
 def average_gradients(module: torch.nn.Module) -> None:
@@ -78,7 +94,7 @@ def train_vae(vae: AutoencoderKL, images: Tensor, steps: int, batch: int) -> Non
     bar = tqdm(range(steps), desc="VAE", unit="step", disable=dist.get_rank() > 0)
     for _ in bar:
         x = to_signed(images[torch.randint(len(images), (batch,))]).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with mixed_precision():
             posterior = vae.encode(x).latent_dist
             out = vae.decode(posterior.sample()).sample
         reconstruction = F.l1_loss(out.float(), x)
@@ -99,7 +115,7 @@ def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Raw latent modes (B, 8, 12, 12) in fp32."""
     modes = []
     for part in tqdm(images.split(128), desc="encode", disable=dist.get_rank() > 0):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with mixed_precision():
             seen = to_signed(part).contiguous(memory_format=torch.channels_last)
             modes.append(vae.encode(seen).latent_dist.mode().float())
     return torch.cat(modes)
@@ -124,9 +140,12 @@ class Teller(torch.nn.Module):
     2025). Here the description stands in for the encoder, as the many captions of a large model's pictures would.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, levels: tuple[float, float] | None = None):
+        """levels: of `Stage`."""
         super().__init__()
         self.counts = [len(values) for values in ATTRIBUTES.values()]
+        self.colours = torch.tensor([values == tuple(COLOURS) for values in ATTRIBUTES.values()])
+        self.levels = levels
         self.layers = torch.nn.Sequential(
             torch.nn.LayerNorm(width),
             torch.nn.Linear(width, 128),
@@ -134,10 +153,16 @@ class Teller(torch.nn.Module):
             torch.nn.Linear(128, sum(self.counts)),
         )
 
-    def forward(self, tokens: Tensor, attributes: Tensor) -> Tensor:
-        """tokens: (B, L, C); attributes: (B, 7). Returns the mean cross-entropy."""
+    def forward(self, tokens: Tensor, attributes: Tensor, sigma: Tensor) -> Tensor:
+        """tokens: (B, L, C); attributes: (B, 7); sigma: (B,). Returns the mean cross-entropy of what is to be told."""
         guesses = self.layers(tokens.mean(dim=1)).split(self.counts, dim=1)
-        return torch.stack([F.cross_entropy(g, a) for g, a in zip(guesses, attributes.T, strict=True)]).mean()
+        losses = [F.cross_entropy(g, a, reduction="none") for g, a in zip(guesses, attributes.T, strict=True)]
+        together = torch.stack(losses, dim=1)
+        if self.levels is None:
+            return together.mean()
+        clear, noisy = (sigma < self.levels[0])[:, None], (sigma > self.levels[1])[:, None]
+        due = torch.where(self.colours, noisy, clear)
+        return (together * due).sum() / due.sum().clamp(min=1)
 
 
 class Course:
@@ -145,7 +170,7 @@ class Course:
 
     def __init__(self, parts: dict, latents: Latents, world: World, stage: Stage):
         self.parts, self.latents, self.stage, self.attributes = parts, latents, stage, world.attributes
-        self.teller = Teller(parts["transformer"].inner_dim)
+        self.teller = Teller(parts["transformer"].inner_dim, stage.levels)
         block = parts["transformer"].single_transformer_blocks[_TELLING_BLOCK]
         self.told = torch.empty(0)  # that block's tokens of the last pass
         block.register_forward_hook(lambda _module, _inputs, output: setattr(self, "told", output[1]))
@@ -168,7 +193,7 @@ class Course:
         t5_ids = self.t5_ids[draw.caption_rows]
         if draw.context is not None:
             tokens, ids = torch.cat([tokens, draw.context], dim=1), torch.cat([ids, self.context_ids])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with mixed_precision():
             velocity = self.parts["transformer"](
                 hidden_states=tokens,
                 timestep=draw.sigma,
@@ -178,7 +203,7 @@ class Course:
                 img_ids=ids,
                 return_dict=False,
             )[0][:, :length]
-            telling = self.teller(self.told[:, :length], self.attributes[draw.bird])
+            telling = self.teller(self.told[:, :length], self.attributes[draw.bird], draw.sigma)
         return F.mse_loss(velocity.float(), draw.target), telling.float()
 
     def run(self, batch: int, keep: Callable[[dict], None], every: int) -> None:
@@ -277,7 +302,9 @@ def pretrain(rank: int, args: argparse.Namespace, first: Path | None, output: Pa
     """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=args.processes)
-    batch, stage = args.batch // args.processes, READING if first else PAINTING
+    batch, stage = args.batch // args.processes, PAINTING
+    if first:
+        stage = READING_BY_NOISE if args.by_noise else READING
     stage = replace(stage, steps=args.steps or stage.steps)
     parts = parts_of(first, args.seed) if first else first_parts(args.seed)
     torch.manual_seed(1000 * args.seed + rank)  # other draws in each
@@ -298,10 +325,20 @@ def pretrain(rank: int, args: argparse.Namespace, first: Path | None, output: Pa
     dist.destroy_process_group()
 
 
+def is_finished(painter: Path) -> bool:
+    """Whether the first stage left here what it ends with, and not a copy on the way."""
+    recipe = painter / "recipe.json"
+    if not recipe.exists():
+        return False
+    stage = json.loads(recipe.read_text())["stages"][0]
+    return stage["steps_done"] == stage["steps"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "teachers/demo_weights")
-    parser.add_argument("--painter", type=Path, help="what the first stage left; omitted, it is trained and not kept")
+    parser.add_argument("--painter", type=Path, help="folder to keep what the first stage leaves, or to take it from")
+    parser.add_argument("--by-noise", action="store_true", help="have it tell colours in noise and shapes without")
     parser.add_argument("--birds", type=int, default=6_000)
     parser.add_argument("--vae-steps", type=int, default=500)
     parser.add_argument("--steps", type=int, help="of each stage (default: as many as it has)")
@@ -312,9 +349,9 @@ def main() -> None:
     args = parser.parse_args()
     started = time.time()
     with TemporaryDirectory() as folder:
-        if args.painter is None:
-            torch.multiprocessing.spawn(pretrain, (args, None, Path(folder), free_port()), args.processes)
         painter = args.painter or Path(folder)
+        if not is_finished(painter):
+            torch.multiprocessing.spawn(pretrain, (args, None, painter, free_port()), args.processes)
         torch.multiprocessing.spawn(pretrain, (args, painter, args.output, free_port()), args.processes)
     print(f"demo teacher written to {args.output} in {(time.time() - started) / 60:.1f} minutes")
 
