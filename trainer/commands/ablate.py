@@ -62,14 +62,14 @@ def ablate(
         left_out,
         make_cells,
         target_folders,
-        unlabelled_source,
+        unlabelled_of,
     )
 
     cache, random_teacher = absolute(cache), random_teacher and absolute(random_teacher)
     names = [name for name in variants.split(",") if name]
     unrefined_teacher = unrefined_teacher and absolute(unrefined_teacher)
     opened = open_for(cache, allow_partial)
-    taken = unlabelled_source(preset, settings or [])
+    taken = unlabelled_of(preset, settings or [])
     others = other_features or []
     chosen = choose_variants(opened, names, sweep or [], random_teacher, unrefined_teacher, split, others, taken)
     targets = target_folders(opened, chosen, output)

@@ -38,6 +38,14 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Unlabelled:
+    """What runs of gcd take of images without a label."""
+
+    per_update: int = UNLABELLED
+    images_from: UnlabelledFrom = "unlabeled"
+
+
+@dataclass(frozen=True)
 class Cell:
     """One run of an ablation; its folder's name says what it was made with, so that another config is another run."""
 
@@ -116,18 +124,18 @@ def choose_variants(
     unrefined_teacher: str | None = None,
     split: SplitName = "test",
     others: Iterable[str] = (),
-    unlabelled_from: UnlabelledFrom = "unlabeled",
+    taken: Unlabelled = Unlabelled(),
 ) -> list[Variant]:
     """The variants asked for (by default all controls that the cache allows), and one for each value of each sweep.
 
-    others: `NAME=CACHE`, gcd with the features of another cache of the same images. unlabelled_from: where runs take
-    images without a label from. The baseline is always among them. Raises TrainError for names and sweeps that do not
-    exist, and for variants asked for that the cache does not allow.
+    others: `NAME=CACHE`, gcd with the features of another cache of the same images. taken: by runs of gcd, as
+    `unlabelled_of` says. The baseline is always among the variants. Raises TrainError for names and sweeps that do not
+    exist, and for variants asked for that cannot be made.
     """
     unknown = [name for name in names if name not in VARIANTS]
     if unknown:
         raise TrainError(f"variants: there is no {unknown[0]!r}; there are {', '.join(VARIANTS)}")
-    reasons = {name: _reason_against(cache, VARIANTS[name], split, unlabelled_from) for name in names or BY_DEFAULT}
+    reasons = {name: _reason_against(cache, VARIANTS[name], split, taken) for name in names or BY_DEFAULT}
     refused = [reason for name, reason in reasons.items() if name in names and reason]
     if refused:
         raise TrainError(f"variants: {refused[0]}")
@@ -146,19 +154,24 @@ def choose_variants(
     return [*variants, *(variant for sweep in sweeps for variant in read_sweep(sweep, cache))]
 
 
-def left_out(cache: Cache, split: SplitName = "test", unlabelled_from: UnlabelledFrom = "unlabeled") -> list[str]:
+def left_out(cache: Cache, split: SplitName = "test", taken: Unlabelled = Unlabelled()) -> list[str]:
     """Why controls that are made by default are not made on this cache, a line each."""
-    reasons = (_reason_against(cache, VARIANTS[name], split, unlabelled_from) for name in BY_DEFAULT)
+    reasons = (_reason_against(cache, VARIANTS[name], split, taken) for name in BY_DEFAULT)
     return [reason for reason in reasons if reason]
 
 
-def _reason_against(cache: Cache, variant: Variant, split: SplitName, unlabelled_from: UnlabelledFrom) -> str | None:
-    """Why a cache does not allow a variant, if it does not."""
-    of_split = variant.name in NEED_UNLABELLED and unlabelled_from != "train"
+def _reason_against(cache: Cache, variant: Variant, split: SplitName, taken: Unlabelled) -> str | None:
+    """Why a variant cannot be made of a cache, or would be another one again, if so."""
+    of_split = variant.name in NEED_UNLABELLED and taken.images_from != "train"
     if of_split and "unlabeled" not in set(cache.samples["split"].to_pylist()):
         return (
             f"{variant.name} needs unlabelled images, and the cache has none; --set unlabeled_from=train takes the "
             "training images again, in another view"
+        )
+    if variant.name == "no-unlabelled" and not taken.per_update:
+        return (
+            "no-unlabelled would be gcd once more, which takes no unlabelled images here; --set unlabeled_per_batch=32 "
+            "has it take some"
         )
     if variant.method == AUXILIARY and split == "test" and "test" not in cache.manifest.dataset.feature_splits:
         return (
@@ -236,7 +249,7 @@ def make_cells(
     nobodys = [s for s in settings if not any(s in known for known in shared.values())]
     if nobodys:
         settings_of(FULL).field(nobodys[0].partition("=")[0].strip())  # says what is wrong with the name
-    equal = _unlabelled_of(preset, shared[FULL])
+    equal = _as_gcd(unlabelled_of(preset, settings))
     cells = []
     for seed in range(seeds):
         for variant in variants:
@@ -249,16 +262,15 @@ def make_cells(
     return cells
 
 
-def unlabelled_source(preset: str, settings: Sequence[str]) -> UnlabelledFrom:
-    """Where runs of gcd take images without a label from, by the settings of all runs."""
-    return _full(preset, [setting for setting in settings if _has(FULL, setting)]).unlabeled_from
+def unlabelled_of(preset: str, settings: Sequence[str]) -> Unlabelled:
+    """What runs of gcd take of images without a label, by the settings of all runs."""
+    config = _full(preset, [setting for setting in settings if _has(FULL, setting)])
+    return Unlabelled(config.unlabeled_per_batch, config.unlabeled_from)
 
 
-def _unlabelled_of(preset: str, settings: Sequence[str]) -> tuple[str, ...]:
+def _as_gcd(taken: Unlabelled) -> tuple[str, ...]:
     """What has a baseline take the unlabelled images that a run of gcd takes, as many per update."""
-    config = _full(preset, settings)
-    rows = config.unlabeled_per_batch or UNLABELLED
-    return f"unlabelled.per_batch={rows}", f"unlabelled.images_from={config.unlabeled_from}"
+    return f"unlabelled.per_batch={taken.per_update or UNLABELLED}", f"unlabelled.images_from={taken.images_from}"
 
 
 def _full(preset: str, settings: Sequence[str]) -> GcdConfig:

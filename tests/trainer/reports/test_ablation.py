@@ -14,7 +14,15 @@ from cache_schema.errors import CacheUnsealed
 from trainer.cli import app
 from trainer.errors import TrainError
 from trainer.reports import ablation_run
-from trainer.reports.ablation_plan import VARIANTS, Variant, choose_variants, make_cells, read_sweep, unlabelled_source
+from trainer.reports.ablation_plan import (
+    VARIANTS,
+    Variant,
+    choose_variants,
+    left_out,
+    make_cells,
+    read_sweep,
+    unlabelled_of,
+)
 from trainer.reports.ablation_run import run_cells
 from trainer.reports.ablation_table import as_csv, as_markdown, tabulate
 from trainer.reports.control_targets import TIMESTEP
@@ -102,13 +110,21 @@ def test_a_sweep_is_a_variant_for_each_value():
         read_sweep("gim.querys=4")
 
 
+def test_what_gcd_would_be_without_unlabelled_images_is_made_only_where_it_takes_some(cache):
+    none, some = unlabelled_of("recommended", []), unlabelled_of("recommended", ["unlabeled_per_batch=8"])
+    assert "no-unlabelled" not in {v.name for v in choose_variants(cache, [], [], None, taken=none)}
+    assert any("no-unlabelled would be gcd once more" in reason for reason in left_out(cache, taken=none))
+    assert "no-unlabelled" in {v.name for v in choose_variants(cache, [], [], None, taken=some)}
+
+
 def test_controls_are_those_that_a_cache_allows(cache, make_cache):
     assert "pseudo-labels" in {v.name for v in choose_variants(cache, [], [], None)}
     bare = make_cache(classes={"train": (0, 1), "test": (10, 11)}, feature_splits=("train", "test"))
     assert not {v.name for v in choose_variants(bare, [], [], None)} & {"pseudo-labels", "no-unlabelled"}
     with pytest.raises(TrainError, match="pseudo-labels needs unlabelled images"):
         choose_variants(bare, ["pseudo-labels"], [], None)
-    again = choose_variants(bare, [], [], None, unlabelled_from=unlabelled_source("small", ["unlabeled_from=train"]))
+    taken = unlabelled_of("small", ["unlabeled_from=train", "unlabeled_per_batch=8"])
+    again = choose_variants(bare, [], [], None, taken=taken)
     assert {"pseudo-labels", "consistency", "no-unlabelled"} <= {v.name for v in again}
     with pytest.raises(TrainError, match="there is no 'magic'"):
         choose_variants(cache, ["magic"], [], None)
