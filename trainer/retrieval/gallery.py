@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -130,11 +130,19 @@ def _tile(
     draw.rectangle((left, top, left + TILE - 1, top + TILE - 1), fill="#eef0f3", outline=colour, width=3)
     inside = ImageOps.contain(picture, (TILE - 6, TILE - 6), Image.Resampling.BICUBIC)
     canvas.paste(inside, (left + (TILE - inside.width) // 2, top + (TILE - inside.height) // 2))
+    font = _font(12)
     for number, line in enumerate(lines):
-        font, line = _font(12), printable(line)  # names of files and classes may hold line breaks
-        while draw.textlength(line, font=font) > TILE and len(line) > 4:
-            line = line.rstrip("…")[:-1] + "…"
+        line = fitted(printable(line), lambda text: draw.textlength(text, font=font) <= TILE)  # may hold line breaks
         draw.text((left, top + TILE + 4 + 16 * number), line, fill=_INK if number == 0 else _SOFT, font=font)
+
+
+def fitted(text: str, fits: Callable[[str], bool]) -> str:
+    """As much of a text as fits, less of its middle: names of sub-categories often differ in their ends."""
+    kept, shown = len(text), text
+    while not fits(shown) and kept > 4:
+        kept -= 1
+        shown = f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
+    return shown
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

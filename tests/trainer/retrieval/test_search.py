@@ -8,10 +8,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from trainer import retrieval
-from trainer.retrieval.gallery import Query, render_png
+from trainer.retrieval.gallery import Query, fitted, render_png
 
 
 def test_the_whole_way_from_a_folder_to_a_page_of_hits(here, students, pictures, tmp_path):
@@ -156,3 +158,18 @@ def test_the_commands_of_the_readme_run_as_they_stand_there(here, students, pict
             assert code == 0, (arguments, said)
     assert Path("hits.html").stat().st_size > 1000
     assert Path("side-by-side.png").stat().st_size > 1000
+
+
+@pytest.mark.property
+@given(text=st.text(st.characters(exclude_characters="…"), min_size=5), room=st.integers(5, 40))
+def test_a_name_that_is_too_long_keeps_its_beginning_and_its_end(text, room):
+    shown = fitted(text, lambda shown: len(shown) <= room)
+    assert len(shown) <= room
+    if len(text) <= room:
+        assert shown == text
+    else:
+        head, _, tail = shown.partition("…")
+        assert head
+        assert tail
+        assert text.startswith(head)
+        assert text.endswith(tail)
