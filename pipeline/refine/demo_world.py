@@ -29,8 +29,7 @@ class Stage:
     telling: float  # weight of the loss of `Teller`
     steps: int
     lr: float
-    # The σ below which shapes must be told, and that above which colours must be; None: all of both at any.
-    levels: tuple[float, float] | None = None
+    levels: tuple[float, float] = (1.0, 0.0)  # the σ up to which shapes must be told, and that from which colours must
 
 
 # First to paint birds however they are photographed; words and references tell most where noise hides most. Then, with

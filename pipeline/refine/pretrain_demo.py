@@ -140,7 +140,7 @@ class Teller(torch.nn.Module):
     2025). Here the description stands in for the encoder, as the many captions of a large model's pictures would.
     """
 
-    def __init__(self, width: int, levels: tuple[float, float] | None = None):
+    def __init__(self, width: int, levels: tuple[float, float]):
         """levels: of `Stage`."""
         super().__init__()
         self.counts = [len(values) for values in ATTRIBUTES.values()]
@@ -157,12 +157,9 @@ class Teller(torch.nn.Module):
         """tokens: (B, L, C); attributes: (B, 7); sigma: (B,). Returns the mean cross-entropy of what is to be told."""
         guesses = self.layers(tokens.mean(dim=1)).split(self.counts, dim=1)
         losses = [F.cross_entropy(g, a, reduction="none") for g, a in zip(guesses, attributes.T, strict=True)]
-        together = torch.stack(losses, dim=1)
-        if self.levels is None:
-            return together.mean()
-        clear, noisy = (sigma < self.levels[0])[:, None], (sigma > self.levels[1])[:, None]
+        clear, noisy = (sigma <= self.levels[0])[:, None], (sigma >= self.levels[1])[:, None]
         due = torch.where(self.colours, noisy, clear)
-        return (together * due).sum() / due.sum().clamp(min=1)
+        return (torch.stack(losses, dim=1) * due).sum() / due.sum().clamp(min=1)
 
 
 class Course:

@@ -132,7 +132,8 @@ def _tile(
     canvas.paste(inside, (left + (TILE - inside.width) // 2, top + (TILE - inside.height) // 2))
     font = _font(12)
     for number, line in enumerate(lines):
-        line = fitted(printable(line), lambda text: draw.textlength(text, font=font) <= TILE)  # may hold line breaks
+        # Names of files and classes may hold line breaks.
+        line = fitted(printable(line), lambda text: draw.textlength(text, font=font) <= TILE)
         draw.text((left, top + TILE + 4 + 16 * number), line, fill=_INK if number == 0 else _SOFT, font=font)
 
 

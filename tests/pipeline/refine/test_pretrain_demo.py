@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.datasets.birds import ATTRIBUTES
-from pipeline.refine.demo_world import PAINTING, READING_BY_NOISE, Latents
+from pipeline.refine.demo_world import PAINTING, READING, READING_BY_NOISE, Latents
 from pipeline.refine.pretrain_demo import Teller, is_finished
 
 BIRDS, SCENES, BATCH = 7, 3, 200
@@ -52,7 +52,7 @@ def spelled_birds() -> tuple[torch.Tensor, torch.Tensor]:
     return birds, tokens.float()[:, None].expand(-1, 5, -1)
 
 
-@pytest.mark.parametrize("levels", [None, (0.5, 0.5)])
+@pytest.mark.parametrize("levels", [READING.levels, (0.5, 0.5)])
 def test_the_teller_learns_from_an_objects_tokens_what_each_attribute_is(levels):
     birds, tokens = spelled_birds()
     sigma = torch.rand(len(birds))
