@@ -12,11 +12,10 @@ from trainer.data.features import FeatureSource
 from trainer.data.splits import Split
 from trainer.device import full_precision
 from trainer.errors import TrainError
-from trainer.evaluation.embed import Auxiliary, TestSplit, feature_sources, read_features, refuse_untelling
+from trainer.evaluation.embed import BATCH, Auxiliary, TestSplit, feature_sources, read_features, refuse_untelling
 from trainer.evaluation.tables import FROZEN, LINEAR, POOLED
 from trainer.models.discriminant import Discriminant
 
-BATCH = 64  # images
 MOST_TRAINED = 4096  # images that the linear head is made of: it costs no more than to score the test images
 COMPONENTS = 512
 
