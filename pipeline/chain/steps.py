@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from cache_schema.advice import advised
 from cache_schema.errors import DitDistillError
 from pipeline.chain.agreement import check_train_guidance, planned, remarks_on, remarks_on_stage_one
 from pipeline.chain.next_step import next_line
@@ -205,6 +206,7 @@ def _say_nothing(_line: str) -> None:
 
 def verify_cache(cache: str | Path) -> None:
     """Hold every file of a cache against the checksums in its journal; raises DitDistillError if anything is wrong."""
+    from cache_schema import CacheUnsealed, open_cache
     from cache_schema.care.verify import advice, verify
 
     problems = verify(cache)
@@ -213,3 +215,7 @@ def verify_cache(cache: str | Path) -> None:
     if problems:
         raise DitDistillError(advice(problems, cache))
     print(f"{cache}: every file is as it was written")
+    try:
+        open_cache(cache)
+    except CacheUnsealed as error:
+        print(f"but {advised(error)}")
