@@ -216,6 +216,6 @@ def verify_cache(cache: str | Path) -> None:
         raise DitDistillError(advice(problems, cache))
     print(f"{cache}: every file is as it was written")
     try:
-        open_cache(cache)
+        open_cache(cache, local_cache="0")  # to know, not to read: nothing of a remote one is kept
     except CacheUnsealed as error:
         print(f"but {advised(error)}")
