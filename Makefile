@@ -65,7 +65,7 @@ train: $(READY) ## Train a student from the cache: make train DATASET=cars
 eval: $(READY) ## Recall@K and mAP@R of the trained student on unseen classes: make eval DATASET=cars
 	$(BIN)/dit-train eval $(RUN)/distill
 
-demo-teacher: $(READY) ## Train the demo teacher again from nothing (about 70 minutes on 2 cores, twice that without bf16)
+demo-teacher: $(READY) ## Train the demo teacher again from nothing (about 70 minutes on 2 cores, two hours without bf16)
 	$(BIN)/python -m pipeline.refine.pretrain_demo
 
 # One thread each: two processes that both use all cores would wait for each other.
