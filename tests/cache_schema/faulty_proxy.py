@@ -20,7 +20,7 @@ class FaultyProxy:
         self._lock = threading.Lock()
         self.log: list[tuple[str, str]] = []
         self.stopped, self._going = threading.Event(), threading.Event()
-        self._stop_method, self._stop_part, self._arrived = "", "", False
+        self._stop_method, self._stop_part, self._held, self._arrived = "", "", "", False
         self._going.set()
         self._target = urlsplit(target).netloc
         self._listen(0)
@@ -48,9 +48,12 @@ class FaultyProxy:
         with self._lock:
             self._fault, self._part, self._times = fault, part, times
 
-    def stop_once_answered(self, method: str, part: str) -> None:
-        """Hold every request of a method until `go_on`, once one with `part` in its path has been answered."""
-        self._stop_method, self._stop_part, self._arrived = method, part, False
+    def stop_once_answered(self, method: str, part: str, held: str = "") -> None:
+        """Hold every request of a method, or of another, `held`, until `go_on`, once one of `part` has been answered.
+
+        `part` is of the path.
+        """
+        self._stop_method, self._stop_part, self._held, self._arrived = method, part, held or method, False
         self._going.clear()
 
     def answered(self, method: str, path: str) -> None:
@@ -66,7 +69,7 @@ class FaultyProxy:
         """Note a request, and hold it if it is beyond those that are let through."""
         with self._lock:
             self.log.append((method, path))
-            held = not self._going.is_set() and method == self._stop_method and self._arrived
+            held = not self._going.is_set() and method == self._held and self._arrived
         if held:
             self.stopped.set()
             self._going.wait()

@@ -108,7 +108,8 @@ def test_a_killed_push_moves_no_file_again_and_nobody_sees_a_cache_meanwhile(hub
         push(plan_push({str(root)!r}, {URL!r}))
     """)
     with FaultyProxy(hub.url) as proxy:
-        proxy.stop_once_answered("PUT", hashlib.sha256(late).hexdigest())
+        # Read back, so that the commit it was in is there, which had the records of the commit before.
+        proxy.stop_once_answered("GET", f"/cdn/{hashlib.sha256(late).hexdigest()}", held="PUT")
         environment = servers.hub_environment(proxy.url)
         sender = subprocess.Popen([sys.executable, "-c", program], env={**environment, "PATH": "/usr/bin:/bin"})
         assert proxy.stopped.wait(60)
