@@ -113,4 +113,5 @@ def _some_classes(labels: np.ndarray) -> np.ndarray:
 
 
 def _shortened(name: str) -> str:
-    return name if len(name) <= 48 else f"{name[:47]}…"
+    """Without its middle where it is long: names of classes often differ in their ends, as cars of two years do."""
+    return name if len(name) <= 48 else f"{name[:24]}…{name[-23:]}"
