@@ -126,6 +126,13 @@ def test_a_map_of_many_images_shows_whole_classes(monkeypatch):
     assert all((labels[rows] == label).sum() == 5 for label in set(labels[rows]))
 
 
+def test_in_the_legend_two_model_years_of_a_long_name_stay_apart():
+    names = [f"Chevrolet Silverado 1500 Classic Extended Cab {year}" for year in (2007, 2012)]
+    short = [embedding_map._shortened(name) for name in names]
+    assert short[0] != short[1]
+    assert max(map(len, short)) <= 48
+
+
 def test_the_page_is_whole_in_a_browser(run, cache, tiny_config, tmp_path):
     if chromium.find_chromium() is None:
         pytest.skip("no chromium here: apt-get install chromium")
