@@ -1,6 +1,6 @@
 """From what the configuration names to what the steps work on: the data set, the teacher."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,22 @@ def open_data(options: DataOptions, log: Callable[[str], None] = print) -> Datas
 def _say(dataset: Dataset, log: Callable[[str], None]) -> None:
     for remark in remarks_of(dataset):
         log(remark)
+
+
+def check_teacher(options: TeacherOptions, lora: Path | None = None, taps: Sequence[str] = ()) -> None:
+    """Raise for what can be known to be wrong before anything is read but configuration files.
+
+    That is a teacher, a device, a LoRA or a tap which is not there: TeacherError, or DitDistillError of the device.
+    """
+    from pipeline.teachers import outline_teacher
+    from pipeline.teachers.weights import lora_file
+
+    choose_device(options.device)
+    outline = outline_teacher(options.name, revision=options.revision, resolution=options.resolution)
+    for tap in taps:
+        outline.tap_shape(tap)
+    if lora is not None:
+        lora_file(lora)
 
 
 def open_teacher(options: TeacherOptions, lora: Path | None, log: Callable[[str], None] = print) -> "AnyTeacher":

@@ -19,8 +19,7 @@ from pipeline.build.student_images import student_images_info
 from pipeline.datasets.base import SPLITS, Dataset
 from pipeline.inputs.views import is_crop
 from pipeline.teachers.base import AnyTeacher, input_of
-from pipeline.teachers.lora import lora_file
-from pipeline.teachers.weights import file_digest
+from pipeline.teachers.weights import file_digest, lora_file
 
 
 def describe_cache(teacher: AnyTeacher, dataset: Dataset, config: BuildConfig, samples: pa.Table) -> Manifest:

@@ -1,8 +1,8 @@
 """The steps from a data set to its cache, one function each: it opens what the configuration names and does the work.
 
 Every step goes on where it was interrupted, leaves a finished result as it is, and refuses one that other settings
-made. The data set is opened first and scanned, where it needs to be, before a teacher is loaded: a wrong path or a
-broken image should not wait for 24 GB of weights. Model libraries are imported by the step that needs them. A step that
+made. What is cheap to know comes first: whether there is such a teacher, then the data set, which is scanned where it
+needs to be, before 24 GB of weights are loaded. Model libraries are imported by the step that needs them. A step that
 is a command of its own (`alone`) ends with where its result is and what comes next.
 """
 
@@ -17,7 +17,7 @@ from cache_schema.errors import DitDistillError
 from pipeline.chain.agreement import check_train_guidance, planned, remarks_on, remarks_on_stage_one
 from pipeline.chain.next_step import next_line
 from pipeline.config import RunConfig
-from pipeline.opening import open_data, open_teacher
+from pipeline.opening import check_teacher, open_data, open_teacher
 from pipeline.teachers.base import Teacher, is_image_encoder
 from pipeline.watchdog import known_hangs, under_watch
 
@@ -67,6 +67,7 @@ def refine_teacher(config: RunConfig, output: Path, *, alone: bool = True) -> No
         raise DitDistillError(
             "--compile: PyTorch cannot compile gradients through weights of 8 bits; leave out --compile or --quantize"
         )
+    check_teacher(config.teacher)
     opened = open_data(config.data)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one says so
     guidance = config.teacher.guidance if config.refine.train_guidance is None else config.refine.train_guidance
@@ -95,6 +96,7 @@ def refine_teacher(config: RunConfig, output: Path, *, alone: bool = True) -> No
 
 def probe_teacher(config: RunConfig, lora: Path | None, output: Path, *, alone: bool = True) -> None:
     """Which taps and timesteps tell most: table and heat map into the folder `output`."""
+    check_teacher(config.teacher, lora)
     opened = open_data(config.data)
     loaded = open_teacher(config.teacher, lora)
     for remark in remarks_on(loaded, lora, config.probe.num_steps, config.teacher):
@@ -129,6 +131,7 @@ def build_cache(
     from pipeline.build.run import build, scan_for
     from pipeline.inputs.decoded import DecodedImages
 
+    check_teacher(config.teacher, lora, config.build.taps)
     opened = DecodedImages(open_data(config.data))
     scanned = scan_for(opened, config.build, config.tolerance, hung=known_hangs(output, "scan"))
     loaded = open_teacher(config.teacher, lora)

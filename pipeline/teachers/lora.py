@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 
 from pipeline.teachers.base import ContextMode, TeacherError
 from pipeline.teachers.lora_tensors import check_layers, read_lora_tensors
+from pipeline.teachers.weights import LORA_NAME, lora_file
 from pipeline.teachers.weights import LORA_RECORD_NAME as RECORD_NAME
 
 # Image and text streams of joint attention, and the shared projections of FLUX.1's single blocks.
@@ -30,14 +30,6 @@ ATTENTION_PROJECTIONS = (
     "add_v_proj",
     "to_add_out",
 )
-
-
-def lora_file(path: Path) -> Path:
-    """The weights file of a LoRA given as a file or as a folder. Raises TeacherError if there is none."""
-    file = path / LORA_WEIGHT_NAME_SAFE if path.is_dir() else path
-    if not file.is_file():
-        raise TeacherError(f"LoRA {path}: no {LORA_WEIGHT_NAME_SAFE} there; make one with dit-cache refine")
-    return file
 
 
 def check_made_for(path: Path, transformer_digest: str, teacher: str, context: ContextMode) -> None:
@@ -135,7 +127,7 @@ def save_lora(pipeline_class: Any, transformer: Any, folder: Path) -> Path:
         # peft keeps the names in a set, whose order is another one in every process: equal LoRAs would differ.
         adapter["target_modules"] = sorted(adapter["target_modules"])
     pipeline_class.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(transformer), **metadata)
-    return folder / LORA_WEIGHT_NAME_SAFE
+    return folder / LORA_NAME
 
 
 def attach_lora(transformer: Any, path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.teachers.base import EncoderInput, TapShape, TeacherError
 from pipeline.teachers.encoder import Encoder, EncoderArchitecture, encoder_architecture
 from pipeline.teachers.passes import memory_errors
-from pipeline.teachers.timm_networks import load_network, own_resolution, parse_spec, size_refused, takes_size
+from pipeline.teachers.timm_networks import load_network, no_file, own_resolution, parse_spec, size_refused, takes_size
 
 _NO_ROOM = "its weights do not fit: use --dtype bfloat16, a smaller network or a larger device (it does not offload)"
 
@@ -92,6 +92,8 @@ def outline_architecture(teacher: str, resolution: int | None) -> tuple[EncoderA
     """The taps of `timm:NAME` at a resolution, and that resolution; no weights are read. Raises TeacherError."""
     spec = parse_spec(teacher)
     assert spec is not None, "only teachers called timm:…"
+    if spec.weights is not None and not spec.weights.exists():
+        raise no_file(spec, teacher)
     import timm
 
     side = resolution or own_resolution(spec.name, teacher)

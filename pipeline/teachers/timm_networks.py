@@ -33,6 +33,11 @@ def parse_spec(teacher: str) -> TimmSpec | None:
     return TimmSpec(name, Path(file).expanduser() if file else None)
 
 
+def no_file(spec: TimmSpec, teacher: str) -> TeacherError:
+    """That the file of weights which a teacher names is not there."""
+    return TeacherError(f"teacher {teacher}: there is no file {spec.weights}")
+
+
 def load_network(spec: TimmSpec, resolution: int, teacher: str) -> Any:
     """The network with all of its weights, without its classifier; raises TeacherError."""
     import timm
@@ -78,7 +83,7 @@ def _given_weights(spec: TimmSpec, teacher: str) -> dict[str, Tensor] | None:
         try:
             return load_file(spec.weights)
         except FileNotFoundError:
-            raise TeacherError(f"teacher {teacher}: there is no file {spec.weights}") from None
+            raise no_file(spec, teacher) from None
         except (SafetensorError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise TeacherError(f"teacher {teacher}: {spec.weights} is no whole safetensors file: {reason}") from None

@@ -18,6 +18,14 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 _BOOKKEEPING = {"transformers_version", "torch_dtype", "dtype"}
 
 
+def lora_file(path: Path) -> Path:
+    """The weights file of a LoRA given as a file or as a folder. Raises TeacherError if there is none."""
+    file = path / LORA_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise TeacherError(f"LoRA {path}: no {LORA_NAME} there; make one with dit-cache refine")
+    return file
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, read in blocks; of a safetensors file with its header in canonical order.
 

@@ -2,6 +2,7 @@
 
 import io
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from pipeline.build.run import build
 from pipeline.cli import app
 from pipeline.inputs.scan import scan, scan_sample
 from pipeline.inputs.tolerance import BadSamples, Tolerance, TooManyBadSamples
+from pipeline.teachers import PRESETS
 from pipeline.teachers.base import TextEmbedding
 from pipeline.teachers.flux import FluxTeacher
 
@@ -243,10 +245,12 @@ def outcome(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
     return int(left.value.code or 0), capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_the_command_reports_bad_images_before_it_looks_for_the_teacher(capsys, tmp_path):
+def test_the_command_reports_bad_images_before_it_loads_the_teacher(capsys, tmp_path):
     data = write_cars(tmp_path / "cars", broken="00002.jpg")
-    options = ("build", "--dataset", "cars", "--data", str(data), "--teacher", str(tmp_path / "no-teacher"),
-               "--output", str(tmp_path / "c"))  # fmt: skip
+    configured = tmp_path / "no-weights"  # as a teacher that there is looks, until it is loaded
+    shutil.copytree(PRESETS["demo"].source, configured, ignore=shutil.ignore_patterns("*.safetensors"))
+    options = ("build", "--dataset", "cars", "--data", str(data), "--teacher", str(configured), "--resolution", "48",
+               "--taps", "hidden", "--output", str(tmp_path / "c"))  # fmt: skip
     code, said = outcome(capsys, *options, "--strict")
     assert code == 1
     assert said.startswith("error: --strict: ")
@@ -256,7 +260,7 @@ def test_the_command_reports_bad_images_before_it_looks_for_the_teacher(capsys, 
     assert said.startswith("error: 1 of 4 samples are bad, more than --max-bad 1%: ")
     code, said = outcome(capsys, *options, "--max-bad", "25%")
     assert code == 1
-    assert "no-teacher" in said
+    assert "no-weights" in said
 
 
 @pytest.mark.parametrize("share", ["2", "101%", "-1%", "many", "nan", "%"])
