@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from trainer.reports.figures import STYLE, data_uri
+from trainer.retrieval.gallery import fitted
 
 MOST = 2000  # images: whole classes of them, for a lone image has no neighbours to keep
 NEIGHBOURS = 10
@@ -113,5 +114,4 @@ def _some_classes(labels: np.ndarray) -> np.ndarray:
 
 
 def _shortened(name: str) -> str:
-    """Without its middle where it is long: names of classes often differ in their ends, as cars of two years do."""
-    return name if len(name) <= 48 else f"{name[:24]}…{name[-23:]}"
+    return fitted(name, lambda text: len(text) <= 48)
