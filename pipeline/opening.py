@@ -10,6 +10,7 @@ from pipeline.datasets import Dataset, open_dataset, remarks_of
 from pipeline.device import choose_device, choose_dtype
 
 if TYPE_CHECKING:
+    from pipeline.teachers import TeacherOutline
     from pipeline.teachers.base import AnyTeacher, Quantization
 
 
@@ -42,16 +43,22 @@ def _say(dataset: Dataset, log: Callable[[str], None]) -> None:
         log(remark)
 
 
+def outline_of(options: TeacherOptions) -> "TeacherOutline":
+    """What is known of the teacher before it is loaded; raises TeacherError."""
+    from pipeline.teachers import outline_teacher
+
+    return outline_teacher(options.name, revision=options.revision, resolution=options.resolution)
+
+
 def check_teacher(options: TeacherOptions, lora: Path | None = None, taps: Sequence[str] = ()) -> None:
     """Raise for what can be known to be wrong before anything is read but configuration files.
 
     That is a teacher, a device, a LoRA or a tap which is not there: TeacherError, or DitDistillError of the device.
     """
-    from pipeline.teachers import outline_teacher
     from pipeline.teachers.weights import lora_file
 
     choose_device(options.device)
-    outline = outline_teacher(options.name, revision=options.revision, resolution=options.resolution)
+    outline = outline_of(options)
     for tap in taps:
         outline.tap_shape(tap)
     if lora is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from cache_schema.errors import DitDistillError
 from cache_schema.format.vocabulary import ObjectCrop
 from pipeline.config import RunConfig, TeacherOptions
+from pipeline.opening import outline_of
 
 if TYPE_CHECKING:
     from pipeline.teachers import TeacherOutline
@@ -45,9 +46,7 @@ class Planned:
 def planned(options: TeacherOptions, outline: "TeacherOutline | None" = None) -> Planned:
     """How the teacher of a configuration would run. outline: of it, if it is known already; raises TeacherError."""
     if outline is None:
-        from pipeline.teachers import outline_teacher
-
-        outline = outline_teacher(options.name, revision=options.revision, resolution=options.resolution)
+        outline = outline_of(options)
     guidance = options.guidance if outline.architecture.guidance_embeds else None
     return Planned(outline.source, guidance, outline.resolution, options.crop, outline.step_distilled)
 

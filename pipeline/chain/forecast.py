@@ -18,8 +18,8 @@ from pipeline.config import RunConfig, Step
 from pipeline.datasets.base import Dataset, split_counts
 from pipeline.device import choose_device
 from pipeline.estimate import sizes
+from pipeline.opening import outline_of
 from pipeline.probe.run import choose_samples
-from pipeline.teachers import outline_teacher
 
 # Forward passes that a training step costs: backward is twice forward, and activations may be computed twice.
 _PASSES_TRAINING, _PASSES_RECOMPUTING = 3, 4
@@ -82,8 +82,8 @@ class _Forecaster:
 
     def __init__(self, config: RunConfig, folder: Path, dataset: Dataset, rates: Rates) -> None:
         self.config, self.folder, self.dataset, self.rates = config, folder, dataset, rates
-        chosen, speed = config.teacher, rates.images_per_second
-        self.outline = outline = outline_teacher(chosen.name, revision=chosen.revision, resolution=chosen.resolution)
+        speed = rates.images_per_second
+        self.outline = outline = outline_of(config.teacher)
         described = "annotate" in config.steps and config.annotate.captions == "vlm"
         plan = sizes.plan_cache(outline, config.build, dataset, None, captions_differ=described)
         rate = None if speed is None else sizes.TeacherRate(speed, "given")

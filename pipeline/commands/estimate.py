@@ -67,13 +67,12 @@ def estimate(
         raise typer.BadParameter(str(error), param_hint="--trainer-timesteps") from None
     from pipeline.estimate import sizes as work
     from pipeline.estimate.text import estimate_text
-    from pipeline.opening import open_teacher
-    from pipeline.teachers import outline_teacher
+    from pipeline.opening import open_teacher, outline_of
 
     config = configure(given)
     opened = None if images and not measure else _open_dataset(config.data)
     chosen = config.teacher
-    outline = outline_teacher(chosen.name, revision=chosen.revision, resolution=chosen.resolution)
+    outline = outline_of(chosen)
     plan = work.plan_cache(outline, config.build, opened, images)
     rate = None if images_per_second is None else work.TeacherRate(images_per_second, "given")
     demand = work.Demand(batch, steps_per_second, trained, None if bandwidth is None else bandwidth * 1e6)
