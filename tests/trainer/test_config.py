@@ -72,6 +72,11 @@ def test_the_description_has_a_line_for_every_field():
     assert len(text.splitlines()) > 45
 
 
+def test_every_preset_but_the_papers_own_regresses_the_features_besides():
+    weights = {preset: make_config(preset).regression.weight for preset in ("recommended", "small", "demo", "paper")}
+    assert weights == {"recommended": 2.0, "small": 2.0, "demo": 2.0, "paper": 0.0}
+
+
 @pytest.mark.parametrize("preset", ["small", "demo"])
 def test_another_student_than_the_presets_has_nothing_of_its_architecture(preset):
     config = make_config(preset, student__name="resnet18")
