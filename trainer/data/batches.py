@@ -24,7 +24,15 @@ from trainer import processes
 from trainer.config import TrainConfig
 from trainer.data.augmentation import augment_image, draw_numbers
 from trainer.data.crops import CropViews
-from trainer.data.features import WHOLE_VIEWS, FeatureSource, Needs, open_sources, shared_views
+from trainer.data.features import (
+    WHOLE_VIEWS,
+    FeatureSource,
+    Needs,
+    open_sources,
+    sample_ids,
+    shared_views,
+    some_of,
+)
 from trainer.data.images import Fit, ImageStore
 from trainer.data.memory import spare_memory
 from trainer.data.regions import Regions
@@ -32,7 +40,7 @@ from trainer.data.splits import Split, hold_out_classes, select_split
 from trainer.data.timesteps import TimestepDraw
 from trainer.data.unlabelled import other_views, unlabelled_rows
 from trainer.device import choose_workers
-from trainer.errors import TrainError
+from trainer.errors import SharedError, TrainError
 
 if TYPE_CHECKING:
     from cache_schema import Cache
@@ -61,6 +69,11 @@ class Batch:
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
         """Move to `device` and decode the features there: encoded bytes are the cheaper ones to move."""
         return self.moved(device).decoded(dtype)
+
+    def broken_features(self) -> dict[str, np.ndarray]:
+        """Where decoded features are not finite: (B+U,) bool by their names, of those of which any are."""
+        broken = {n: ~values.isfinite().flatten(1).all(1).cpu().numpy() for n, values in self.features.items()}
+        return {name: rows for name, rows in broken.items() if rows.any()}
 
     def moved(self, device: torch.device) -> Batch:
         """Still encoded, on `device`. To a GPU copies are queued on its current stream; nothing waits for them."""
@@ -311,19 +324,33 @@ class FittingBatches:
         return FittingBatches(self.batches, self.few, device)
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.batches.fit_on == "few":
-            yield from (self.batches.make(update, None).to(self.device) for update in range(self.few))
-            return
-        for view in range(len(self.batches.views)):
-            for start in range(0, len(self.batches.all_rows), self.batches.batch_rows):
-                yield self._features(start, view).to(self.device)
+        for rows, batch in self._read():
+            decoded = batch.to(self.device)
+            self._refuse_broken(rows, decoded)
+            yield decoded
 
-    def _features(self, start: int, view: int) -> Batch:
-        rows = self.batches.all_rows[start : start + self.batches.batch_rows]
+    def _read(self) -> Iterator[tuple[np.ndarray, Batch]]:
+        batches = self.batches
+        if batches.fit_on == "few":
+            yield from ((batches.rows_of_all(update), batches.make(update, None)) for update in range(self.few))
+            return
+        for view in range(len(batches.views)):
+            for start in range(0, len(batches.all_rows), batches.batch_rows):
+                rows = batches.all_rows[start : start + batches.batch_rows]
+                yield rows, self._features(rows, view)
+
+    def _features(self, rows: np.ndarray, view: int) -> Batch:
         views = np.full(len(rows), view)
         encoded = {name: reader.read(rows, views) for name, reader in self.batches.features.items()}
         labels = torch.tensor([self.batches.label_of.get(row, -1) for row in rows.tolist()])
         return Batch(torch.empty(len(rows), 3, 0, 0, dtype=torch.uint8), labels, encoded)
+
+    def _refuse_broken(self, rows: np.ndarray, batch: Batch) -> None:
+        """Raise TrainError for features that are not finite: no mean or direction could be measured by them."""
+        for name, broken in batch.broken_features().items():
+            samples = some_of(sample_ids(self.batches.cache, rows[broken]))
+            advice = self.batches.sources[name].how_to_check
+            raise SharedError(f"the cached features {name!r} of {samples} are not finite; {advice}")
 
 
 class _SourceReader:

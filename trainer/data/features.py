@@ -19,6 +19,18 @@ if TYPE_CHECKING:
 
 # The views whose student image can be made from the stored one; those that show all of it.
 WHOLE_VIEWS = ("canonical", "hflip")
+_SHOWN = 4  # sample ids in a line for people
+
+
+def sample_ids(cache: Cache, rows: np.ndarray) -> list[str]:
+    """The ids of a cache's rows."""
+    return [str(name) for name in cache.samples["id"].take(rows).to_pylist()]
+
+
+def some_of(ids: list[str]) -> str:
+    """Samples by their ids, as a line for people names them."""
+    more = f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else ""
+    return f"sample{'s' if len(ids) > 1 else ''} {', '.join(map(repr, ids[:_SHOWN]))}{more}"
 
 
 def is_paired(view: str) -> bool:
@@ -100,6 +112,11 @@ class FeatureSource:
     def has_features(self, rows: np.ndarray) -> np.ndarray:
         """Which of the rows have features here: (n,) bool."""
         return np.array([row >= 0 and self.cache.has_features(int(row)) for row in self.rows(rows)], dtype=bool)
+
+    @property
+    def how_to_check(self) -> str:
+        """What to do about features that cannot be what was written."""
+        return f"hold the cache against its checksums with dit-cache verify {self.cache.root}"
 
     def require(self, own: Cache, rows: np.ndarray) -> None:
         """Raise TrainError, with an example, where rows of the run's own cache have no features here."""

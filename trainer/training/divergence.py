@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from cache_schema.storage.files import write_file
 from trainer import processes
 from trainer.config import TrainConfig
 from trainer.data.batches import Batch
+from trainer.data.features import sample_ids, some_of
 from trainer.device import autocast
 from trainer.errors import SharedError, TrainError
 from trainer.methods.method import Method, Moment
@@ -23,8 +23,6 @@ from trainer.runs import DIVERGED
 from trainer.training.assembly import Parts
 from trainer.training.checkpoint import latest_checkpoint
 from trainer.training.step import parts_of, seed_update
-
-SHOWN = 4  # sample ids in the line for people; the file has all
 
 
 def diverged(parts: Parts, run: Path, update: int, losses: dict[str, Tensor]) -> TrainError:
@@ -41,10 +39,8 @@ def diverged(parts: Parts, run: Path, update: int, losses: dict[str, Tensor]) ->
     batch = parts.batches[update].to(parts.device, parts.feature_dtype)
     source, ids = _broken_features(parts, batch, update)
     if source:
-        root = parts.batches.sources[source].cache.root
-        advice = f"hold the cache against its checksums with dit-cache verify {root}"
-        what = f"{what}: the cached features {source!r} of {_some(ids)} are not finite"
-        return _error(parts, run, update, what, advice)
+        what = f"{what}: the cached features {source!r} of {some_of(ids)} are not finite"
+        return _error(parts, run, update, what, parts.batches.sources[source].how_to_check)
     if _names_of_broken(parts.method.named_parameters()):
         # The batch to look at is the one before: its loss was finite, and its gradients were not.
         what = f"{what}: {_broken_tensors(parts.method, f'update {update}')}"
@@ -69,7 +65,7 @@ def refuse_broken(parts: Parts, run: Path, done: int) -> None:
 
 def _error(parts: Parts, run: Path, update: int, what: str, advice: str) -> TrainError:
     """The line for people, on the batch of 0-based `update`; what it leaves out goes into the run's folder."""
-    ids = _ids(parts, parts.batches.rows_of_all(update))
+    ids = sample_ids(parts.cache, parts.batches.rows_of_all(update))
     checkpoint = latest_checkpoint(run)
     about = {"what": what, "update": update + 1, "samples": ids, "checkpoint": checkpoint and str(checkpoint)}
     if processes.leads():
@@ -78,18 +74,16 @@ def _error(parts: Parts, run: Path, update: int, what: str, advice: str) -> Trai
     kept = f"last good checkpoint: {checkpoint.name}" if checkpoint else "no checkpoint was saved before it"
     return SharedError(
         f"{run}: {what}; {advice}, and start anew with --overwrite "
-        f"({kept}; update {update + 1} was of {_some(ids)}, all of them in {run / DIVERGED})"
+        f"({kept}; update {update + 1} was of {some_of(ids)}, all of them in {run / DIVERGED})"
     )
 
 
 def _broken_features(parts: Parts, batch: Batch, update: int) -> tuple[str, list[str]]:
     """Whose features of a batch are not finite, and the ids of the samples; "" where all are finite."""
     own: tuple[str, list[str]] = ("", [])
-    for name, values in batch.features.items():
-        broken = ~values.isfinite().flatten(1).all(1).cpu().numpy()
-        if broken.any():
-            own = name, _ids(parts, parts.batches.rows(update)[broken])
-            break
+    for name, broken in batch.broken_features().items():
+        own = name, sample_ids(parts.cache, parts.batches.rows(update)[broken])
+        break
     shares = processes.everyones(own)
     source = next((name for name, _ in shares if name), "")
     return source, [each for name, ids in shares if name == source for each in ids]
@@ -133,12 +127,3 @@ def _first_broken_module(method: Method, batch: Batch, config: TrainConfig, mome
         for handle in handles:
             handle.remove()
     return found[0] if found else None
-
-
-def _ids(parts: Parts, rows: np.ndarray) -> list[str]:
-    return [str(name) for name in parts.cache.samples["id"].take(rows).to_pylist()]
-
-
-def _some(ids: list[str]) -> str:
-    more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
-    return f"sample{'s' if len(ids) > 1 else ''} {', '.join(map(repr, ids[:SHOWN]))}{more}"

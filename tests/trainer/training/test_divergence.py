@@ -35,6 +35,19 @@ def test_features_that_are_not_finite_are_named_by_sample_and_the_learning_rate_
     assert len(about["samples"]) == 6
 
 
+@pytest.mark.parametrize("settings", [("regression.weight=1",), ("gim.residual=pca",)])
+def test_features_that_are_not_finite_are_named_where_they_are_measured_before_the_first_update(
+    make_cache, tiny_config, tmp_path, settings
+):
+    broken = make_cache()
+    row = broken.samples["id"].to_pylist().index("train-1-3")
+    zarr.open_array(broken.root / "features/hidden", mode="r+")[row] = float("nan")
+    config = tiny_config("views=canonical", "verify_reads=false", *settings)
+    said = message_of(config, open_cache(broken.root, verify=False), tmp_path / "run")
+    assert said.startswith("the cached features 'teacher' of sample 'train-1-3' are not finite")
+    assert said.endswith(f"dit-cache verify {broken.root}")
+
+
 def test_weights_that_an_update_broke_are_named_by_part_with_that_updates_images(tiny_config, cache, tmp_path):
     said = message_of(tiny_config(optim__lr=1e38), cache, tmp_path / "run")
     assert "not finite at update 2 (loss nan" in said
