@@ -70,10 +70,13 @@ class Batch:
         """Move to `device` and decode the features there: encoded bytes are the cheaper ones to move."""
         return self.moved(device).decoded(dtype)
 
-    def broken_features(self) -> dict[str, np.ndarray]:
-        """Where decoded features are not finite: (B+U,) bool by their names, of those of which any are."""
-        broken = {n: ~values.isfinite().flatten(1).all(1).cpu().numpy() for n, values in self.features.items()}
-        return {name: rows for name, rows in broken.items() if rows.any()}
+    def broken_features(self) -> tuple[str, np.ndarray] | None:
+        """The first name whose decoded features are not finite, and which rows' (B+U,) bool; None: all are finite."""
+        for name, values in self.features.items():
+            broken = ~values.isfinite().flatten(1).all(1).cpu().numpy()
+            if broken.any():
+                return name, broken
+        return None
 
     def moved(self, device: torch.device) -> Batch:
         """Still encoded, on `device`. To a GPU copies are queued on its current stream; nothing waits for them."""
@@ -347,7 +350,9 @@ class FittingBatches:
 
     def _refuse_broken(self, rows: np.ndarray, batch: Batch) -> None:
         """Raise TrainError for features that are not finite: no mean or direction could be measured by them."""
-        for name, broken in batch.broken_features().items():
+        found = batch.broken_features()
+        if found is not None:
+            name, broken = found
             samples = some_of(sample_ids(self.batches.cache, rows[broken]))
             advice = self.batches.sources[name].how_to_check
             raise SharedError(f"the cached features {name!r} of {samples} are not finite; {advice}")

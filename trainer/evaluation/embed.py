@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.data.features import FeatureSource, Needs, open_sources
+from trainer.data.features import FeatureSource, Needs, open_sources, sample_ids
 from trainer.data.images import Fit, ImageStore
 from trainer.data.splits import Split, hold_out_classes, select_split
 from trainer.device import full_precision
@@ -102,7 +102,7 @@ class TestSplit:
 
     @property
     def ids(self) -> list[str]:
-        return self.cache.samples["id"].take(self.split.rows).to_pylist()
+        return sample_ids(self.cache, self.split.rows)
 
     @property
     def class_names(self) -> list[str]:

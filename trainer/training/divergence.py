@@ -80,11 +80,9 @@ def _error(parts: Parts, run: Path, update: int, what: str, advice: str) -> Trai
 
 def _broken_features(parts: Parts, batch: Batch, update: int) -> tuple[str, list[str]]:
     """Whose features of a batch are not finite, and the ids of the samples; "" where all are finite."""
-    own: tuple[str, list[str]] = ("", [])
-    for name, broken in batch.broken_features().items():
-        own = name, sample_ids(parts.cache, parts.batches.rows(update)[broken])
-        break
-    shares = processes.everyones(own)
+    found = batch.broken_features()
+    own = ("", []) if found is None else (found[0], sample_ids(parts.cache, parts.batches.rows(update)[found[1]]))
+    shares: list[tuple[str, list[str]]] = processes.everyones(own)
     source = next((name for name, _ in shares if name), "")
     return source, [each for name, ids in shares if name == source for each in ids]
 

@@ -19,12 +19,17 @@ def message_of(config, cache, run) -> str:
     return str(caught.value)
 
 
+def with_broken_features(cache):
+    """The cache, with features of train-1-3 that are not numbers."""
+    row = cache.samples["id"].to_pylist().index("train-1-3")
+    zarr.open_array(cache.root / "features/hidden", mode="r+")[row] = float("nan")
+    return cache
+
+
 def test_features_that_are_not_finite_are_named_by_sample_and_the_learning_rate_is_not_blamed(
     make_cache, tiny_config, tmp_path
 ):
-    broken = make_cache()
-    row = broken.samples["id"].to_pylist().index("train-1-3")
-    zarr.open_array(broken.root / "features/hidden", mode="r+")[row] = float("nan")
+    broken = with_broken_features(make_cache())
     run, config = tmp_path / "run", tiny_config("views=canonical", "verify_reads=false", "epochs=9")
     said = message_of(config, open_cache(broken.root, verify=False), run)
     assert "the cached features 'teacher' of sample 'train-1-3' are not finite" in said
@@ -39,9 +44,7 @@ def test_features_that_are_not_finite_are_named_by_sample_and_the_learning_rate_
 def test_features_that_are_not_finite_are_named_where_they_are_measured_before_the_first_update(
     make_cache, tiny_config, tmp_path, settings
 ):
-    broken = make_cache()
-    row = broken.samples["id"].to_pylist().index("train-1-3")
-    zarr.open_array(broken.root / "features/hidden", mode="r+")[row] = float("nan")
+    broken = with_broken_features(make_cache())
     config = tiny_config("views=canonical", "verify_reads=false", *settings)
     said = message_of(config, open_cache(broken.root, verify=False), tmp_path / "run")
     assert said.startswith("the cached features 'teacher' of sample 'train-1-3' are not finite")
