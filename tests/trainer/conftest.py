@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+import zarr
 from PIL import Image
 
 from cache_schema import (
@@ -186,6 +187,18 @@ def make_cache(tmp_path: Path) -> Callable[..., Cache]:
         return build_cache(tmp_path / name, **options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def break_features() -> Callable[..., Cache]:
+    """`break_features(cache, "train-1-3")`: its features there are not finite, and the cache is read unverified."""
+
+    def change(cache: Cache, sample: str, value: float = float("nan")) -> Cache:
+        row = cache.samples["id"].to_pylist().index(sample)
+        zarr.open_array(cache.root / "features/hidden", mode="r+")[row] = value
+        return open_cache(cache.root, verify=False)
+
+    return change
 
 
 @pytest.fixture

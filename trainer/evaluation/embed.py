@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.data.features import FeatureSource, Needs, open_sources, sample_ids
+from trainer.data.features import FeatureSource, Needs, open_sources, sample_ids, some_of
 from trainer.data.images import Fit, ImageStore
 from trainer.data.splits import Split, hold_out_classes, select_split
 from trainer.device import full_precision
@@ -19,11 +19,15 @@ from trainer.errors import TrainError
 from trainer.models.student import Student
 
 if TYPE_CHECKING:
-    from cache_schema import Cache, EncodedBatch
+    from cache_schema import Cache
 
 BATCH = 64  # images
 _FEWEST = 4  # embeddings that can be called all the same
 _SAME = 1e-6  # more than rounding moves equal embeddings apart, which are computed in float32
+
+
+class UntellingError(TrainError):
+    """Embeddings that are nearly all the same: there are no neighbours to speak of."""
 
 
 class Auxiliary(Protocol):
@@ -166,9 +170,8 @@ def embed_auxiliary(auxiliary: Auxiliary, student: Tensor, test: TestSplit, devi
     auxiliary.eval()
     found: dict[str, list[Tensor]] = {name: [] for name in auxiliary.auxiliary_names}
     for at, rows in zip(_chunks(np.arange(len(student))), _chunks(test.split.rows), strict=True):
-        read = {name: read_features(source, rows) for name, source in sources.items()}
+        features = {name: read_features(source, rows, device) for name, source in sources.items()}
         with full_precision(device):
-            features = {name: part.decode(device=device, dtype=torch.float32) for name, part in read.items()}
             embedded = auxiliary.auxiliary(student[at].to(device), features)
         for name, parts in found.items():
             parts.append(embedded[name].float().cpu())
@@ -179,7 +182,7 @@ def embed_auxiliary(auxiliary: Auxiliary, student: Tensor, test: TestSplit, devi
 
 
 def refuse_untelling(embeddings: Tensor, whose: str) -> None:
-    """Raise TrainError for embeddings (N, …, C) that are not finite, or more than half of which are one and the same.
+    """Raise TrainError for embeddings (N, …, C) that are not finite, UntellingError where over half are the same.
 
     Neighbours among equals are those that come first in the cache, class by class: their score would look good.
     """
@@ -198,7 +201,7 @@ def refuse_untelling(embeddings: Tensor, whose: str) -> None:
     along = (unit @ direction).sort().values
     half = N // 2
     if bool((along[half:] - along[: N - half] < _SAME).any()):
-        raise TrainError(
+        raise UntellingError(
             f"more than half of the {N} embeddings of {whose} are the same, so they cannot be scored: it tells no "
             "image from another; train again with a lower --lr, or look at its weights"
         )
@@ -219,10 +222,21 @@ def feature_sources(auxiliary: Auxiliary, test: TestSplit) -> dict[str, FeatureS
     return sources
 
 
-def read_features(source: FeatureSource, rows: np.ndarray) -> EncodedBatch:
-    """The features of rows of the run's cache, in the view that the stored images are of."""
-    timesteps = list(source.shape.timesteps)
-    return source.cache.read(source.rows(rows).tolist(), tap=source.tap, timesteps=timesteps, view="canonical")
+def read_features(source: FeatureSource, rows: np.ndarray, device: torch.device) -> Tensor:
+    """The features of rows of the run's cache, in the view that the stored images are of: float32 (n, P, L, C_t).
+
+    Raises TrainError, with the samples, where they are not finite: whatever is made of them would look like a poor
+    teacher, or like a method that diverged.
+    """
+    there, timesteps = source.rows(rows), list(source.shape.timesteps)
+    encoded = source.cache.read(there.tolist(), tap=source.tap, timesteps=timesteps, view="canonical")
+    with full_precision(device):
+        features = encoded.decode(device=device, dtype=torch.float32)
+    broken = ~features.isfinite().flatten(1).all(1).cpu().numpy()
+    if broken.any():
+        samples = some_of(sample_ids(source.cache, there[broken]))
+        raise TrainError(f"the cached features {source.tap!r} of {samples} are not finite; {source.how_to_check}")
+    return features
 
 
 def _chunks(values: np.ndarray) -> Iterator[np.ndarray]:

@@ -10,9 +10,15 @@ from torch import Tensor
 
 from trainer.data.features import FeatureSource
 from trainer.data.splits import Split
-from trainer.device import full_precision
-from trainer.errors import TrainError
-from trainer.evaluation.embed import BATCH, Auxiliary, TestSplit, feature_sources, read_features, refuse_untelling
+from trainer.evaluation.embed import (
+    BATCH,
+    Auxiliary,
+    TestSplit,
+    UntellingError,
+    feature_sources,
+    read_features,
+    refuse_untelling,
+)
 from trainer.evaluation.tables import FROZEN, LINEAR, POOLED
 from trainer.models.discriminant import Discriminant
 
@@ -44,7 +50,7 @@ def embed_frozen(auxiliary: Auxiliary, test: TestSplit, trained: Split, device: 
     try:
         for name, embeddings in found.items():
             refuse_untelling(embeddings, FROZEN[name])
-    except TrainError:
+    except UntellingError:
         return {}
     return found
 
@@ -52,6 +58,4 @@ def embed_frozen(auxiliary: Auxiliary, test: TestSplit, trained: Split, device: 
 def pooled_features(source: FeatureSource, rows: np.ndarray, device: torch.device) -> Iterator[tuple[int, Tensor]]:
     """Where a part of the rows begins, and its features as means over tokens: (n, P, C_t)."""
     for start in range(0, len(rows), BATCH):
-        part = read_features(source, rows[start : start + BATCH])
-        with full_precision(device):
-            yield start, part.decode(device=device, dtype=torch.float32).mean(2)
+        yield start, read_features(source, rows[start : start + BATCH], device).mean(2)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from trainer.data.features import FeatureSource
 from trainer.data.splits import Split
-from trainer.errors import TrainError
-from trainer.evaluation.embed import TestSplit, embed_students, refuse_untelling
+from trainer.evaluation.embed import TestSplit, UntellingError, embed_students, refuse_untelling
 from trainer.evaluation.evaluate import average_timesteps
 from trainer.evaluation.frozen import pooled_features
 from trainer.evaluation.intervals import paired_class_bootstrap
@@ -97,7 +96,7 @@ def _hits(embed: Callable[[], Tensor], labels: Tensor, device: torch.device) -> 
     """For each image, 0 or 1, whether the nearest other one is of its class, by embeddings (N, P, C); (N,)."""
     try:
         embeddings = embed().to(device)
-    except TrainError:  # most of them are one and the same: their neighbours would be an accident
+    except UntellingError:  # most of them are one and the same: their neighbours would be an accident
         return np.zeros(len(labels))
     P, C = embeddings.shape[1:]
     components = PrincipalComponents(P, C, min(COMPONENTS, C)).to(device)

@@ -64,8 +64,7 @@ def look(run: str, method: Method, cache: Cache, device: torch.device) -> list[L
         return []
     method.eval()
     with torch.inference_mode(), full_precision(device):
-        read = {name: read_features(source, rows) for name, source in sources.items()}
-        features = {name: part.decode(device=device, dtype=torch.float32) for name, part in read.items()}
+        features = {name: read_features(source, rows, device) for name, source in sources.items()}
         weights = {name: found.float().cpu() for name, found in method.attention(features).items()}
     return [
         Look(

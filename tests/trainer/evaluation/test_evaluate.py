@@ -1,8 +1,11 @@
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from cache_schema import open_cache
 from trainer.data.splits import select_split
 from trainer.errors import TrainError
 from trainer.evaluation import metrics
@@ -89,6 +92,16 @@ def test_without_test_features_only_the_student_is_scored(make_cache, tiny_confi
     scores = evaluate_run(tmp_path / "run", cache, CPU, load_trained)[0]
     assert scores["auxiliary"] is None
     assert len(format_scores(scores).splitlines()) == 2
+
+
+@pytest.mark.parametrize("sample", ["test-10-1", "train-1-3"])
+def test_features_that_are_not_finite_are_named_and_the_run_is_not_blamed(run, cache, break_features, tmp_path, sample):
+    shutil.copytree(cache.root, tmp_path / "broken")
+    broken = break_features(open_cache(tmp_path / "broken"), sample)
+    with pytest.raises(TrainError) as caught:
+        evaluate_run(run, broken, CPU, load_trained)
+    assert str(caught.value).startswith(f"the cached features 'hidden' of sample '{sample}' are not finite; ")
+    assert "--lr" not in str(caught.value)
 
 
 def test_a_run_of_other_features_is_not_scored_with_them(run, make_cache):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from trainer.data.features import FeatureNeed, Needs, open_sources
 from trainer.data.images import ImageStore
 from trainer.data.splits import select_split
+from trainer.errors import TrainError
 from trainer.evaluation import worth
 from trainer.evaluation.embed import TestSplit
 from trainer.evaluation.worth import Worth, measure_worth, not_followed
@@ -55,6 +56,17 @@ def test_channels_hundreds_of_times_larger_than_the_rest_do_not_hide_what_the_re
 def test_what_is_the_same_for_most_images_finds_none_of_them():
     hits = worth._hits(lambda: worth.refuse_untelling(torch.ones(20, 1, 4), "the teacher"), torch.arange(20) // 10, CPU)
     assert hits.tolist() == [0.0] * 20
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_one_sample_of_features_that_are_not_finite_is_named_and_is_no_reason_to_leave_the_teacher(
+    measure, make_cache, break_features, broken
+):
+    cache = break_features(make_cache(), "train-1-3", broken)
+    with pytest.raises(TrainError) as caught:
+        measure(cache)
+    assert str(caught.value).startswith("the cached features 'hidden' of sample 'train-1-3' are not finite; ")
+    assert str(caught.value).endswith(f"dit-cache verify {cache.root}")
 
 
 def test_a_part_of_many_images_is_looked_at(measure, monkeypatch, make_cache):

@@ -4,9 +4,7 @@ import json
 
 import pytest
 import torch
-import zarr
 
-from cache_schema import open_cache
 from trainer.errors import TrainError
 from trainer.training.checkpoint import latest_checkpoint, load_checkpoint
 from trainer.training.loop import train
@@ -19,19 +17,12 @@ def message_of(config, cache, run) -> str:
     return str(caught.value)
 
 
-def with_broken_features(cache):
-    """The cache, with features of train-1-3 that are not numbers."""
-    row = cache.samples["id"].to_pylist().index("train-1-3")
-    zarr.open_array(cache.root / "features/hidden", mode="r+")[row] = float("nan")
-    return cache
-
-
 def test_features_that_are_not_finite_are_named_by_sample_and_the_learning_rate_is_not_blamed(
-    make_cache, tiny_config, tmp_path
+    make_cache, break_features, tiny_config, tmp_path
 ):
-    broken = with_broken_features(make_cache())
+    broken = break_features(make_cache(), "train-1-3")
     run, config = tmp_path / "run", tiny_config("views=canonical", "verify_reads=false", "epochs=9")
-    said = message_of(config, open_cache(broken.root, verify=False), run)
+    said = message_of(config, broken, run)
     assert "the cached features 'teacher' of sample 'train-1-3' are not finite" in said
     assert f"dit-cache verify {broken.root}" in said
     assert "--lr" not in said
@@ -42,11 +33,11 @@ def test_features_that_are_not_finite_are_named_by_sample_and_the_learning_rate_
 
 @pytest.mark.parametrize("settings", [("regression.weight=1",), ("gim.residual=pca",)])
 def test_features_that_are_not_finite_are_named_where_they_are_measured_before_the_first_update(
-    make_cache, tiny_config, tmp_path, settings
+    make_cache, break_features, tiny_config, tmp_path, settings
 ):
-    broken = with_broken_features(make_cache())
+    broken = break_features(make_cache(), "train-1-3")
     config = tiny_config("views=canonical", "verify_reads=false", *settings)
-    said = message_of(config, open_cache(broken.root, verify=False), tmp_path / "run")
+    said = message_of(config, broken, tmp_path / "run")
     assert said.startswith("the cached features 'teacher' of sample 'train-1-3' are not finite")
     assert said.endswith(f"dit-cache verify {broken.root}")
 

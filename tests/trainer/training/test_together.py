@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import zarr
 from safetensors.torch import load_file
 
 from cache_schema import open_cache
@@ -40,7 +39,7 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory, cache_path, tiny_settings, build_tiny):
+def together(tmp_path_factory, cache_path, tiny_settings, build_tiny, break_features):
     """The folder of runs of two processes, and the configs: one start of Python for all of them."""
     from trainer.methods.settings import make_config
 
@@ -54,9 +53,7 @@ def together(tmp_path_factory, cache_path, tiny_settings, build_tiny):
         save_config(config, folder / f"{name}.json")
         arguments.append(f"{folder / name}={folder / name}.json")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    broken = build_tiny(tmp_path_factory.mktemp("broken") / "cache")
-    row = broken.samples["id"].to_pylist().index("train-1-3")
-    zarr.open_array(broken.root / "features/hidden", mode="r+")[row] = float("nan")
+    broken = break_features(build_tiny(tmp_path_factory.mktemp("broken") / "cache"), "train-1-3")
     failing = ["run", "--cache", broken.root, "--output", folder / "diverged", "--preset", "small", *tiny_settings,
                "--set", "views=canonical", "--set", "verify_reads=false", "--set", "regression.weight=0"]  # fmt: skip
     arguments += ["--", *map(str, failing)]
