@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from cache_schema.devices import choose_device, multiplies_bfloat16, use_device
-from trainer.processes import beside
+from trainer.processes import be_one_of, beside
 
 __all__ = [
     "Precision",
@@ -27,6 +27,7 @@ __all__ = [
     "peak_memory",
     "resumes_exactly",
     "set_deterministic",
+    "share_machine",
     "usable_cores",
     "use_device",
     "watch_memory",
@@ -84,6 +85,12 @@ def choose_workers(wanted: int | Literal["auto"], device: torch.device) -> int:
     if wanted != "auto":
         return wanted
     return 0 if device.type == "cpu" else max(1, min(_WORKERS, usable_cores() // (2 * beside())))
+
+
+def share_machine(runs: int) -> None:
+    """Have this process, one of several runs that are made side by side here, take its share of cores and memory."""
+    be_one_of(runs)
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), usable_cores() // runs)))
 
 
 def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

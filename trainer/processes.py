@@ -18,6 +18,7 @@ from torch import Tensor
 from trainer.errors import SharedError, TrainError
 
 _alone = False
+_runs = 1  # side by side on this machine
 
 
 @contextmanager
@@ -83,8 +84,14 @@ def _of_one_gone(error: RuntimeError) -> bool:
 
 
 def beside() -> int:
-    """How many of them share this machine, its memory and its cores."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """How many processes that train share this machine, its memory and its cores."""
+    return _runs * max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def be_one_of(runs: int) -> None:
+    """From here on this process is known to be one of several runs that are made side by side on this machine."""
+    global _runs
+    _runs = runs
 
 
 def summed(value: Tensor) -> Tensor:

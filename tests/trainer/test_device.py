@@ -5,8 +5,15 @@ import os
 import pytest
 import torch
 
-from trainer import device
-from trainer.device import choose_workers, full_precision, resumes_exactly, set_deterministic, usable_cores
+from trainer import device, processes
+from trainer.device import (
+    choose_workers,
+    full_precision,
+    resumes_exactly,
+    set_deterministic,
+    share_machine,
+    usable_cores,
+)
 
 
 def test_scores_are_computed_in_float32_whatever_surrounds_them():
@@ -58,3 +65,15 @@ def test_a_gpu_is_fed_by_half_of_the_cores_and_a_cpu_by_one_thread_unless_told_o
         monkeypatch.setattr(device, "usable_cores", lambda cores=cores: cores)
         assert (choose_workers("auto", gpu), choose_workers("auto", cpu)) == (workers, 0)
     assert (choose_workers(0, gpu), choose_workers(5, cpu)) == (0, 5)
+
+
+def test_runs_side_by_side_share_the_cores_among_their_loader_processes_and_threads(monkeypatch):
+    told = []
+    monkeypatch.setattr(device, "usable_cores", lambda: 16)
+    monkeypatch.setattr(processes, "_runs", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    for runs, workers in ((4, 2), (8, 1), (32, 1)):
+        share_machine(runs)
+        assert choose_workers("auto", torch.device("cuda", 0)) == workers
+    assert told == [3, 2, 1]  # never more than it had

@@ -19,7 +19,7 @@ from cache_schema import open_cache
 from cache_schema.format.manifest_file import load_manifest
 from cache_schema.storage.files import write_file
 from cache_schema.storage.places import folder_at
-from trainer.device import choose_device
+from trainer.device import choose_device, share_machine
 from trainer.errors import TrainError
 from trainer.evaluation.evaluate import evaluate_queries
 from trainer.methods.registry import find_method
@@ -94,7 +94,8 @@ def _made(cells: Sequence[Cell], work: Path, split: SplitName, jobs: int, allow_
             yield cell
         return
     # Spawned: a process that has computed in several threads cannot be forked.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
+    context, jobs = get_context("spawn"), min(jobs, max(1, len(cells)))
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_beside, initargs=(jobs,)) as pool:
         given = {
             pool.submit(run_cell, text, work / cell.name, split, allow_partial): cell
             for cell, text in zip(cells, texts, strict=True)
@@ -106,6 +107,11 @@ def _made(cells: Sequence[Cell], work: Path, split: SplitName, jobs: int, allow_
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _begin_beside(jobs: int) -> None:
+    share_machine(jobs)
+    _end_with_parent()
 
 
 def _end_with_parent() -> None:
