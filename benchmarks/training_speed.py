@@ -29,7 +29,8 @@ from benchmarks.measure import save, table
 from benchmarks.synthetic import Workload
 from cache_schema import Cache, open_cache
 from trainer.config import TrainConfig
-from trainer.data.batches import Batch, iterate
+from trainer.data.batch import Batch
+from trainer.data.batches import iterate
 from trainer.data.feed import Feed
 from trainer.methods.method import Moment
 from trainer.methods.settings import make_config

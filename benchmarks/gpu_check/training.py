@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from benchmarks.gpu_check.scene import Failed, Scene
 from cache_schema.devices import sound_gradients
 from cache_schema.reading.batch import EncodedBatch
-from trainer.data.batches import Batch
+from trainer.data.batch import Batch
 from trainer.data.features import FeatureShape
 from trainer.device import autocast
 from trainer.methods.gcd.method import TEACHER

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from trainer.data.batches import Batch
+from trainer.data.batch import Batch
 
 
 class Feed:

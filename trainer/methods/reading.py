@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-from trainer.data.batches import Batch
+from trainer.data.batch import Batch
 from trainer.data.features import FeatureNeed
 from trainer.methods.teacher_config import ReadingConfig
 

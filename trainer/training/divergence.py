@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cache_schema.storage.files import write_file
 from trainer import processes
 from trainer.config import TrainConfig
-from trainer.data.batches import Batch
+from trainer.data.batch import Batch
 from trainer.data.features import sample_ids, some_of
 from trainer.device import autocast
 from trainer.errors import SharedError, TrainError

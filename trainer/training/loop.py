@@ -13,7 +13,8 @@ from cache_schema.devices import sound_gradients
 from cache_schema.interrupts import DeferredInterrupt
 from trainer import processes
 from trainer.config import TrainConfig
-from trainer.data.batches import Batch, iterate
+from trainer.data.batch import Batch
+from trainer.data.batches import iterate
 from trainer.data.feed import Feed
 from trainer.methods.method import Moment
 from trainer.training.assembly import assemble, start, worth_before

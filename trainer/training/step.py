@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer import processes
 from trainer.config import TrainConfig
-from trainer.data.batches import Batch
+from trainer.data.batch import Batch
 from trainer.device import autocast
 from trainer.methods.method import Method, Moment
 from trainer.training.optim import set_learning_rate

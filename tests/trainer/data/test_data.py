@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from cache_schema.errors import DitDistillError
-from trainer.data.batches import Batch, TrainingBatches, iterate
+from trainer.data.batch import Batch
+from trainer.data.batches import TrainingBatches, iterate
 from trainer.data.features import choose_timesteps, choose_views, tap_info
 from trainer.data.images import ImageStore
 from trainer.data.splits import select_split

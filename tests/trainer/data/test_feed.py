@@ -19,9 +19,11 @@ from strict_device import DEVICE, StrictDevice
 
 from cache_schema.encoding.number_formats import encode
 from cache_schema.reading.batch import stored_batch
+from trainer.data import batch as batch_module
 from trainer.data import batches as batches_module
 from trainer.data import feed
-from trainer.data.batches import Batch, TrainingBatches, iterate
+from trainer.data.batch import Batch
+from trainer.data.batches import TrainingBatches, iterate
 from trainer.data.feed import Feed
 from trainer.methods.reading import TEACHER
 from trainer.methods.registry import find_method
@@ -218,7 +220,7 @@ def test_small_tensors_are_page_locked_before_they_are_copied(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: asked.append(tuple(tensor.shape)) or tensor)
     with StrictDevice():
-        assert batches_module._moved(torch.arange(6), DEVICE).device == DEVICE
+        assert batch_module._moved(torch.arange(6), DEVICE).device == DEVICE
     assert asked == [(6,)]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from trainer.data.batches import Batch
+from trainer.data.batch import Batch
 from trainer.data.features import FeatureShape, Needs
 from trainer.methods.baseline.config import BaselineConfig
 from trainer.methods.baseline.unlabelled import consistency_loss, pseudo_label_loss, strongly_changed

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.data.batches import Batch
+from trainer.data.batch import Batch
 from trainer.data.features import FeatureShape, Needs
 from trainer.errors import TrainError
 from trainer.methods.gcd.alignment import Alignment, gradient_alpha

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from trainer.data.batches import Batch
+from trainer.data.batch import Batch
 from trainer.data.features import FeatureShape, Needs
 from trainer.methods.method import END, Method, Moment, ParameterGroup
 from trainer.methods.reading import TEACHER, teacher_need
