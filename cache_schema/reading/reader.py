@@ -82,7 +82,7 @@ class Cache:
         self.folder = folder
         self.manifest = manifest
         self.verify = verify
-        self._local_cache = local_cache
+        self.local_cache = local_cache
         self._calibrations: dict[str, torch.Tensor] = {}  # by tap, of all timesteps
         self._channels: dict[str, tuple[Array, torch.Tensor]] = {}  # by tap, of the timesteps last asked for
         self._components: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
@@ -97,7 +97,7 @@ class Cache:
         raise CacheRequestError(f"cache {self.folder} is not in a directory of this machine; pull it here first")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (open_cache, (self.folder.location, True, self.verify, self._local_cache))
+        return (open_cache, (self.folder.location, True, self.verify, self.local_cache))
 
     def __repr__(self) -> str:
         state = "sealed" if self.manifest.sealed else "partial"

@@ -62,7 +62,7 @@ class TrainingBatches:
     ):
         self.cache, self.config = cache, config
         self.share = processes.number(), processes.count()  # which part of every batch, of how many
-        self.sources = open_sources(cache, needs, config.verify_reads, config.local_cache)
+        self.sources = open_sources(cache, needs)
         self.views = shared_views(cache, self.sources, config.views)
         if config.augment.flip and "hflip" not in self.views:
             self.views = (*self.views, "hflip")

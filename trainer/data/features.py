@@ -146,16 +146,17 @@ class FeatureSource:
                 )
 
 
-def open_sources(
-    own: Cache, needs: Needs, verify: bool = True, local_cache: str | None = None
-) -> dict[str, FeatureSource]:
-    """Open all that a method needs, by its names; raises TrainError that says what a cache lacks."""
+def open_sources(own: Cache, needs: Needs) -> dict[str, FeatureSource]:
+    """Open all that a method needs, by its names; raises TrainError that says what a cache lacks.
+
+    Other caches are read as the run's own is: held against their checksums or not, with as much of them kept here.
+    """
     from cache_schema import open_cache
 
     opened: dict[str | None, Cache] = {None: own}
     for need in needs.features.values():
         if need.cache not in opened:
-            opened[need.cache] = open_cache(str(need.cache), verify=verify, local_cache=local_cache)
+            opened[need.cache] = open_cache(str(need.cache), verify=own.verify, local_cache=own.local_cache)
     return {name: FeatureSource(own, opened[need.cache], need) for name, need in needs.features.items()}
 
 

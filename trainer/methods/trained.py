@@ -30,7 +30,7 @@ def load_trained(run: Path, student: Student, cache: Cache) -> Method:
     """
     config = config_as_trained(run)
     kind = find_method(config.method)
-    sources = open_sources(cache, kind.needs(config), config.verify_reads, config.local_cache)
+    sources = open_sources(cache, kind.needs(config))
     shapes = {name: source.shape for name, source in sources.items()}
     method = kind(config, student, int(load_result(run)["train_classes"]), shapes)
     method.load(run)

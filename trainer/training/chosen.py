@@ -69,7 +69,7 @@ def _restored(folder: Path, config: TrainConfig, progress: Progress, cache: Cach
     student = build_student(config.student.model_copy(update=blank))
     student.fit = progress.fit or choose_fit(config.fit, cache)
     kind = find_method(config.method)
-    sources = open_sources(cache, kind.needs(config), config.verify_reads, config.local_cache)
+    sources = open_sources(cache, kind.needs(config))
     method = kind(config, student, progress.classes, {name: source.shape for name, source in sources.items()})
     load_state(folder, method)
     return method

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from cache_schema import open_cache
 from trainer.data.batches import TrainingBatches
+from trainer.data.features import FeatureNeed, Needs, open_sources
 from trainer.errors import TrainError
 from trainer.methods.baseline.unlabelled import consistency_loss, pseudo_label_loss, strongly_changed
 from trainer.methods.registry import find_method
@@ -112,6 +114,13 @@ def test_every_method_that_reads_features_can_read_those_of_another_cache(cache,
     expected = other.read(there).decode()
     assert read.shape == expected.shape
     torch.testing.assert_close(read[..., 0], expected[..., 0])  # channel 1 is the view's
+
+
+def test_another_cache_is_read_as_the_runs_own_is(cache, make_cache):
+    other = make_cache("other")
+    own = open_cache(cache.root, verify=False, local_cache="1GB")
+    read = open_sources(own, Needs({"teacher": FeatureNeed(None, cache=str(other.root))}))["teacher"].cache
+    assert (read.root, read.verify, read.local_cache) == (other.root, False, "1GB")
 
 
 def test_features_of_another_image_cannot_be_had_where_there_is_none(make_cache, tiny_config):
