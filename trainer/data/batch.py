@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cache_schema.loading.pool import PooledTensors
 from cache_schema.reading.batch import EncodedBatch
+from trainer.data.features import not_finite
 
 IMAGES = "images"  # their name in pooled memory
 
@@ -39,7 +40,7 @@ class Batch:
     def broken_features(self) -> tuple[str, np.ndarray] | None:
         """The first name whose decoded features are not finite, and which rows' (B+U,) bool; None: all are finite."""
         for name, values in self.features.items():
-            broken = ~values.isfinite().flatten(1).all(1).cpu().numpy()
+            broken = not_finite(values).numpy()
             if broken.any():
                 return name, broken
         return None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from cache_schema.format.vocabulary import CROP_VIEW
 from cache_schema.reading.batch import TORCH_DTYPES
@@ -25,6 +26,11 @@ _SHOWN = 4  # sample ids in a line for people
 def sample_ids(cache: Cache, rows: np.ndarray) -> list[str]:
     """The ids of a cache's rows."""
     return [str(name) for name in cache.samples["id"].take(rows).to_pylist()]
+
+
+def not_finite(values: Tensor) -> Tensor:
+    """Which rows of (n, …) hold anything that is not finite: (n,) bool, on the CPU."""
+    return ~values.isfinite().flatten(1).all(1).cpu()
 
 
 def some_of(ids: list[str]) -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.data.features import FeatureSource, Needs, open_sources, sample_ids, some_of
+from trainer.data.features import FeatureSource, Needs, not_finite, open_sources, sample_ids, some_of
 from trainer.data.images import Fit, ImageStore
 from trainer.data.splits import Split, hold_out_classes, select_split
 from trainer.device import full_precision
@@ -187,7 +187,7 @@ def refuse_untelling(embeddings: Tensor, whose: str) -> None:
     Neighbours among equals are those that come first in the cache, class by class: their score would look good.
     """
     N = len(embeddings)
-    broken = int((~embeddings.isfinite().flatten(1).all(1)).sum())
+    broken = int(not_finite(embeddings).sum())
     if broken:
         raise TrainError(
             f"{broken} of {N} embeddings of {whose} are not finite, so they cannot be scored; their values overflow: "
@@ -232,7 +232,7 @@ def read_features(source: FeatureSource, rows: np.ndarray, device: torch.device)
     encoded = source.cache.read(there.tolist(), tap=source.tap, timesteps=timesteps, view="canonical")
     with full_precision(device):
         features = encoded.decode(device=device, dtype=torch.float32)
-    broken = ~features.isfinite().flatten(1).all(1).cpu().numpy()
+    broken = not_finite(features).numpy()
     if broken.any():
         samples = some_of(sample_ids(source.cache, there[broken]))
         raise TrainError(f"the cached features {source.tap!r} of {samples} are not finite; {source.how_to_check}")
